@@ -1,0 +1,504 @@
+"""The Pipeline: one name, one Redis, and the verbs publish, request, watch and serve."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal, TypeVar
+
+from .batching import Batch
+from .blocking import BlockingPipeline
+from .channel import Channel, check_name
+from .deadletters import DeadLetter, dead_channel
+from .errors import ConfigurationError, UnknownChannel
+from .executors import RunIn
+from .frame import Codec
+from .ledger import Ledger, ledger_channel
+from .lifecycle import drain, first_failure, on_signals
+from .message import Message, Receipt
+from .metrics import GroupMetrics, WorkerSample, metrics_channel
+from .middleware import Middleware
+from .publishing import Outbox, check_delay
+from .registry import Registry
+from .reporting import Reporter, read_ledger
+from .requests import Replies
+from .retries import RetryPolicy
+from .router import Context, Router
+from .settings import Settings, settings
+from .subscriber import Subscriber, declare
+from .transports import Backend, Transport
+from .watching import Since, Watch, position
+
+__all__ = ["Pipeline"]
+
+logger = logging.getLogger("pipeline")
+
+T = TypeVar("T")
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+Hook = Callable[[], Awaitable[None]]
+
+OPEN_PATIENCE = 3.0
+"""Seconds `async with app` waits for a Redis before it says that there is none. `serve` waits for ever."""
+
+
+class Pipeline:
+    """An app: declares subscribers, publishes, requests, watches.
+
+    name         of the app, in events and statistics
+    url          redis://, rediss://, unix:// or memory://; else PIPELINE_REDIS_URL, else redis://127.0.0.1:6379/0
+    middleware   functions from handler to handler, the first outermost
+    live_client  who carries Pub/Sub: "redis", or "asyncio-redis"
+
+    Used as `async with app:`, or through `serve`, `run` and `blocking`, which open and close it themselves.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        url: str | None = None,
+        *,
+        middleware: Sequence[Middleware] = (),
+        live_client: Literal["redis", "asyncio-redis"] = "redis",
+    ) -> None:
+        self.name = check_name("pipeline", name)
+        self.settings: Settings = settings()
+        self.url = url or self.settings.redis_url
+        self.source = f"{name}.{secrets.token_hex(4)}"
+        """Who events published by this process are from; ids are `source:sequence`."""
+        self.consumer = f"{socket.gethostname()}-{os.getpid()}-{self.source}"
+        self.subscribers: list[Subscriber] = []
+        self._middleware = list(middleware)
+        self._live_client = live_client
+        self._hooks: list[Hook] = []
+        self._codecs: dict[Channel[Any], Codec[Any]] = {}
+        self._outboxes: dict[tuple[Channel[Any], int], Outbox] = {}
+        self._turns: dict[Channel[Any], int] = {}
+        self._routers: list[tuple[Router, GroupMetrics]] = []
+        self._spawned: set[asyncio.Task[Any]] = set()
+        self._backend: Backend | None = None
+        self._registry: Registry | None = None
+        self._replies: Replies | None = None
+        self._reporter: Reporter | None = None
+        self._reporting: asyncio.Task[None] | None = None
+        self._opened = 0
+        self._stop: asyncio.Event | None = None
+
+    # -- declare -------------------------------------------------------------------------------------------------
+
+    def subscriber(
+        self,
+        channel: Channel[Any],
+        *,
+        group: str,
+        publishes: Channel[Any] | Sequence[Channel[Any]] | None = None,
+        batch: Batch | None = None,
+        concurrency: int = 1,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008  # immutable
+        lease: float = 15.0,
+        run_in: RunIn | None = None,
+        ordered: bool = False,
+        start: Literal["oldest", "latest"] = "oldest",
+    ) -> Callable[[Handler], Handler]:
+        """Declare a handler of a channel's events. The function itself is returned unchanged.
+
+        The handler takes one event (or a Message, if so annotated), or with `batch=` a list of them, and returns what is
+        to be published: nothing, an event, or a list of events; with `batch=` a list with one such result an event, in
+        order. Return acknowledges; `raise Retry`, `raise Reject`, or any other exception (see RetryPolicy) do not.
+
+        publishes    one channel, or several, chosen by the type of what is returned
+        concurrency  calls at the same time in this process
+        lease        seconds after which other workers take over, should this process die; renewed while it lives
+        run_in       "loop" (async def), "thread" (def), "process" (def at the top of a module; for what holds the GIL)
+        ordered      events of one key one after the other, retries in place
+        start        where a new group begins
+        """
+
+        def decorate(handler: Handler) -> Handler:
+            subscriber = declare(
+                handler,
+                channel,
+                group=group,
+                publishes=publishes,
+                batch=batch,
+                concurrency=concurrency,
+                retry=retry,
+                lease=lease,
+                run_in=run_in,
+                ordered=ordered,
+                start=start,
+            )
+            for other in self.subscribers:
+                if (other.channel.name, other.group) == (channel.name, group):
+                    raise ConfigurationError(
+                        f"group {group!r} of channel {channel.name!r} has a handler in this app already; a group shares "
+                        "its channel's work, so give the second handler a group of its own"
+                    )
+            self.subscribers.append(subscriber)
+            return handler
+
+        return decorate
+
+    def on_start(self, hook: Hook) -> Hook:
+        """Declare an async function that `serve` awaits before the first event is handled."""
+        self._hooks.append(hook)
+        return hook
+
+    def spawn(self, work: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
+        """Run a background task that is cancelled and awaited when the app stops. Its failure is logged."""
+        task = asyncio.create_task(work, name=name)
+        self._spawned.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._spawned.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("background task %s failed", task.get_name(), exc_info=error)
+
+    # -- open and close ------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Pipeline:
+        await self._open(OPEN_PATIENCE)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._close()
+
+    async def _open(self, patience: float | None) -> None:
+        if self._opened == 0:
+            backend = self._make_backend()
+            try:
+                await backend.open(patience)
+            except BaseException:
+                await backend.close()
+                raise
+            self._backend = backend
+            self._registry = Registry(backend)
+            self._replies = Replies(backend, self.source)
+            self._reporter = Reporter(
+                self.name, self.consumer, self.settings.metrics_interval,
+                lambda: self._routers, self._take_published, self._report, self._report_ledger,
+            )  # fmt: skip
+            self._reporting = asyncio.create_task(self._reporter.run(), name="reporter")
+        self._opened += 1
+
+    async def _close(self) -> None:
+        self._opened -= 1
+        if self._opened or self._backend is None:
+            return
+        for task in list(self._spawned):
+            task.cancel()
+        await asyncio.gather(*self._spawned, return_exceptions=True)
+        if self._reporting is not None:
+            self._reporting.cancel()
+            await asyncio.gather(self._reporting, return_exceptions=True)
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(2):
+                await asyncio.gather(*(outbox.drain() for outbox in self._outboxes.values()))
+                if any(outbox.published for outbox in self._outboxes.values()) or self._routers:
+                    await self._send_last_report()
+        if self._replies is not None:
+            await self._replies.close()
+        await self._backend.close()
+        self._routers.clear()
+        self._outboxes.clear()
+        self._backend = self._registry = self._replies = None
+
+    def _make_backend(self) -> Backend:
+        if self.url.startswith("memory:"):
+            from .transports.memory import MemoryBackend  # noqa: PLC0415  # most apps never need it
+
+            return MemoryBackend.at(self.url)
+        from .transports.redis import RedisBackend  # noqa: PLC0415
+
+        return RedisBackend(self.url, f"pipeline-{self.name}", self._live_client)
+
+    def _need_backend(self) -> Backend:
+        if self._backend is None:
+            raise ConfigurationError(f"pipeline {self.name!r} is not open; use `async with app:` (or `with app.blocking()`)")
+        return self._backend
+
+    @property
+    def backend(self) -> Backend:
+        """For tools: the open backend. Raises ConfigurationError when the pipeline is not open."""
+        return self._need_backend()
+
+    @property
+    def registry(self) -> Registry:
+        """What channels there are. Raises ConfigurationError when the pipeline is not open."""
+        self._need_backend()
+        assert self._registry is not None
+        return self._registry
+
+    def codec(self, channel: Channel[Any]) -> Codec[Any]:
+        """How a channel's frames are written and read."""
+        codec = self._codecs.get(channel)
+        if codec is None:
+            codec = self._codecs[channel] = Codec(channel)
+        return codec
+
+    def _transport(self, channel: Channel[Any]) -> Transport:
+        backend = self._need_backend()
+        return backend.durable if channel.durable else backend.live
+
+    # -- publish and request -------------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        channel: Channel[T],
+        event: T | Sequence[T],
+        *,
+        key: str | None = None,
+        delay: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Receipt:
+        """Publish one event, or a list of them in as few frames as their channel allows. Resolves when Redis has them.
+
+        key      orders events of one key (with `ordered=True`), and chooses the partition
+        delay    seconds before any handler sees them (durable channels, and live ones while a subscriber lives)
+        headers  strings that travel along
+
+        Raises EventTypeError, PayloadTooLarge, ChannelFull, ServerUnavailable, PublishUncertain.
+        """
+        events = list(event) if isinstance(event, (list, tuple)) else [event]
+        if not events:
+            return Receipt(())
+        return await self._publish(channel, events, key=key, due=check_delay(delay), headers=headers, reply=None)
+
+    async def _publish(
+        self,
+        channel: Channel[Any],
+        events: list[Any],
+        *,
+        key: str | None,
+        due: float | None,
+        headers: Mapping[str, str] | None,
+        reply: str | None,
+    ) -> Receipt:
+        if channel.partitions == 1 or key is not None:
+            outbox = self._outboxes.get((channel, channel.partition(key))) or await self._outbox(channel, key)
+            return await outbox.publish(events, key=key, headers=headers, due=due, reply=reply)
+        turn = self._turns[channel] = self._turns.get(channel, 0) + 1
+        outbox = await self._outbox(channel, None, turn)
+        return await outbox.publish(events, key=None, headers=headers, due=due, reply=reply)
+
+    async def _outbox(self, channel: Channel[Any], key: str | None, turn: int = 0) -> Outbox:
+        partition = channel.partition(key, turn)
+        outbox = self._outboxes.get((channel, partition))
+        if outbox is None:
+            if not isinstance(channel, Channel):
+                raise ConfigurationError(f"publish(channel, event): {channel!r} is not a Channel")
+            codec = self.codec(channel)
+            await self.registry.register(channel, codec)
+            outbox = self._outboxes.setdefault(
+                (channel, partition),
+                Outbox(
+                    channel, partition, codec, self._transport(channel), self.source, self.settings.max_frame_bytes
+                ),
+            )
+        return outbox
+
+    async def request(
+        self,
+        channel: Channel[Any],
+        event: Any,
+        *,
+        timeout: float = 5.0,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
+        """Publish an event and wait for the subscriber's returned event, of the channel's `reply` type.
+
+        The answer is part of the subscriber's commit; the first group's answer wins. `timeout` is in seconds.
+        Raises RequestTimeout; RequestFailed when the event was rejected, died, or None was returned.
+        """
+        self._need_backend()
+        assert self._replies is not None
+        replies = self._replies
+
+        async def publish() -> str:
+            receipt = await self._publish(channel, [event], key=key, due=None, headers=headers, reply=replies.address)
+            return receipt.id
+
+        return await replies.ask(channel, publish(), timeout)
+
+    # -- watch ---------------------------------------------------------------------------------------------------
+
+    def watch(self, channel: Channel[T], since: Since = None) -> Watch[T]:
+        """Read a channel beside its groups, from now, or on durable channels from `since`: "5m", seconds, a datetime, or
+        a message id (which is left out). Listening begins when the context is entered.
+        """
+        codec = self.codec(channel)
+        backend = self._need_backend()
+        transport = backend.durable if channel.durable else backend.live
+
+        async def prepare() -> None:
+            await self.registry.register(channel, codec)
+
+        return Watch(channel, codec, transport, since, prepare)
+
+    # -- serve ---------------------------------------------------------------------------------------------------
+
+    async def serve(self, stop: asyncio.Event | None = None) -> None:
+        """Run this app's subscribers until `stop` is set, or the task is cancelled; then drain. Waits for Redis."""
+        if not self.subscribers and not self._hooks:
+            raise ConfigurationError(f"pipeline {self.name!r} declares no subscriber, so there is nothing to serve")
+        self._stop = stop = stop or asyncio.Event()
+        await self._open(None)
+        try:
+            await self._start()
+            tasks = [task for router, _ in self._routers for task in router.tasks()]
+            await first_failure(tasks, stop)
+        finally:
+            await drain([router for router, _ in self._routers], self.settings.drain_seconds)
+            await self._close()
+            self._stop = None
+
+    def stop(self) -> None:
+        """Let `serve` drain and return."""
+        if self._stop is not None:
+            self._stop.set()
+
+    async def _start(self) -> None:
+        for subscriber in self.subscribers:
+            for channel in (subscriber.channel, *subscriber.publishes, dead_channel(subscriber.channel.name)):
+                await self.registry.register(channel, self.codec(channel))
+        for hook in self._hooks:
+            await hook()
+        for subscriber in self.subscribers:
+            metrics = GroupMetrics()
+            context = Context(
+                transport=self._transport,
+                codec=self.codec,
+                source=self.source,
+                consumer=self.consumer,
+                prefetch_bytes=self.settings.prefetch_bytes,
+                middleware=self._middleware,
+                metrics=metrics,
+            )
+            router = Router(subscriber, context)
+            self._routers.append((router, metrics))
+            await router.start()
+        logger.info("%s serves %s", self.name, ", ".join(f"{s.channel.name} ({s.group})" for s in self.subscribers))
+
+    def run(self) -> None:
+        """`serve`, in the foreground: SIGTERM and SIGINT drain, a second one stops now."""
+
+        async def main() -> None:
+            stop = asyncio.Event()
+            serving = asyncio.create_task(self.serve(stop))
+            restore = on_signals(stop, serving.cancel)
+            try:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await serving
+            finally:
+                restore()
+
+        asyncio.run(main())
+
+    def blocking(self) -> BlockingPipeline:
+        """The same verbs for scripts and notebooks: `with app.blocking() as pipe: pipe.publish(…)`."""
+        return BlockingPipeline(self)
+
+    # -- look after ----------------------------------------------------------------------------------------------
+
+    async def stats(self) -> Ledger:
+        """The ledger of every registered channel, walked now."""
+        return await read_ledger(self._need_backend(), self.registry)
+
+    async def dead_letters(self, channel: str, group: str | None = None) -> list[Message[DeadLetter]]:
+        """Dead letters of a channel that were neither replayed nor dropped, oldest first."""
+        letters = dead_channel(channel)
+        found: list[Message[DeadLetter]] = []
+        codec, transport = self.codec(letters), self._need_backend().durable
+        settled: dict[tuple[int, str], set[str]] = {}
+        async for message in read_all(Watch(letters, codec, transport, 10 * 365 * 86400.0, _nothing)):
+            letter = message.event
+            if group is not None and letter.group != group:
+                continue
+            where = (letter.partition, letter.group)
+            if where not in settled:
+                settled[where] = await self._need_backend().settled_letters(channel, *where)
+            if message.id not in settled[where]:
+                found.append(message)
+        return found
+
+    async def settle_dead(self, letters: Iterable[Message[DeadLetter]], *, replay: bool) -> int:
+        """Replay dead letters (to their own group alone, with their own ids) or drop them. Each once, however often it is
+        asked. Returns how many this call settled."""
+        settled = 0
+        for message in letters:
+            letter = message.event
+            body = letter.original if replay else b""
+            settled += await self._need_backend().settle_letter(
+                letter.channel, letter.partition, letter.group, message.id, body, letter.count,
+                dead_channel(letter.channel).keep * 2,
+            )  # fmt: skip
+        return settled
+
+    async def rewind(self, channel: str, group: str, since: str | float | datetime) -> int:
+        """Let a group read again what was published since then. Returns the events now unread.
+
+        Raises UnknownChannel, ConfigurationError.
+        """
+        record = await self.registry.record(channel)
+        at = position(since)
+        if at is None:
+            raise ConfigurationError("a rewind begins at a time, not at a message id")
+        if not record.durable:
+            raise UnknownChannel(f"channel {channel!r} is live: it keeps nothing to replay")
+        unread = 0
+        for partition in range(int(record.limits["partitions"])):
+            unread += await self._need_backend().rewind(channel, partition, group, at)
+        return unread
+
+    # -- report --------------------------------------------------------------------------------------------------
+
+    def _take_published(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for (channel, _), outbox in self._outboxes.items():
+            if outbox.published and channel not in (metrics_channel, ledger_channel):
+                counts[channel.name] = counts.get(channel.name, 0) + outbox.published
+                outbox.published = 0
+        return counts
+
+    async def _report(self, sample: WorkerSample) -> None:
+        for router, _ in self._routers:
+            channel = router.subscriber.channel
+            if not channel.durable and sample.dropped.get(channel.name):
+                await self._need_backend().dropped(
+                    channel.name, router.subscriber.group, sample.dropped[channel.name]
+                )
+        await self.publish(metrics_channel, sample)
+
+    async def _report_ledger(self) -> None:
+        interval = self.settings.metrics_interval
+        if await self._need_backend().turn("ledger", self.consumer, interval * 0.9):
+            await self.publish(ledger_channel, await self.stats())
+
+    async def _send_last_report(self) -> None:
+        if self._reporter is not None:
+            await self._report(self._reporter.sample())
+
+
+async def _nothing() -> None:
+    """Nothing to prepare."""
+
+
+async def read_all(watch: Watch[T]) -> Any:
+    """What a durable channel holds now, without waiting for more."""
+    async with watch as stream:
+        messages = aiter(stream)
+        while True:
+            try:
+                async with asyncio.timeout(0.3):
+                    message = await anext(messages)
+            except (TimeoutError, StopAsyncIteration):
+                return
+            yield message

@@ -1,0 +1,124 @@
+"""The same verbs without async: an event loop in a thread, for scripts, notebooks and training loops."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from .channel import Channel
+from .errors import PipelineError
+from .message import Message, Receipt
+from .watching import Since, Watch
+
+if TYPE_CHECKING:
+    from .app import Pipeline
+    from .ledger import Ledger
+
+__all__ = ["BlockingPipeline", "BlockingWatch"]
+
+T = TypeVar("T")
+
+
+class BlockingPipeline:
+    """`with app.blocking() as pipe:` — publish, request, watch and stats, from any thread."""
+
+    def __init__(self, app: Pipeline) -> None:
+        self._app = app
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"pipeline-{app.name}", daemon=True)
+
+    def __enter__(self) -> BlockingPipeline:
+        self._thread.start()
+        try:
+            self.call(self._app.__aenter__())
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.call(self._app.__aexit__())
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the pipeline's loop and wait for it."""
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise PipelineError("a blocking verb was called on the pipeline's own loop; use the async one there")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def publish(
+        self,
+        channel: Channel[T],
+        event: T | Sequence[T],
+        *,
+        key: str | None = None,
+        delay: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Receipt:
+        """See Pipeline.publish."""
+        return self.call(self._app.publish(channel, event, key=key, delay=delay, headers=headers))
+
+    def request(self, channel: Channel[Any], event: Any, *, timeout: float = 5.0, key: str | None = None) -> Any:
+        """See Pipeline.request."""
+        return self.call(self._app.request(channel, event, timeout=timeout, key=key))
+
+    def watch(self, channel: Channel[T], since: Since = None) -> BlockingWatch[T]:
+        """`with pipe.watch(channel) as stream: for message in stream:`. See Pipeline.watch."""
+        return BlockingWatch(self, self._app.watch(channel, since))
+
+    def stats(self) -> Ledger:
+        """See Pipeline.stats."""
+        return self.call(self._app.stats())
+
+
+class BlockingWatch(Generic[T]):
+    def __init__(self, pipe: BlockingPipeline, watch: Watch[T]) -> None:
+        self._pipe = pipe
+        self._watch = watch
+
+    def __enter__(self) -> BlockingWatch[T]:
+        self._pipe.call(self._watch.__aenter__())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.call(self._watch.__aexit__())
+
+    @property
+    def dropped(self) -> int:
+        return self._watch.dropped
+
+    def __iter__(self) -> Iterator[Message[T]]:
+        async def one() -> Message[T] | None:
+            return await anext(aiter(self._watch), None)
+
+        while (message := self._pipe.call(one())) is not None:
+            yield message
+
+    def next(self, timeout: float) -> Message[T] | None:
+        """The next message, or None when none came within `timeout` seconds."""
+
+        async def one() -> Message[T] | None:
+            messages = aiter(self._watch)
+            pending = self._pending or asyncio.ensure_future(anext(messages, None))
+            done, _ = await asyncio.wait([pending], timeout=timeout)
+            self._pending = None if done else pending
+            return pending.result() if done else None
+
+        return self._pipe.call(one())
+
+    _pending: asyncio.Future[Message[T] | None] | None = None

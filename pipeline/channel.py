@@ -1,0 +1,92 @@
+"""Channels: named flows of one event type, live (Pub/Sub) or durable (Stream)."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar, get_args
+
+from .errors import ConfigurationError
+from .events import Event
+
+__all__ = ["Channel", "Overflow", "check_name"]
+
+T = TypeVar("T")
+Overflow = Literal["wait", "raise", "drop_oldest"]
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-/]{0,199}")
+
+
+def check_name(kind: str, name: str) -> str:
+    """Return `name`, or raise ConfigurationError: it becomes part of Redis keys, CLI arguments and URLs."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.startswith("pipeline:"):
+        raise ConfigurationError(
+            f"{kind} name {name!r}: use 1 to 200 letters, digits and any of '_.:-/', beginning with a letter, "
+            "digit or '_', and not with 'pipeline:'"
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Channel(Generic[T]):
+    """A named flow of one event type. Names are global to a Redis database.
+
+    type        an Event subclass; `str` or `bytes` for raw payloads; `dict` for JSON objects of any shape
+    durable     True: a Redis Stream with consumer groups, exactly-once commit and replay.
+                False: Redis Pub/Sub on a Redis channel of exactly this name: at most once, fan-out
+    reply       the type of the answers to `request` on this channel
+    frame       at most this many events travel in one stream entry; 1 spreads slow work evenly
+    partitions  >1 splits a durable channel by key; with `ordered=True` each part goes to one worker at a time
+    capacity    at most this many unhandled events; then `overflow` says what happens: publishers
+                "wait", "raise" ChannelFull, or the oldest events are dropped and counted ("drop_oldest")
+    keep        seconds that handled events stay readable for `since=`, replay and late viewers
+    fsync       True: `publish` resolves once the server has the events on disk
+    """
+
+    name: str
+    type: type[T]
+    durable: bool = field(default=True, kw_only=True)
+    reply: Any = field(default=None, kw_only=True)
+    frame: int = field(default=256, kw_only=True)
+    partitions: int = field(default=1, kw_only=True)
+    capacity: int | None = field(default=None, kw_only=True)
+    overflow: Overflow = field(default="wait", kw_only=True)
+    keep: float = field(default=600.0, kw_only=True)
+    fsync: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_name("channel", self.name)
+        where = f"Channel({self.name!r})"
+        for role, kind in (("type", self.type), ("reply", self.reply)):
+            if role == "reply" and kind is None:
+                continue
+            if kind not in (str, bytes, dict) and not (isinstance(kind, type) and issubclass(kind, Event)):
+                raise ConfigurationError(f"{where}: {role} must be an Event subclass, str, bytes or dict, not {kind!r}")
+        if not (isinstance(self.frame, int) and 1 <= self.frame <= 65536):
+            raise ConfigurationError(f"{where}: frame must be between 1 and 65536 events, not {self.frame!r}")
+        if not (isinstance(self.partitions, int) and 1 <= self.partitions <= 1024):
+            raise ConfigurationError(f"{where}: partitions must be between 1 and 1024, not {self.partitions!r}")
+        if self.overflow not in get_args(Overflow):
+            raise ConfigurationError(f"{where}: overflow must be one of {get_args(Overflow)}, not {self.overflow!r}")
+        if self.capacity is not None and self.capacity < 1:
+            raise ConfigurationError(f"{where}: capacity must be at least 1 event, not {self.capacity!r}")
+        if not self.keep >= 0:
+            raise ConfigurationError(f"{where}: keep is in seconds and not negative, not {self.keep!r}")
+        if not self.durable and (self.capacity is not None or self.partitions != 1 or self.fsync):
+            raise ConfigurationError(f"{where}: capacity, partitions and fsync are for durable channels")
+
+    @property
+    def raw(self) -> bool:
+        """True for live `str` and `bytes` channels: the payload travels alone, as any Redis client writes it."""
+        return not self.durable and self.type in (str, bytes)
+
+    def partition(self, key: str | None, turn: int = 0) -> int:
+        """The partition of a key; events without one go round by `turn`."""
+        if self.partitions == 1:
+            return 0
+        return (turn if key is None else zlib.crc32(key.encode())) % self.partitions
+
+    def __repr__(self) -> str:
+        kind = "durable" if self.durable else "live"
+        return f"<Channel {self.name} of {self.type.__name__}, {kind}>"

@@ -1,0 +1,311 @@
+"""Drafts: what a commit will say, collected event by event; and the frames in hand that it settles."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from collections.abc import Callable
+from typing import Any
+
+from .channel import Channel
+from .deadletters import DeadLetter, dead_channel, reason_of, traceback_of
+from .errors import HandlerError
+from .events import Event
+from .frame import Codec, Frame
+from .message import Message
+from .metrics import GroupMetrics
+from .subscriber import Subscriber
+from .transports import Commit, Entry, Output, Reader, Reply, Retried, Segment
+
+__all__ = ["Draft", "Failure", "Gaps", "Held", "Sources", "Unit", "failures", "reply_codec"]
+
+FRAME_BYTES = 256 * 1024
+
+
+class Failure(Event):
+    """The answer to a request that has none."""
+
+    reason: str
+
+
+failures: Codec[Failure] = Codec(Channel("failure", Failure))
+
+
+@lru_cache
+def reply_codec(kind: Any) -> Codec[Any]:
+    """The codec of answers of a type."""
+    return Codec(Channel("reply", kind))
+
+
+class Sources:
+    """Who a handler's outputs are from. On a durable channel they are numbered by their place in the stream; on a live
+    one this process numbers them."""
+
+    def __init__(self, durable: str, live: str) -> None:
+        self.durable = durable
+        self.live = f"{live}.{durable}"
+        self.published: dict[str, int] = {}
+        """Live channel → events published so far."""
+
+
+class Held:
+    """A frame in this process's hands."""
+
+    __slots__ = ("_settled", "attempt", "entry", "frame", "open", "partition", "reader")
+
+    def __init__(self, entry: Entry, frame: Frame[Any], reader: Reader, partition: int) -> None:
+        self.entry = entry
+        self.frame = frame
+        self.reader = reader
+        self.partition = partition
+        self.attempt = frame.header.attempt + entry.deliveries - 1
+        """Of the coming call: a worker that died with the frame may have called before."""
+        self._settled = 0
+        self.open = entry.done.count("0") if entry.done else len(frame.events)
+        """Events neither settled nor given up."""
+
+    def indexes(self) -> list[int]:
+        """Events not committed when the frame was read."""
+        if not self.entry.done:
+            return list(range(len(self.frame.events)))
+        return [index for index, mark in enumerate(self.entry.done) if mark == "0"]
+
+    def message(self, index: int) -> Message[Any]:
+        message = self.frame.message(index)
+        if self.attempt != message.attempt:
+            object.__setattr__(message, "attempt", self.attempt)
+        return message
+
+    def segments(self, indexes: list[int]) -> list[Segment]:
+        """`indexes` (ascending) as runs."""
+        entry, count = self.entry, len(self.frame.events)
+        runs: list[Segment] = []
+        low = previous = -2
+        for index in indexes:
+            if index != previous + 1:
+                if low >= 0:
+                    runs.append(Segment(entry.id, count, low, previous))
+                low = index
+            previous = index
+        if low >= 0:
+            runs.append(Segment(entry.id, count, low, previous))
+        return runs
+
+    def settle(self) -> None:
+        self._settled += 1
+
+    def take_settled(self) -> int:
+        settled, self._settled = self._settled, 0
+        return settled
+
+
+Unit = tuple[Held, int]
+"""One event in hand: its frame, and which of its events."""
+
+
+class Draft:
+    """Collects outcomes, then writes them as one Commit."""
+
+    def __init__(
+        self, subscriber: Subscriber, codec: Codec[Any], codecs: Callable[[Channel[Any]], Codec[Any]], sources: Sources
+    ) -> None:
+        self._subscriber = subscriber
+        self._codec = codec
+        self._codecs = codecs
+        self._sources = sources
+        self._commit = Commit()
+        self._outputs: dict[tuple[Channel[Any], int], tuple[list[Any], list[str | None]]] = {}
+        self._letters: list[tuple[DeadLetter, str | None]] = []
+        self._answers: dict[str, tuple[list[Any], list[str]]] = {}
+        self._refusals: dict[str, tuple[list[Failure], list[str]]] = {}
+        self._run: list[Any] = [None, -1, -1]
+        self._durable = subscriber.channel.durable
+        self._runs: list[tuple[Held, int, int]] = []
+
+    # -- outcomes ------------------------------------------------------------------------------------------------
+
+    def handle(self, held: Held, index: int, outcome: Any) -> None:
+        """The handler returned. Raises HandlerError, changing nothing, when it returned what it may not publish."""
+        address = held.frame.header.reply
+        if outcome is None and address is None:
+            self._mark(held, index)
+            self._commit.handled += 1
+            return
+        events = outcome if isinstance(outcome, list) else [] if outcome is None else [outcome]
+        targets = [self._target(event) for event in events] if self._subscriber.publishes else []
+        self._mark(held, index)
+        self._commit.handled += 1
+        key = held.frame.key(index)
+        for event, channel in zip(events, targets, strict=False):
+            where = (channel, channel.partition(key, self._commit.handled))
+            published, keys = self._outputs.setdefault(where, ([], []))
+            published.append(event)
+            keys.append(key)
+        if address is not None:
+            self._answer(address, self._request(held, index), events)
+
+    def retry(self, held: Held, index: int, delay: float) -> None:
+        self._mark(held, index)
+        self._commit.retried += 1
+        body = self._codec.reencode(held.frame, index, attempt=held.attempt + 1)
+        self._commit.retries.append(Retried(delay, body))
+
+    def fail(self, held: Held, index: int, error: BaseException) -> None:
+        self._mark(held, index)
+        frame = held.frame
+        original = self._codec.reencode(frame, index, attempt=1)
+        self.bury(
+            frame.key(index), frame.id(index), held.partition, error, attempts=held.attempt, original=original, count=1
+        )
+        if frame.header.reply is not None:
+            self._refuse(frame.header.reply, self._request(held, index), reason_of(error))
+
+    def bury(
+        self,
+        key: str | None,
+        event_id: str,
+        partition: int,
+        error: BaseException,
+        *,
+        attempts: int,
+        original: bytes,
+        count: int,
+    ) -> None:
+        self._commit.dead += count
+        letter = DeadLetter(
+            channel=self._subscriber.channel.name,
+            group=self._subscriber.group,
+            partition=partition,
+            event_id=event_id,
+            key=key,
+            attempts=attempts,
+            reason=reason_of(error)[:2000],
+            traceback=traceback_of(error),
+            count=count,
+            original=original,
+        )
+        self._letters.append((letter, key))
+
+    def _mark(self, held: Held, index: int) -> None:
+        run = self._run
+        if held is run[0] and index == run[2] + 1:
+            run[2] = index
+            return
+        self._close_run()
+        self._run = [held, index, index]
+
+    def _close_run(self) -> None:
+        held, low, high = self._run
+        if held is not None:
+            self._runs.append((held, low, high))
+
+    def _target(self, event: Any) -> Channel[Any]:
+        kind = type(event)
+        for channel in self._subscriber.publishes:
+            if channel.type is kind:
+                return channel
+        names = ", ".join(f"{channel.name} ({channel.type.__name__})" for channel in self._subscriber.publishes)
+        raise HandlerError(f"the handler returned a {kind.__name__}; it publishes {names}")
+
+    def _request(self, held: Held, index: int) -> str:
+        """What a requester knows its request by: event ids are unique within a channel."""
+        return f"{self._subscriber.channel.name}/{held.frame.id(index)}"
+
+    def _answer(self, address: str, id_: str, events: list[Any]) -> None:
+        reply = self._subscriber.channel.reply
+        if not events:
+            self._refuse(address, id_, "the subscriber returned None")
+        elif type(events[0]) is not reply:
+            wanted = getattr(reply, "__name__", "no reply")
+            self._refuse(address, id_, f"the subscriber returned a {type(events[0]).__name__}, not {wanted}")
+        else:
+            answers, ids = self._answers.setdefault(address, ([], []))
+            answers.append(events[0])
+            ids.append(id_)
+
+    def _refuse(self, address: str, id_: str, reason: str) -> None:
+        refusals, ids = self._refusals.setdefault(address, ([], []))
+        refusals.append(Failure(reason=reason))
+        ids.append(id_)
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def commit(self) -> Commit:
+        """The commit. Raises EventTypeError when an output cannot be encoded."""
+        commit, now = self._commit, time.time()
+        self._close_run()
+        self._run = [None, -1, -1]
+        if self._durable:
+            commit.segments = [
+                Segment(held.entry.id, len(held.frame.events), low, high) for held, low, high in self._runs
+            ]
+        for (channel, partition), (events, keys) in self._outputs.items():
+            commit.outputs.extend(self._frames(channel, partition, events, keys, now))
+        if self._letters:
+            channel = dead_channel(self._subscriber.channel.name)
+            letters, keys = [letter for letter, _ in self._letters], [key for _, key in self._letters]
+            commit.outputs.extend(self._frames(channel, 0, letters, keys, now))
+        for address, (answers, ids) in self._answers.items():
+            codec = reply_codec(self._subscriber.channel.reply)
+            commit.replies.append(Reply(address, self._encode(codec, answers, ids, now)))
+        for address, (refusals, ids) in self._refusals.items():
+            commit.replies.append(Reply(address, self._encode(failures, refusals, ids, now)))
+        return commit
+
+    def _encode(
+        self, codec: Codec[Any], events: list[Any], keys: list[Any], now: float, sequence: int | None = None
+    ) -> bytes:
+        source = self._sources.durable if sequence is None else self._sources.live
+        return codec.encode(events, source=source, sequence=sequence, time=now, keys=keys)
+
+    def _frames(
+        self, channel: Channel[Any], partition: int, events: list[Any], keys: list[Any], now: float
+    ) -> list[Output]:
+        if channel.raw:
+            bodies = [event.encode() if isinstance(event, str) else event for event in events]
+            return [Output(channel, 0, body, 1) for body in bodies]
+        codec = self._codecs(channel)
+        outputs: list[Output] = []
+        size, start = channel.frame, 0
+        base = None if channel.durable else self._sources.published.get(channel.name, 0) + 1
+        while start < len(events):
+            part, names = events[start : start + size], keys[start : start + size]
+            body = self._encode(codec, part, names, now, None if base is None else base + start)
+            if len(body) > 2 * FRAME_BYTES and len(part) > 1:
+                size = max(1, len(part) * FRAME_BYTES // len(body))
+                continue
+            outputs.append(Output(channel, partition, body, len(part)))
+            start += len(part)
+        return outputs
+
+    def applied(self, metrics: GroupMetrics) -> None:
+        """The commit took effect: count it."""
+        commit, now = self._commit, time.time()
+        metrics.handled += commit.handled
+        metrics.dead += commit.dead
+        metrics.retried += commit.retried
+        for output in commit.outputs:
+            name = output.channel.name
+            metrics.published[name] = metrics.published.get(name, 0) + output.count
+            if not output.channel.durable:
+                self._sources.published[name] = self._sources.published.get(name, 0) + output.count
+        for held, low, high in self._runs:
+            metrics.latency.add(max(0.0, now - held.frame.time(low)), high - low + 1)
+
+
+class Gaps:
+    """Counts what a live listener missed, by the sequences of each source."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}
+
+    def note(self, frame: Frame[Any]) -> int:
+        """Events missed between this frame and its source's last one."""
+        if frame.header.sequence is None:
+            return 0
+        source, first = frame.header.source, frame.sequence
+        last = self._last.get(source)
+        if last is None and len(self._last) > 10_000:
+            self._last.clear()
+        self._last[source] = max(last or 0, first + len(frame.events) - 1)
+        return 0 if last is None else max(0, first - last - 1)

@@ -1,0 +1,361 @@
+"""Frames: the events one publisher wrote in one go, as bytes.
+
+    {"pipeline":1, "type":…, "schema":…, "source":…, "sequence":…, "time":…, …, "data":[event, …]}
+
+A frame without tensors is that JSON object and nothing else, so any client can read it. With tensors, a fixed
+20-byte prefix (magic, version, length of the JSON, length of the buffers), the JSON, and the raw buffers, each
+aligned to 64 bytes; the JSON refers to them by offset and they are decoded without copying. Header and data are
+validated in one pydantic-core call. Header names follow CloudEvents where it has one.
+
+What a publisher does not know (the sequence of a handler's outputs) is left out and comes from the stream position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError, from_json, to_json
+
+from .channel import Channel
+from .errors import EventTypeError, FrameError, FrameInvalid, FrameTruncated, FrameVersionError
+from .message import Message, utc
+from .tensors import ALIGNMENT, Buffers, Tensor, TensorBytes
+
+__all__ = ["Codec", "Frame", "Header", "Invalid"]
+
+VERSION = 1
+MAGIC = b"\x00PLF"
+_PREFIX = struct.Struct("<4sB3xIQ")
+_JSON_START = b'{"pipeline":'
+
+T = TypeVar("T")
+
+
+class Header(BaseModel):
+    """What one frame says of its events. Lists, where given, have one item an event."""
+
+    model_config = ConfigDict(extra="ignore", ser_json_bytes="base64", val_json_bytes="base64", protected_namespaces=())
+
+    pipeline: int
+    """Version of the format."""
+    type: str = ""
+    fingerprint: str = Field(default="", alias="schema")
+    """First 8 hex digits of the SHA-256 of the events' JSON schema."""
+    source: str = ""
+    sequence: int | None = None
+    """Of the first event; the others count on. None: the stream position tells."""
+    time: float = 0.0
+    """Unix seconds of publishing."""
+    times: list[float] | None = None
+    keys: list[str | None] | None = None
+    attempt: int = 1
+    due: float | None = None
+    """Unix seconds before which no handler may see the events."""
+    reply: str | None = None
+    """Redis key of the list on which an answer is awaited."""
+    headers: list[dict[str, str] | None] | None = None
+
+
+class _Body(Header, Generic[T]):
+    data: list[T]
+
+
+@dataclass(frozen=True, slots=True)
+class Invalid:
+    """An event of a readable frame that is not of the channel's type: what it holds, and why it was refused."""
+
+    value: Any
+    reason: str
+
+
+@dataclass(slots=True)
+class Frame(Generic[T]):
+    """A decoded frame. `events` holds an `Invalid` where one event broke the schema."""
+
+    channel: str
+    header: Header
+    events: list[T | Invalid]
+    sequence: int
+    nbytes: int
+    buffers: TensorBytes | None = None
+    invalid: list[int] = field(default_factory=list)
+
+    def id(self, index: int) -> str:
+        return f"{self.header.source}:{self.sequence + index}"
+
+    def key(self, index: int) -> str | None:
+        return self.header.keys[index] if self.header.keys else None
+
+    def time(self, index: int) -> float:
+        return self.header.times[index] if self.header.times else self.header.time
+
+    def message(self, index: int) -> Message[T]:
+        header = self.header
+        headers = header.headers[index] if header.headers else None
+        return Message(
+            event=self.events[index],  # type: ignore[arg-type]  # Invalid ones never reach a handler
+            id=self.id(index),
+            channel=self.channel,
+            source=header.source,
+            time=utc(self.time(index)),
+            key=self.key(index),
+            attempt=header.attempt,
+            headers=headers or {},
+        )
+
+
+class Codec(Generic[T]):
+    """Writes and reads one channel's frames."""
+
+    def __init__(self, channel: Channel[T]) -> None:
+        self.channel = channel
+        item: Any = dict[str, Any] if channel.type is dict else channel.type
+        config = None
+        if not (isinstance(item, type) and issubclass(item, BaseModel)):
+            config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="strings")
+        self._list: TypeAdapter[list[T]] = TypeAdapter(list[item], config=config)
+        self._one: TypeAdapter[T] = TypeAdapter(item, config=config)
+        self._body = _Body[item]
+        self.schema: dict[str, Any] = self._one.json_schema()
+        canonical = to_json(self.schema)
+        self.fingerprint = hashlib.sha256(canonical).hexdigest()[:8]
+        self.tensors = b'"format":"tensor"' in canonical or channel.type is dict
+        self._plain = itertools.count(1)
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def check(self, events: Sequence[Any]) -> None:
+        """Raise EventTypeError unless each is exactly of the channel's type: a subclass would lose fields."""
+        kind = self.channel.type
+        for event in events:
+            if type(event) is not kind:
+                raise EventTypeError(
+                    f"channel {self.channel.name!r} carries {kind.__name__}, not {type(event).__name__}"
+                    + (": a subclass would lose its own fields" if isinstance(event, kind) else "")
+                )
+
+    def encode(
+        self,
+        events: Sequence[Any],
+        *,
+        source: str,
+        sequence: int | None,
+        time: float,
+        times: list[float] | None = None,
+        keys: Sequence[str | None] | None = None,
+        headers: Sequence[Mapping[str, str] | None] | None = None,
+        attempt: int = 1,
+        due: float | None = None,
+        reply: str | None = None,
+    ) -> bytes:
+        """The bytes of a frame. Raises EventTypeError when an event cannot be serialised as its type says."""
+        header: dict[str, Any] = {
+            "pipeline": VERSION,
+            "type": self.channel.type.__name__,
+            "schema": self.fingerprint,
+            "source": source,
+            "time": time,
+        }
+        if sequence is not None:
+            header["sequence"] = sequence
+        if times is not None:
+            header["times"] = times
+        if keys is not None and any(key is not None for key in keys):
+            header["keys"] = keys
+        if headers is not None and any(headers):
+            header["headers"] = headers
+        if attempt != 1:
+            header["attempt"] = attempt
+        if due is not None:
+            header["due"] = due
+        if reply is not None:
+            header["reply"] = reply
+        return self._join(header, events)
+
+    def reencode(self, frame: Frame[T], index: int, *, attempt: int) -> bytes:
+        """A frame of one event of another: same id, time, key and headers, with its attempt. For retries."""
+        event = frame.events[index]
+        values = frame.header.headers
+        return self.encode(
+            [event.value if isinstance(event, Invalid) else event],
+            source=frame.header.source,
+            sequence=frame.sequence + index,
+            time=frame.time(index),
+            keys=[frame.key(index)],
+            headers=[values[index]] if values else None,
+            attempt=attempt,
+            reply=frame.header.reply,
+        )
+
+    def _join(self, header: dict[str, Any], events: Sequence[Any]) -> bytes:
+        buffers = Buffers() if self.tensors else None
+        try:
+            data = self._list.dump_json(events, context=buffers, warnings="error")  # type: ignore[arg-type]
+        except PydanticSerializationError as error:
+            if all(isinstance(event, dict) for event in events):
+                data = to_json(events, inf_nan_mode="strings", fallback=_tensor_json)
+            else:
+                raise EventTypeError(f"channel {self.channel.name!r}: an event does not match its type: {error}") from None
+        text = to_json(header)[:-1] + b',"data":' + data + b"}"
+        if buffers is None or not buffers.parts:
+            return text
+        padding = -(_PREFIX.size + len(text)) % ALIGNMENT
+        prefix = _PREFIX.pack(MAGIC, VERSION, len(text), buffers.nbytes)
+        return b"".join((prefix, text, bytes(padding), *buffers.parts))
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def decode(self, payload: bytes | memoryview, *, count: int | None = None, position: int | None = None) -> Frame[T]:
+        """Read a frame.
+
+        count     how many events its stream entry promises
+        position  events in the stream up to and including this frame: where the sequence of outputs comes from
+
+        Raises FrameError (truncated, another version, invalid); one bad event among good ones does not.
+        """
+        text, buffers = split(payload)
+        try:
+            body = self._body.model_validate_json(text, context=buffers)
+            events: list[Any] = body.data
+            invalid: list[int] = []
+        except ValidationError as error:
+            body, events, invalid = self._decode_slowly(text, buffers, error)
+        if body.pipeline != VERSION:
+            raise FrameVersionError(f"frame version {body.pipeline}; this release reads version {VERSION}")
+        for name in ("keys", "times", "headers"):
+            values = getattr(body, name)
+            if values is not None and len(values) != len(events):
+                raise FrameInvalid(f"{len(values)} {name} for {len(events)} events")
+        if count is not None and len(events) != count:
+            raise FrameInvalid(f"the entry promises {count} events, its frame holds {len(events)}")
+        sequence = body.sequence
+        if sequence is None:
+            sequence = (position if position is not None else len(events)) - len(events) + 1
+        return Frame(self.channel.name, body, events, sequence, len(payload), buffers, invalid)
+
+    def decode_live(self, payload: bytes) -> Frame[T]:
+        """Read what arrived on a live channel: a frame, or what a plain client wrote (an object, an array, raw text)."""
+        kind: Any = self.channel.type
+        if kind is bytes or kind is str:
+            try:
+                event: Any = payload if kind is bytes else payload.decode()
+            except UnicodeDecodeError as error:
+                raise FrameInvalid(f"not UTF-8 text: {error}") from None
+            return self._from_plain([event], len(payload))
+        if payload.startswith((_JSON_START, MAGIC)):
+            return self.decode(payload)
+        try:
+            if payload.lstrip()[:1] == b"[":
+                return self._from_plain(self._list.validate_json(payload), len(payload))
+            return self._from_plain([self._one.validate_json(payload)], len(payload))
+        except ValidationError as error:
+            raise FrameInvalid(_reason(error)) from None
+
+    def parse(self, value: bytes | str) -> T:
+        """One event from JSON. Raises pydantic's ValidationError."""
+        return self._one.validate_json(value)
+
+    def to_json(self, event: Any) -> Any:
+        """One event as plain JSON values, tensors in their self-contained form."""
+        return from_json(to_json(event, inf_nan_mode="strings", bytes_mode="base64", fallback=_tensor_json))
+
+    def _from_plain(self, events: list[Any], nbytes: int) -> Frame[T]:
+        header = Header(pipeline=VERSION, source="plain", time=time.time())
+        sequence = next(self._plain)
+        for _ in events[1:]:
+            next(self._plain)
+        return Frame(self.channel.name, header, events, sequence, nbytes)
+
+    def _decode_slowly(
+        self, text: memoryview, buffers: TensorBytes | None, error: ValidationError
+    ) -> tuple[Any, list[Any], list[int]]:
+        """Something is wrong: find out whether it is the frame or single events of it."""
+        try:
+            raw = from_json(bytes(text))
+        except ValueError as cause:
+            kind = FrameTruncated if "EOF" in str(cause) else FrameInvalid
+            raise kind(f"not JSON: {cause}") from None
+        if not isinstance(raw, dict) or not isinstance(raw.get("data"), list):
+            raise FrameInvalid('a frame is a JSON object with "data": […]') from None
+        values = raw.pop("data")
+        if raw.get("pipeline") != VERSION:
+            raise FrameVersionError(f"frame version {raw.get('pipeline')!r}; this release reads version {VERSION}")
+        try:
+            header = Header.model_validate(raw)
+        except ValidationError as cause:
+            raise FrameInvalid(f"bad header: {_reason(cause)}") from None
+        events: list[Any] = []
+        invalid: list[int] = []
+        for index, value in enumerate(values):
+            try:
+                events.append(self._one.validate_json(to_json(value), context=buffers))
+            except ValidationError as cause:
+                invalid.append(index)
+                events.append(Invalid(plain(value, buffers), _reason(cause)))
+        return header, events, invalid
+
+
+def split(payload: bytes | memoryview) -> tuple[bytes | memoryview, TensorBytes | None]:
+    """The JSON and the buffers of a frame. Raises FrameError."""
+    view = memoryview(payload)
+    if view[:4] != MAGIC:
+        if not view:
+            raise FrameTruncated("an empty frame")
+        return payload, None
+    if len(view) < _PREFIX.size:
+        raise FrameTruncated(f"{len(view)} bytes; a frame with tensors begins with {_PREFIX.size}")
+    _, version, text_length, buffer_length = _PREFIX.unpack_from(view)
+    if version != VERSION:
+        raise FrameVersionError(f"frame version {version}; this release reads version {VERSION}")
+    start = _PREFIX.size + text_length
+    start += -start % ALIGNMENT
+    if start + buffer_length != len(view):
+        kind = FrameTruncated if start + buffer_length > len(view) else FrameInvalid
+        raise kind(f"the prefix promises {start + buffer_length} bytes, there are {len(view)}")
+    text = view[_PREFIX.size : _PREFIX.size + text_length]
+    return bytes(text), TensorBytes(view[start:])
+
+
+def plain(value: Any, buffers: TensorBytes | None) -> Any:
+    """JSON values with every `$tensor` reference replaced by its self-contained form (or left, when it is broken)."""
+    if isinstance(value, list):
+        return [plain(item, buffers) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if buffers is not None and set(value) == {"$tensor"}:
+        try:
+            return buffers.tensor(value["$tensor"]).to_json()
+        except ValueError:
+            return value
+    return {name: plain(item, buffers) for name, item in value.items()}
+
+
+def preview(payload: bytes) -> Any:
+    """A frame's events as plain JSON without knowing their type; for people. None when it cannot be read."""
+    try:
+        text, buffers = split(payload)
+        raw = from_json(bytes(text))
+    except (FrameError, ValueError):
+        return None
+    return plain(raw.get("data"), buffers) if isinstance(raw, dict) else None
+
+
+def _tensor_json(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to_json()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _reason(error: ValidationError) -> str:
+    """The first few errors of a validation on one line."""
+    items = error.errors(include_url=False, include_context=False, include_input=False)
+    texts = [f"{'.'.join(map(str, item['loc'])) or 'event'}: {item['msg']}" for item in items[:5]]
+    more = f" … and {len(items) - 5} more" if len(items) > 5 else ""
+    return "; ".join(texts) + more

@@ -1,0 +1,75 @@
+"""The order in which an app starts and stops, written once.
+
+start:  connect → register channels → on_start hooks → join groups → report
+stop:   1. stop reading            nothing new comes in
+        2. hand back               what no handler has begun goes to other workers at once, not when its lease ends
+        3. finish                  running handlers end, within the deadline, and their outcomes are committed
+        4. hand back the rest      frames that were under way and did not end
+        5. cancel background tasks hooks' tasks may have served the handlers until now
+        6. flush what the app itself published, send the last report
+        7. close connections
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Iterable
+
+from .router import Router
+
+__all__ = ["drain", "first_failure", "on_signals"]
+
+logger = logging.getLogger("pipeline.lifecycle")
+
+
+async def drain(routers: list[Router], seconds: float) -> None:
+    """Steps 1 to 4, for all routers side by side."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    await asyncio.gather(*(router.stop_reading() for router in routers))
+    await asyncio.gather(*(router.hand_back() for router in routers))
+    await asyncio.gather(*(router.finish(deadline) for router in routers))
+
+
+async def first_failure(tasks: Iterable[asyncio.Task[None]], stop: asyncio.Event) -> None:
+    """Wait for `stop`. A task that fails ends the wait too, with its error: a broken worker must not look alive."""
+    stopping = asyncio.create_task(stop.wait())
+    watched = {*tasks}
+    try:
+        while True:
+            done, _ = await asyncio.wait({*watched, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if stopping in done:
+                return
+            for task in done:
+                watched.discard(task)
+                if not task.cancelled() and (error := task.exception()) is not None:
+                    raise error
+    finally:
+        stopping.cancel()
+
+
+def on_signals(stop: asyncio.Event, now: Callable[[], None]) -> Callable[[], None]:
+    """SIGTERM and SIGINT drain; a second one stops now. Returns what restores the handlers."""
+    loop = asyncio.get_running_loop()
+
+    def handle(name: str) -> None:
+        if stop.is_set():
+            logger.warning("second %s: stopping now; what is held comes free when its lease ends", name)
+            now()
+        else:
+            logger.info("%s: draining", name)
+            stop.set()
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        with contextlib.suppress(NotImplementedError):
+            loop.add_signal_handler(number, handle, number.name)
+
+    def restore() -> None:
+        for number in numbers:
+            with contextlib.suppress(NotImplementedError, ValueError):
+                loop.remove_signal_handler(number)
+
+    return restore

@@ -1,0 +1,50 @@
+"""One delivery of an event, with its envelope."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Generic, TypeVar
+
+__all__ = ["Message", "Receipt"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Message(Generic[T]):
+    """One delivery of an event. Annotate a handler's parameter `Message[Reading]` to receive it.
+
+    id       `source:sequence`, unique within its channel and ordered within its source
+    source   who published it
+    time     when it was published, aware, UTC
+    key      what orders it, or None
+    attempt  1 the first time
+    headers  what the publisher attached
+    """
+
+    event: T
+    id: str
+    channel: str
+    source: str
+    time: datetime
+    key: str | None = None
+    attempt: int = 1
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What `publish` returns once Redis has the events: their ids, in order. `id` is the first."""
+
+    ids: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        return self.ids[0]
+
+
+def utc(seconds: float) -> datetime:
+    """An aware UTC datetime of Unix seconds."""
+    return datetime.fromtimestamp(seconds, UTC)

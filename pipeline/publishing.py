@@ -1,0 +1,266 @@
+"""Publishing: what has gathered while the last write was in flight goes out with the next (no linger, no added latency)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+from .channel import Channel
+from .errors import ConfigurationError, PayloadTooLarge
+from .frame import Codec
+from .message import Receipt
+from .transports import Outgoing, Transport
+
+__all__ = ["Outbox"]
+
+FRAME_BYTES = 256 * 1024
+MOST_FRAMES = 64
+"""Frames of one write."""
+
+
+class _Ids(Sequence[str]):
+    """Ids of consecutive events, made when they are looked at."""
+
+    __slots__ = ("_count", "_first", "_source")
+
+    def __init__(self, source: str, first: int, count: int) -> None:
+        self._source = source
+        self._first = first
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        numbers = range(self._first, self._first + self._count)
+        if isinstance(index, slice):
+            return [f"{self._source}:{number}" for number in numbers[index]]
+        return f"{self._source}:{numbers[index]}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __hash__(self) -> int:
+        return hash((self._source, self._first, self._count))
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
+@dataclass(slots=True)
+class _Parcel:
+    """What one call of publish hands over."""
+
+    events: list[Any]
+    keys: list[str | None] | None
+    headers: Mapping[str, str] | None
+    due: float | None
+    reply: str | None
+    time: float
+    written: asyncio.Future[int] | None
+    first: int = 0
+
+
+class Outbox:
+    """One process's way to one partition of a channel. Writes are in order, one at a time, each of one or more frames."""
+
+    def __init__(
+        self, channel: Channel[Any], partition: int, codec: Codec[Any], transport: Transport, source: str, limit: int
+    ) -> None:
+        self.channel = channel
+        self.source = source if partition == 0 else f"{source}.{partition}"
+        self.published = 0
+        """Events written since somebody last looked (and set it to 0)."""
+        self._partition = partition
+        self._codec = codec
+        self._transport = transport
+        self._limit = limit
+        self._next = 1
+        self._queue: deque[_Parcel] = deque()
+        self._writing = False
+        self._writer: asyncio.Task[None] | None = None
+        self._event_bytes = 0.0
+
+    async def publish(
+        self,
+        events: list[Any],
+        *,
+        key: str | None,
+        headers: Mapping[str, str] | None,
+        due: float | None,
+        reply: str | None,
+        keys: list[str | None] | None = None,
+    ) -> Receipt:
+        """Resolves when the transport has the events."""
+        self._codec.check(events)
+        if keys is None and key is not None:
+            keys = [key] * len(events)
+        parcel = _Parcel(events, keys, headers, due, reply, time.time(), None)
+        if self._writing:
+            parcel.written = asyncio.get_running_loop().create_future()
+            self._queue.append(parcel)
+            await parcel.written
+        else:
+            self._writing = True
+            try:
+                await self._write([parcel])
+            finally:
+                self._hand_over()
+        return Receipt(_Ids(self.source, parcel.first, len(events)))  # type: ignore[arg-type]  # a lazy tuple
+
+    def _hand_over(self) -> None:
+        if self._queue:
+            self._writer = asyncio.create_task(self._drain(), name=f"publish {self.channel.name}")
+        else:
+            self._writing = False
+
+    async def _drain(self) -> None:
+        while self._queue:
+            parcels, size = [], 0
+            while self._queue and (not parcels or size < self.channel.frame * MOST_FRAMES):
+                parcel = self._queue.popleft()
+                size += len(parcel.events)
+                parcels.append(parcel)
+            await self._settle(parcels)
+        self._writing = False
+
+    async def _settle(self, parcels: list[_Parcel]) -> None:
+        """Write, and tell each caller. When a write of several fails, each is tried alone: one must not spoil another's."""
+        try:
+            await self._write(parcels)
+        except Exception as error:
+            if len(parcels) > 1 and isinstance(error, (PayloadTooLarge, TypeError)):
+                for parcel in parcels:
+                    await self._settle([parcel])
+                return
+            for parcel in parcels:
+                if parcel.written is not None and not parcel.written.done():
+                    parcel.written.set_exception(error)
+            return
+        for parcel in parcels:
+            if parcel.written is not None and not parcel.written.done():
+                parcel.written.set_result(parcel.first)
+
+    async def _write(self, parcels: list[_Parcel]) -> None:
+        start = self._next
+        frames: list[Outgoing] = []
+        try:
+            for group in _alike(parcels):
+                frames.extend(self._frames(group))
+            await self._send(frames)
+        except BaseException as error:
+            # Nothing was written, or it is unknown how much; a sequence that is reused would be taken for a repeat.
+            if isinstance(error, (PayloadTooLarge, TypeError)):
+                self._next = start
+            raise
+
+    async def _send(self, frames: list[Outgoing]) -> None:
+        for index in range(0, len(frames), MOST_FRAMES):
+            part = frames[index : index + MOST_FRAMES]
+            await self._transport.publish(self.channel, self._partition, part)
+            self.published += sum(frame.count for frame in part)
+
+    def _frames(self, group: list[_Parcel]) -> list[Outgoing]:
+        events: list[Any] = group[0].events
+        keys, headers, times = group[0].keys, None, None
+        if len(group) > 1:
+            events = [event for parcel in group for event in parcel.events]
+            if any(parcel.keys for parcel in group):
+                keys = [key for parcel in group for key in (parcel.keys or [None] * len(parcel.events))]
+            times = [parcel.time for parcel in group for _ in parcel.events]
+        if any(parcel.headers for parcel in group):
+            headers = [parcel.headers for parcel in group for _ in parcel.events]
+        first = self._next
+        for parcel in group:
+            parcel.first = first
+            first += len(parcel.events)
+        return self._cut(events, keys, headers, times, group[0])
+
+    def _cut(
+        self,
+        events: list[Any],
+        keys: list[str | None] | None,
+        headers: list[Mapping[str, str] | None] | None,
+        times: list[float] | None,
+        model: _Parcel,
+    ) -> list[Outgoing]:
+        """Frames within the channel's limits of events and bytes."""
+        if self.channel.raw:
+            return [self._raw(event) for event in events]
+        frames: list[Outgoing] = []
+        at = 0
+        while at < len(events):
+            size = self._size(len(events) - at)
+            part = slice(at, at + size)
+            body = self._codec.encode(
+                events[part],
+                source=self.source,
+                sequence=self._next,
+                time=model.time,
+                times=times[part] if times else None,
+                keys=keys[part] if keys else None,
+                headers=headers[part] if headers else None,
+                due=model.due,
+                reply=model.reply,
+            )
+            self._event_bytes = len(body) / size
+            if size > 1 and len(body) > 2 * FRAME_BYTES:
+                continue  # events are bigger than they were: cut smaller
+            self._check_size(len(body))
+            frames.append(Outgoing(body, size, self.source, self._next))
+            self._next += size
+            at += size
+        return frames
+
+    def _size(self, left: int) -> int:
+        by_bytes = int(FRAME_BYTES / self._event_bytes) if self._event_bytes else self.channel.frame
+        return max(1, min(left, self.channel.frame, by_bytes))
+
+    def _raw(self, event: Any) -> Outgoing:
+        body = event.encode() if isinstance(event, str) else bytes(event)
+        self._check_size(len(body))
+        self._next += 1
+        return Outgoing(body, 1, self.source, self._next - 1)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._limit:
+            raise PayloadTooLarge(
+                f"one event of channel {self.channel.name!r} takes {size:,} bytes; the limit is {self._limit:,} "
+                "(PIPELINE_MAX_FRAME_BYTES)"
+            )
+
+    async def drain(self) -> None:
+        """Wait until everything handed over is written."""
+        while self._writing:
+            if self._writer is not None and not self._writer.done():
+                await asyncio.gather(self._writer, return_exceptions=True)
+            else:
+                await asyncio.sleep(0.001)
+
+
+def _alike(parcels: list[_Parcel]) -> list[list[_Parcel]]:
+    """Runs that may share a frame: same due time, same reply address."""
+    runs: list[list[_Parcel]] = []
+    for parcel in parcels:
+        if runs and runs[-1][0].due == parcel.due and runs[-1][0].reply == parcel.reply:
+            runs[-1].append(parcel)
+        else:
+            runs.append([parcel])
+    return runs
+
+
+def check_delay(delay: float | None) -> float | None:
+    """The Unix time at which an event is due, or None. Raises ConfigurationError."""
+    if delay is None:
+        return None
+    if not 0 <= delay < 10 * 365 * 86400:
+        raise ConfigurationError(f"delay={delay!r}: seconds, not negative")
+    return time.time() + delay if delay else None

@@ -1,0 +1,128 @@
+"""Once a second: what this process did, and (by whichever process has the turn) the ledger of everything."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from importlib import metadata
+
+import psutil
+
+from .errors import PipelineError
+from .ledger import ChannelLedger, GroupLedger, Ledger
+from .metrics import GroupMetrics, WorkerSample
+from .registry import Registry
+from .router import Router
+from .transports import Backend, PartitionStats
+from .transports.client import LinkLost, ReplyError
+
+__all__ = ["Reporter", "read_ledger"]
+
+logger = logging.getLogger("pipeline.reporting")
+
+
+async def read_ledger(backend: Backend, registry: Registry) -> Ledger:
+    """The counters of every registered channel, each channel's at one moment."""
+    records = await registry.records()
+    shapes = {name: (record.durable, int(record.limits["partitions"])) for name, record in records.items()}
+    moment, found = await backend.ledger(shapes)
+    channels = {name: _channel(shapes[name][0], parts) for name, parts in found.items()}
+    return Ledger(time=moment, channels=channels)
+
+
+def _channel(durable: bool, parts: list[PartitionStats]) -> ChannelLedger:
+    groups: dict[str, GroupLedger] = {}
+    for name in sorted({name for part in parts for name in part.groups}):
+        stats = [part.groups[name] for part in parts if name in part.groups]
+        groups[name] = GroupLedger(
+            before=sum(one.before for one in stats),
+            handled=sum(one.handled for one in stats),
+            dead=sum(one.dead for one in stats),
+            retried=sum(one.retried for one in stats),
+            duplicates_suppressed=sum(one.suppressed for one in stats),
+            dropped=sum(one.dropped for one in stats),
+            pending=sum(one.pending for one in stats),
+            lag=sum(one.lag for one in stats) if durable else 0,
+            consumers=max(one.consumers for one in stats),
+            oldest=max(one.oldest for one in stats),
+        )
+    return ChannelLedger(
+        durable=durable,
+        published=sum(part.published for part in parts),
+        duplicates=sum(part.duplicates for part in parts),
+        dropped=sum(group.dropped for group in groups.values()),
+        retained=sum(part.entries for part in parts),
+        groups=groups,
+    )
+
+
+class Reporter:
+    """Publishes a WorkerSample an interval. Never disturbs the work: what cannot be sent is sent with the next."""
+
+    def __init__(
+        self,
+        app: str,
+        worker: str,
+        interval: float,
+        routers: Callable[[], Iterable[tuple[Router, GroupMetrics]]],
+        published: Callable[[], dict[str, int]],
+        send: Callable[[WorkerSample], Awaitable[object]],
+        ledger: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._app = app
+        self._worker = worker
+        self._interval = interval
+        self._routers = routers
+        self._published = published
+        self._send = send
+        self._ledger = ledger
+        self._process = psutil.Process()
+        self._process.cpu_percent(None)
+        self._started = time.time()
+        self._last = time.monotonic()
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval)
+            try:
+                await self._send(self.sample())
+                await self._ledger()
+            except (PipelineError, LinkLost, ReplyError) as error:
+                logger.debug("metrics are late: %s", error)
+
+    def sample(self) -> WorkerSample:
+        now = time.monotonic()
+        elapsed, self._last = now - self._last, now
+        published, dropped, groups = self._published(), {}, []
+        for router, metrics in self._routers():
+            channel = router.subscriber.channel.name
+            for name, count in metrics.published.items():
+                published[name] = published.get(name, 0) + count
+            if metrics.dropped:
+                dropped[channel] = dropped.get(channel, 0) + metrics.dropped
+            groups.append(metrics.sample(channel, router.subscriber.group, router.flow.events))
+        return WorkerSample(
+            app=self._app,
+            worker=self._worker,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=_version(),
+            started=self._started,
+            interval=elapsed,
+            rss=self._process.memory_info().rss,
+            cpu=self._process.cpu_percent(None) / 100,
+            published=published,
+            dropped=dropped,
+            groups=groups,
+        )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("redis-ml-pipeline")
+    except metadata.PackageNotFoundError:
+        return "unknown"

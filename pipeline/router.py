@@ -1,0 +1,522 @@
+"""A message's life, from the reader to the commit.
+
+    read → accept (decode, skip what is settled, set aside what is late or poisonous) → queue → call the handler
+    → resolve the outcome (outputs, reply, retry, dead letter) → draft → commit → settle
+
+One Router runs one Subscriber in one process. Handlers' outcomes gather while a commit is in flight and go out with the
+next one, so commits are few when work is fast and prompt when it is slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .channel import Channel
+from .drafts import Draft, Gaps, Held, Sources, Unit
+from .errors import FrameError, HandlerError, PipelineError, Reject, Retry
+from .executors import Executor, make
+from .flow import Flow
+from .frame import Codec
+from .metrics import GroupMetrics
+from .middleware import Middleware
+from .subscriber import Subscriber
+from .transports.client import ReplyError
+from .transports import Commit, Entry, Group, Reader, Retried, Segment, Transport
+
+__all__ = ["Router"]
+
+logger = logging.getLogger("pipeline.router")
+
+SUSPECT = 3
+"""Deliveries without a commit after which an event is suspected of killing its worker."""
+MOST_PER_COMMIT = 4096
+
+
+class Lane:
+    """Events waiting for a handler; one lane for all, or with `ordered=True` one a handler slot."""
+
+    def __init__(self) -> None:
+        self.units: deque[Unit] = deque()
+        self.arrived = asyncio.Event()
+        self.closed = False
+
+    async def available(self) -> bool:
+        """Wait for something to do; False when there will be nothing more."""
+        while not self.units:
+            if self.closed:
+                return False
+            self.arrived.clear()
+            await self.arrived.wait()
+        return not self.closed
+
+
+@dataclass(slots=True)
+class Context:
+    """What a router needs of its app."""
+
+    transport: Callable[[Channel[Any]], Transport]
+    codec: Callable[[Channel[Any]], Codec[Any]]
+    source: str
+    consumer: str
+    prefetch_bytes: int
+    middleware: list[Middleware]
+    metrics: GroupMetrics
+
+
+class Router:
+    def __init__(self, subscriber: Subscriber, context: Context) -> None:
+        self.subscriber = subscriber
+        self.flow = Flow(subscriber.least, context.prefetch_bytes)
+        self._context = context
+        self._codec = context.codec(subscriber.channel)
+        self._executor: Executor = make(
+            subscriber.handler, subscriber.run_in, subscriber.concurrency, context.middleware
+        )
+        self._lanes = [Lane() for _ in range(subscriber.concurrency if subscriber.ordered else 1)]
+        self._held: dict[tuple[int, str], Held] = {}
+        self._readers: list[Reader] = []
+        self._done: list[tuple[Unit, Any]] = []
+        self._wake = asyncio.Event()
+        self._draining = asyncio.Event()
+        self._gaps = Gaps()
+        self._sources = Sources(f"{subscriber.channel.name}.{subscriber.group}", context.source)
+        self._reading: list[asyncio.Task[None]] = []
+        self._working: list[asyncio.Task[None]] = []
+        self._settling: asyncio.Task[None] | None = None
+        self._argument: Callable[[Unit], Any] = _message if subscriber.messages else _event
+
+    # -- start and stop ------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        subscriber, channel = self.subscriber, self.subscriber.channel
+        group = Group(
+            subscriber.group, self._context.consumer, subscriber.lease, subscriber.start, subscriber.retry.attempts
+        )
+        transport = self._context.transport(channel)
+        for partition in range(channel.partitions):
+            self._readers.append(await transport.join(channel, partition, group))
+        name = f"{channel.name}/{subscriber.group}"
+        self._settling = asyncio.create_task(self._settle(), name=f"settle {name}")
+        work = self._work_in_order if subscriber.ordered else self._work
+        if subscriber.batch is not None:
+            work = self._work_in_batches
+        for slot in range(subscriber.concurrency):
+            lane = self._lanes[slot % len(self._lanes)]
+            self._working.append(asyncio.create_task(work(lane), name=f"work {name}"))
+        for partition, reader in enumerate(self._readers):
+            self._reading.append(asyncio.create_task(self._read(reader, partition), name=f"read {name}"))
+
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """All that run; none of them ends before `drain`, unless something is broken."""
+        return [*self._reading, *self._working, *([self._settling] if self._settling else [])]
+
+    async def stop_reading(self) -> None:
+        self._draining.set()
+        self.flow.open()
+        for reader in self._readers:
+            await reader.stop()
+        await asyncio.gather(*self._reading, return_exceptions=True)
+
+    async def hand_back(self) -> None:
+        """Give unstarted work to others now; frames that are partly under way follow in `finish`."""
+        unstarted: dict[int, list[Unit]] = {}
+        for lane in self._lanes:
+            lane.closed = True
+            while lane.units:
+                unit = lane.units.popleft()
+                unstarted.setdefault(id(unit[0]), []).append(unit)
+            lane.arrived.set()
+        whole = [units[0][0] for units in unstarted.values() if len(units) == units[0][0].open]
+        await self._release(whole)
+
+    async def finish(self, deadline: float) -> None:
+        """Let running handlers end and commit, until `deadline` (loop time); then hand back the rest and close."""
+        running = [task for task in self._working if not task.done()]
+        if running:
+            loop = asyncio.get_running_loop()
+            _, late = await asyncio.wait(running, timeout=max(0.0, deadline - loop.time()))
+            for task in late:
+                logger.warning("%s: a handler did not end in time; its events go to another worker", self._name)
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+        if self._settling is not None:
+            self._settling.cancel()
+            await asyncio.gather(self._settling, return_exceptions=True)
+        with contextlib.suppress(PipelineError, OSError, TimeoutError):
+            async with asyncio.timeout(2):
+                await self._flush()
+                await self._release(list(self._held.values()))
+        self._executor.close()
+        for reader in self._readers:
+            await reader.close()
+
+    async def _release(self, frames: list[Held]) -> None:
+        for reader in self._readers:
+            entries = [held.entry.id for held in frames if held.reader is reader]
+            if entries:
+                await reader.release(entries)
+        for held in frames:
+            self._forget(held, held.open)
+
+    @property
+    def _name(self) -> str:
+        return f"group {self.subscriber.group!r} of channel {self.subscriber.channel.name!r}"
+
+    # -- read and accept -----------------------------------------------------------------------------------------
+
+    async def _read(self, reader: Reader, partition: int) -> None:
+        while not self._draining.is_set():
+            await self.flow.room()
+            if self._draining.is_set():
+                return
+            entries = await reader.read(self.flow.frames(), 1.0)
+            for id_ in reader.lost():
+                self._lose(reader, id_)
+            for entry in entries:
+                await self._accept(entry, reader, partition)
+            self._count_overwritten(reader)
+
+    async def _accept(self, entry: Entry, reader: Reader, partition: int) -> None:
+        codec, durable = self._codec, self.subscriber.channel.durable
+        try:
+            if durable or entry.apart:
+                frame = codec.decode(entry.body, count=entry.count, position=entry.position)
+            else:
+                frame = codec.decode_live(entry.body)
+                self._context.metrics.dropped += self._gaps.note(frame)
+        except FrameError as error:
+            await self._bury_frame(entry, reader, partition, error)
+            return
+        held = Held(entry, frame, reader, partition)
+        self._held[id(reader), entry.id] = held
+        self.flow.take(held.open, frame.nbytes)
+        await self._queue(held)
+
+    async def _queue(self, held: Held) -> None:
+        entry, header = held.entry, held.frame.header
+        if entry.deliveries > SUSPECT or (entry.apart and entry.count > 1):
+            if not entry.apart or entry.count > 1:
+                await self._set_apart(held, 0.0)
+                return
+            error = HandlerError(f"its worker died or lost its lease {entry.deliveries - 1} times while handling it")
+            self._finish_unit((held, 0), error, final=True)
+            return
+        if header.due is not None and not entry.apart and (delay := header.due - time.time()) > 0:
+            await self._set_apart(held, delay)
+            return
+        for index in held.frame.invalid:
+            if not entry.done or entry.done[index] == "0":
+                kind, reason = self.subscriber.channel.type.__name__, held.frame.events[index].reason
+                self._finish_unit((held, index), Reject(f"not a valid {kind}: {reason}"))
+        units = [(held, index) for index in held.indexes() if index not in held.frame.invalid]
+        self._wake.set()
+        if len(self._lanes) == 1:
+            self._lanes[0].units.extend(units)
+            self._lanes[0].arrived.set()
+            return
+        for unit in units:
+            lane = self._lanes[_slot(held.frame.key(unit[1]), len(self._lanes))]
+            lane.units.append(unit)
+            lane.arrived.set()
+
+    async def _set_apart(self, held: Held, delay: float) -> None:
+        """Move the open events of a frame to the retries, each by itself: nothing was tried, nothing is counted."""
+        indexes = held.indexes()
+        bodies = [self._codec.reencode(held.frame, index, attempt=held.frame.header.attempt) for index in indexes]
+        commit = Commit(segments=held.segments(indexes), retries=[Retried(delay, body) for body in bodies])
+        await held.reader.commit(commit)
+        self._forget(held, held.open)
+
+    async def _bury_frame(self, entry: Entry, reader: Reader, partition: int, error: FrameError) -> None:
+        """Nobody can read this frame: a dead letter for all its events, and the worker goes on."""
+        logger.error("%s: frame %s cannot be read: %s", self._name, entry.id, error)
+        count = max(1, entry.count)
+        draft = self._draft()
+        draft.bury(None, entry.id, partition, error, attempts=entry.deliveries, original=entry.body, count=count)
+        commit = draft.commit()
+        if self.subscriber.channel.durable or entry.apart:
+            commit.segments.append(Segment(entry.id, count, 0, count - 1))
+        await reader.commit(commit)
+        reader.settled(entry.id)
+        self._context.metrics.dead += count
+
+    def _lose(self, reader: Reader, id_: str) -> None:
+        """Another worker has this entry: drop what has not begun. What has will conflict at its commit, harmlessly."""
+        held = self._held.get((id(reader), id_))
+        if held is None:
+            return
+        logger.warning("%s: the lease of %s ended; another worker has it", self._name, id_)
+        for lane in self._lanes:
+            kept = [unit for unit in lane.units if unit[0] is not held]
+            dropped = len(lane.units) - len(kept)
+            if dropped:
+                lane.units.clear()
+                lane.units.extend(kept)
+                self._forget(held, dropped)
+
+    def _count_overwritten(self, reader: Reader) -> None:
+        overwritten = getattr(reader, "overwritten", None)
+        if overwritten is not None and self.subscriber.channel.raw:
+            self._context.metrics.dropped += overwritten()
+
+    # -- call the handler ----------------------------------------------------------------------------------------
+
+    async def _work(self, lane: Lane) -> None:
+        metrics = self._context.metrics
+        while await lane.available():
+            started = time.perf_counter()
+            await self._executor.each(lane.units, self._argument, self._done)
+            metrics.busy += time.perf_counter() - started
+            self._wake.set()
+            await asyncio.sleep(0)
+
+    async def _work_in_order(self, lane: Lane) -> None:
+        """One event after the other; a retry happens in place, so that nothing of its lane overtakes it."""
+        metrics, retry = self._context.metrics, self.subscriber.retry
+        while await lane.available():
+            unit = lane.units.popleft()
+            attempt = unit[0].attempt
+            while True:
+                results: list[tuple[Unit, Any]] = []
+                started = time.perf_counter()
+                await self._executor.each(deque([unit]), self._argument_at(attempt), results)
+                metrics.busy += time.perf_counter() - started
+                outcome = results[0][1]
+                delay = None if isinstance(outcome, Reject) else _delay(outcome, attempt, retry.delay)
+                if delay is None or attempt >= retry.attempts:
+                    self._finish_unit(unit, outcome, final=delay is not None)
+                    break
+                attempt += 1
+                metrics.retried += 1
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(delay):
+                        await self._draining.wait()
+                    return  # the frame is handed back from this event on
+
+    def _argument_at(self, attempt: int) -> Callable[[Unit], Any]:
+        if not self.subscriber.messages:
+            return _event
+        return lambda unit: replace(unit[0].message(unit[1]), attempt=attempt)
+
+    async def _work_in_batches(self, lane: Lane) -> None:
+        metrics = self._context.metrics
+        while await lane.available():
+            units, reason = await self._gather(lane)
+            if lane.closed and reason != "size":
+                await self._release_gathered(units)
+                return
+            metrics.batch(len(units), reason)
+            started = time.perf_counter()
+            await self._call(units)
+            metrics.busy += time.perf_counter() - started
+
+    async def _gather(self, lane: Lane) -> tuple[list[Unit], str]:
+        batch = self.subscriber.batch
+        assert batch is not None
+        queue = lane.units
+        units = [queue.popleft() for _ in range(min(batch.size, len(queue)))]
+        if len(units) == batch.size:
+            return units, "size"
+        if batch.wait == 0:
+            return units, "idle"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(batch.wait):
+                while len(units) < batch.size and not lane.closed:
+                    lane.arrived.clear()
+                    await lane.arrived.wait()
+                    units += [queue.popleft() for _ in range(min(batch.size - len(units), len(queue)))]
+        return units, "size" if len(units) == batch.size else "timeout"
+
+    async def _release_gathered(self, units: list[Unit]) -> None:
+        frames = {id(unit[0]): unit[0] for unit in units}
+        await self._release([held for held in frames.values() if (id(held.reader), held.entry.id) in self._held])
+
+    async def _call(self, units: list[Unit]) -> None:
+        """Call a batch handler. A failing batch is halved until the offender is alone; the others are not punished."""
+        outcomes: list[Any]
+        try:
+            result = await self._executor.once([self._argument(unit) for unit in units])
+            outcomes = _outcomes(result, len(units))
+        except (Retry, _WrongLength) as error:
+            outcomes = [error.error if isinstance(error, _WrongLength) else error] * len(units)
+        except Exception as error:
+            if len(units) > 1:
+                middle = len(units) // 2
+                await self._call(units[:middle])
+                await self._call(units[middle:])
+                return
+            outcomes = [error]
+        self._done.extend(zip(units, outcomes, strict=True))
+        self._wake.set()
+
+    def _finish_unit(self, unit: Unit, outcome: Any, *, final: bool = False) -> None:
+        self._done.append((unit, Final(outcome) if final else outcome))
+        self._wake.set()
+
+    # -- settle --------------------------------------------------------------------------------------------------
+
+    async def _settle(self) -> None:
+        while True:
+            if not self._done:
+                self._wake.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.01 if self.flow.events else None):
+                        await self._wake.wait()
+            await self._flush()
+
+    async def _flush(self) -> None:
+        while self._done:
+            items = self._done[:MOST_PER_COMMIT]
+            del self._done[: len(items)]
+            for reader in self._readers:
+                own = items if len(self._readers) == 1 else [item for item in items if item[0][0].reader is reader]
+                if own:
+                    await self._insist(reader, own)
+
+    async def _insist(self, reader: Reader, items: list[tuple[Unit, Any]]) -> None:
+        """Commit; when Redis refuses (a key of the wrong type, say), keep the outcomes and try again until it is mended."""
+        while True:
+            try:
+                await self._commit(reader, items)
+            except (PipelineError, ReplyError) as error:
+                logger.error("%s: %d outcomes cannot be committed yet: %s", self._name, len(items), error)
+                await asyncio.sleep(1.0)
+            else:
+                return
+
+    async def _commit(self, reader: Reader, items: list[tuple[Unit, Any]]) -> None:
+        everything = items
+        while items:
+            draft = self._draft()
+            for (held, index), outcome in items:
+                self._resolve(draft, held, index, outcome)
+            try:
+                commit = draft.commit()
+            except PipelineError as error:
+                items = self._blame(items, error)
+                continue
+            statuses = await reader.commit(commit)
+            if not statuses:
+                draft.applied(self._context.metrics)
+                break
+            before = len(items)
+            items = _standing(items, commit.segments, statuses)
+            self._context.metrics.suppressed += before - len(items)
+        for (held, _), _ in everything:
+            held.settle()
+        for held in {id(item[0][0]): item[0][0] for item in everything}.values():
+            self._forget(held, held.take_settled())
+
+    def _draft(self) -> Draft:
+        return Draft(self.subscriber, self._codec, self._context.codec, self._sources)
+
+    def _resolve(self, draft: Draft, held: Held, index: int, outcome: Any) -> None:
+        final = isinstance(outcome, Final)
+        if final:
+            outcome = outcome.outcome
+        if isinstance(outcome, BaseException):
+            retry = self.subscriber.retry
+            delay = _delay(outcome, held.attempt, retry.delay)
+            if delay is not None and not final and held.attempt < retry.attempts:
+                draft.retry(held, index, delay)
+            else:
+                draft.fail(held, index, outcome)
+            return
+        try:
+            draft.handle(held, index, outcome)
+        except HandlerError as error:
+            self._resolve(draft, held, index, error)
+
+    def _blame(self, items: list[tuple[Unit, Any]], error: PipelineError) -> list[tuple[Unit, Any]]:
+        """An output could not be written: find whose it was, and fail that event alone."""
+        judged, found = [], False
+        for unit, outcome in items:
+            alone = self._draft()
+            self._resolve(alone, unit[0], unit[1], outcome)
+            try:
+                alone.commit()
+            except PipelineError as cause:
+                judged.append((unit, HandlerError(f"its output cannot be published: {cause}")))
+                found = True
+            else:
+                judged.append((unit, outcome))
+        if not found:
+            raise error
+        return judged
+
+    def _forget(self, held: Held, events: int) -> None:
+        """So many events of a frame need no further care here."""
+        held.open -= events
+        done = held.open == 0
+        self.flow.give(events, held.frame.nbytes if done else 0)
+        if done:
+            self._held.pop((id(held.reader), held.entry.id), None)
+            held.reader.settled(held.entry.id)
+
+
+@dataclass(slots=True)
+class Final:
+    """An outcome whose attempts are used up."""
+
+    outcome: Any
+
+
+class _WrongLength(Exception):
+    def __init__(self, error: HandlerError) -> None:
+        self.error = error
+
+
+def _event(unit: Unit) -> Any:
+    return unit[0].frame.events[unit[1]]
+
+
+def _message(unit: Unit) -> Any:
+    return unit[0].message(unit[1])
+
+
+def _slot(key: str | None, lanes: int) -> int:
+    return 0 if key is None else zlib.crc32(key.encode()) % lanes
+
+
+def _outcomes(result: Any, count: int) -> list[Any]:
+    if result is None:
+        return [None] * count
+    if not isinstance(result, (list, tuple)):
+        raise _WrongLength(HandlerError(f"a batch handler returns a list or None, not {type(result).__name__}"))
+    if len(result) != count:
+        raise _WrongLength(
+            HandlerError(f"the batch had {count} events and the handler returned {len(result)} results; one each, in order")
+        )
+    return list(result)
+
+
+def _delay(outcome: Any, attempt: int, backoff: Callable[[int], float]) -> float | None:
+    """Seconds until this outcome asks to be tried again; None when it does not."""
+    if isinstance(outcome, Retry):
+        return backoff(attempt) if outcome.delay is None else outcome.delay
+    if isinstance(outcome, BaseException) and not isinstance(outcome, Reject):
+        return backoff(attempt)
+    return None
+
+
+def _standing(
+    items: list[tuple[Unit, Any]], segments: list[Segment], statuses: list[str | None]
+) -> list[tuple[Unit, Any]]:
+    """The items that were not settled by somebody before."""
+    settled = {segment.entry: status for segment, status in zip(segments, statuses, strict=True) if status is not None}
+    standing = []
+    for item in items:
+        (held, index), _ = item
+        status = settled.get(held.entry.id)
+        if status is None or (status != "" and status[index] == "0"):
+            standing.append(item)
+    return standing
+

@@ -1,0 +1,111 @@
+"""Settings: the one reader of the environment and of `.env`. Everything else is told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from .errors import ConfigurationError
+
+__all__ = ["Settings", "redact", "settings"]
+
+_PREFIX = "PIPELINE_"
+_SCHEMES = ("redis://", "rediss://", "unix://", "memory://")
+
+
+class Settings(BaseSettings):
+    """What can be set from outside: `PIPELINE_<FIELD>`, besides the two ports. The environment wins over `.env`.
+
+    An empty variable counts as unset, so that a template's blank lines are harmless.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX,
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",  # .env may hold other programs' variables
+        frozen=True,
+        populate_by_name=True,
+        hide_input_in_errors=True,  # a rejected URL may hold a password
+    )
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    """Where Redis or Valkey is: redis://, rediss://, unix:// or memory://. May hold a password; `repr` hides it."""
+
+    gateway_host: str = "127.0.0.1"
+    gateway_port: int = Field(default=8000, ge=0, le=65535, validation_alias="GATEWAY_PORT")
+    dashboard_host: str = "127.0.0.1"
+    dashboard_port: int = Field(default=8050, ge=0, le=65535, validation_alias="DASHBOARD_PORT")
+    """0 takes any free port."""
+
+    data_dir: Path = Path(".pipeline")
+    """Where the embedded Valkey keeps its append-only file, and models their checkpoints."""
+
+    max_frame_bytes: int = Field(default=256 << 20, ge=1024)
+    """A frame above this is refused, when written and when read: a hostile length cannot exhaust memory."""
+
+    inline_bytes: int = Field(default=64 << 10, ge=0)
+    """Tensors up to this size travel inside the frame; bigger ones beside it, through the payload plane."""
+
+    prefetch_bytes: int = Field(default=32 << 20, ge=1)
+    """How much a subscriber process reads ahead of its handlers."""
+
+    drain_seconds: float = Field(default=10.0, ge=0)
+    """How long a stopping process lets its handlers finish before it hands their events back."""
+
+    token: SecretStr | None = None
+    """When set, gateway and dashboard ask for it as a bearer token."""
+
+    metrics_interval: float = Field(default=1.0, gt=0)
+    """Seconds between two publications of a process's counters."""
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("redis_url")
+    @classmethod
+    def _known_scheme(cls, url: str) -> str:
+        if not url.startswith(_SCHEMES):
+            raise ValueError(f"not a URL that begins with one of {', '.join(_SCHEMES)}")
+        return url
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _any_case(cls, level: object) -> object:
+        return level.upper() if isinstance(level, str) else level
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, redact(value) if name == "redis_url" else value
+
+
+@cache
+def settings() -> Settings:
+    """The process's settings, read once (`settings.cache_clear()` makes the next call read again).
+
+    Raises ConfigurationError, naming each variable with a bad value.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise ConfigurationError(_explain(error)) from None  # the cause would show the values, secrets among them
+
+
+def redact(url: str) -> str:
+    """`url` without its password, whether it stands before the host or in the query: for logs and messages."""
+    url = re.sub(r"(?<=://)([^:@/?#]*):.*@", r"\1:***@", url)
+    return re.sub(r"([?&][^=&#]*(?:password|token|secret)[^=&#]*=)[^&#]*", r"\1***", url, flags=re.IGNORECASE)
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(f"{_variable(str(one['loc'][0]))}: {one['msg']}" for one in error.errors(include_url=False))
+
+
+def _variable(location: str) -> str:
+    """pydantic locates an aliased field by its alias, which is the variable, and others by the field's name."""
+    return location if location.isupper() else (_PREFIX + location).upper()

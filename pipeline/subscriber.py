@@ -1,0 +1,101 @@
+"""What `@app.subscriber` declares, checked when it is declared."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .batching import Batch
+from .channel import Channel, check_name
+from .errors import ConfigurationError
+from .executors import RunIn
+from .message import Message
+from .retries import RetryPolicy
+
+__all__ = ["Subscriber", "declare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Subscriber:
+    """One handler's subscription: everything about it that does not change while it runs."""
+
+    channel: Channel[Any]
+    group: str
+    handler: Callable[[Any], Any]
+    publishes: tuple[Channel[Any], ...]
+    batch: Batch | None
+    concurrency: int
+    retry: RetryPolicy
+    lease: float
+    run_in: RunIn
+    ordered: bool
+    start: Literal["oldest", "latest"]
+    messages: bool
+    """The handler wants Messages, not bare events."""
+
+    @property
+    def least(self) -> int:
+        """Events needed to fill the handlers once."""
+        return self.concurrency * (self.batch.size if self.batch else 1)
+
+
+def declare(
+    handler: Callable[[Any], Any],
+    channel: Channel[Any],
+    *,
+    group: str,
+    publishes: Channel[Any] | Sequence[Channel[Any]] | None,
+    batch: Batch | None,
+    concurrency: int,
+    retry: RetryPolicy,
+    lease: float,
+    run_in: RunIn | None,
+    ordered: bool,
+    start: Literal["oldest", "latest"],
+) -> Subscriber:
+    """Check a declaration. Raises ConfigurationError saying what to change."""
+    where = f"subscriber {getattr(handler, '__name__', handler)!r} of {channel.name!r}"
+    check_name("group", group)
+    is_async = inspect.iscoroutinefunction(handler)
+    run_in = run_in or ("loop" if is_async else "thread")
+    if run_in not in ("loop", "thread", "process"):
+        raise ConfigurationError(f"{where}: run_in is 'loop', 'thread' or 'process', not {run_in!r}")
+    if is_async and run_in != "loop":
+        raise ConfigurationError(f"{where}: an async handler runs in the loop; make it a plain function for {run_in!r}")
+    if concurrency < 1:
+        raise ConfigurationError(f"{where}: concurrency must be at least 1, not {concurrency}")
+    if lease < 0.1:
+        raise ConfigurationError(f"{where}: a lease must be at least 0.1 s, not {lease}")
+    if start not in ("oldest", "latest"):
+        raise ConfigurationError(f"{where}: start is 'oldest' or 'latest', not {start!r}")
+    targets = () if publishes is None else (publishes,) if isinstance(publishes, Channel) else tuple(publishes)
+    kinds = [target.type for target in targets]
+    if len(set(kinds)) != len(kinds):
+        raise ConfigurationError(f"{where}: two of the channels it publishes carry the same type, so none can be chosen")
+    if batch is not None and not isinstance(batch, Batch):
+        raise ConfigurationError(f"{where}: batch is a Batch(size, wait), not {batch!r}")
+    return Subscriber(
+        channel, group, handler, targets, batch, concurrency, retry, lease, run_in, ordered, start,
+        _wants_messages(handler, where),
+    )  # fmt: skip
+
+
+def _wants_messages(handler: Callable[[Any], Any], where: str) -> bool:
+    parameters = [
+        parameter
+        for parameter in inspect.signature(handler).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if not parameters:
+        raise ConfigurationError(f"{where}: the handler takes one argument, the event (or a batch of them)")
+    try:
+        annotation = typing.get_type_hints(handler).get(parameters[0].name)
+    except (NameError, TypeError):
+        annotation = parameters[0].annotation
+    if isinstance(annotation, str):
+        return "Message[" in annotation or annotation.endswith("Message")
+    inner = typing.get_args(annotation)[:1] if typing.get_origin(annotation) is list else (annotation,)
+    return any(item is Message or typing.get_origin(item) is Message for item in inner)

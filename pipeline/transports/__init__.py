@@ -1,0 +1,288 @@
+"""The transport contract. The comments are the specification; the conformance suite in tests/ holds every transport to it.
+
+A transport moves frames. It knows neither events nor handlers: bytes in, bytes out, and a count of events beside them.
+
+Durable transports (`guarantees.durable`) hand each frame of a channel to every group once, remember which of its events
+each group has committed, and make the outputs of a handler visible in the same step as the acknowledgement.
+Live transports hand each frame to whoever listens at that moment and count what they know to be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from ..channel import Channel
+
+__all__ = [
+    "Backend",
+    "Commit",
+    "Entry",
+    "Group",
+    "GroupStats",
+    "Guarantees",
+    "Outgoing",
+    "Output",
+    "PartitionStats",
+    "Reader",
+    "Reply",
+    "Retried",
+    "Segment",
+    "Tail",
+    "Transport",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Guarantees:
+    """What a transport promises, as data; tests read it."""
+
+    durable: bool
+    """Frames outlive their publisher; groups; commit; retries; replay."""
+    replay: bool
+    """`tail` can begin in the past."""
+    counts_gaps: bool
+    """A listener that misses frames knows how many events it missed (frames carry sequences)."""
+    survives_restart: bool
+    """What was acknowledged is there after the server was killed and restarted (as its persistence is set)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One frame to publish. `(source, first)` identify it: publishing it twice has the effect of once."""
+
+    body: bytes
+    count: int
+    source: str
+    first: int
+    retry: bool = False
+    """True when the same frame may have been written before (its reply was lost)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A consumer group of a channel, as one process joins it."""
+
+    name: str
+    consumer: str
+    lease: float
+    """Seconds after which what this consumer holds may be claimed by others, unless renewed."""
+    start: Literal["oldest", "latest"] = "oldest"
+    attempts: int = 5
+    """Deliveries after which a frame is suspected of killing its worker."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """One frame as a reader or a tail receives it.
+
+    id          the stream position, or the retry id ("r…") of an event that waits apart from the stream
+    count       events in it
+    done        which of them are committed already: "" (none) or one "0"/"1" an event
+    deliveries  1 the first time
+    position    events in the stream up to and including this frame; None off the stream
+    """
+
+    id: str
+    body: bytes
+    count: int
+    done: str = ""
+    deliveries: int = 1
+    position: int | None = None
+
+    @property
+    def apart(self) -> bool:
+        return self.id.startswith("r")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Events `low…high` (inclusive) of an entry, settled by a commit. An entry apart is settled whole."""
+
+    entry: str
+    count: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """An event to hand out again after `delay` seconds, to this group alone. `body` is a frame of it."""
+
+    delay: float
+    body: bytes
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A frame a handler's results make on another channel."""
+
+    channel: Channel[object]
+    partition: int
+    body: bytes
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer for a requester that waits at `address`."""
+
+    address: str
+    body: bytes
+
+
+@dataclass(slots=True)
+class Commit:
+    """Everything that becomes visible together: all of it, or (when any segment was settled before) none of it."""
+
+    segments: list[Segment] = field(default_factory=list)
+    handled: int = 0
+    dead: int = 0
+    retried: int = 0
+    retries: list[Retried] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
+
+
+class Reader(Protocol):
+    """One process's share of a group: reads, holds by lease, commits."""
+
+    async def read(self, entries: int, wait: float) -> list[Entry]:
+        """Up to about `entries` frames: new ones, abandoned ones, due ones. Returns [] after `wait` seconds without any.
+
+        Whatever is returned is leased to this reader and renewed until it is committed, released, or lost.
+        """
+        ...
+
+    async def commit(self, commit: Commit) -> list[str | None]:
+        """Apply `commit`, once. Returns [] when it was applied. Otherwise nothing was written, and there is one item a
+        segment: None for one that stands, else the progress ("0"/"1" an event; "" when the whole entry is settled)."""
+        ...
+
+    def settled(self, entry: str) -> None:
+        """Every event of the entry is committed: its lease need not be renewed any more."""
+        ...
+
+    def lost(self) -> list[str]:
+        """Entries that another consumer has taken since the last call; stop working on them."""
+        ...
+
+    async def release(self, entries: Sequence[str]) -> None:
+        """Hand entries back, uncommitted: another reader of the group may have them at once."""
+        ...
+
+    async def stop(self) -> None:
+        """End a `read` in progress at once and let it return what it has. Further reads return []."""
+        ...
+
+    async def close(self) -> None:
+        """Give up the connection. What is still held comes free when its lease ends."""
+        ...
+
+
+class Tail(Protocol):
+    """A fan-out read that disturbs nobody: no group, no acknowledgement."""
+
+    dropped: int
+    """Events known to be lost to this tail so far."""
+
+    def __aiter__(self) -> AsyncIterator[Entry]: ...
+
+    async def close(self) -> None: ...
+
+
+class Transport(Protocol):
+    """Moves frames for one Redis database (or for memory)."""
+
+    guarantees: Guarantees
+
+    async def publish(self, channel: Channel[object], partition: int, frames: Sequence[Outgoing]) -> None:
+        """Resolves when all frames are taken, in order, each once. Raises ChannelFull, PublishUncertain, ServerUnavailable."""
+        ...
+
+    async def join(self, channel: Channel[object], partition: int, group: Group) -> Reader:
+        """Join a group, creating it where there is none."""
+        ...
+
+    async def tail(self, channel: Channel[object], partition: int, since: str | None) -> Tail:
+        """Listen from now (since=None) or from a position; listening has begun when this returns."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStats:
+    """Counts of one group in one partition, in events; see pipeline.ledger."""
+
+    before: int
+    handled: int
+    dead: int
+    retried: int
+    suppressed: int
+    dropped: int
+    pending: int
+    lag: int
+    consumers: int
+    oldest: float
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionStats:
+    published: int
+    duplicates: int
+    entries: int
+    groups: dict[str, GroupStats]
+
+
+class Backend(Protocol):
+    """One Redis database (or memory): its two transports, and the few things beside them."""
+
+    durable: Transport
+    live: Transport
+
+    async def open(self, patience: float | None) -> None:
+        """Connect. Raises ServerUnavailable after `patience` seconds (None: waits for ever)."""
+        ...
+
+    async def replies(self, address: str, wait: float) -> list[bytes]:
+        """Take the answers that have come for `address`; [] after `wait` seconds without one."""
+        ...
+
+    async def register(self, name: str, record: bytes) -> bytes | None:
+        """Remember a channel's description; returns what was known of it before."""
+        ...
+
+    async def registered(self) -> dict[str, bytes]:
+        """Every channel's description."""
+        ...
+
+    async def ledger(self, channels: Mapping[str, tuple[bool, int]]) -> tuple[float, dict[str, list[PartitionStats]]]:
+        """The server's time, and for each channel (durable?, partitions) the counts of each partition."""
+        ...
+
+    async def settle_letter(
+        self, channel: str, partition: int, group: str, letter: str, body: bytes, count: int, ttl: float
+    ) -> bool:
+        """Replay a dead letter, or drop it when `body` is empty. False when it was settled before."""
+        ...
+
+    async def settled_letters(self, channel: str, partition: int, group: str) -> set[str]:
+        """Ids of the dead letters that were replayed or dropped."""
+        ...
+
+    async def rewind(self, channel: str, partition: int, group: str, position: str) -> int:
+        """Let a group read again what follows a position. Returns the events now unread."""
+        ...
+
+    async def dropped(self, channel: str, group: str, count: int) -> None:
+        """Count events a live group is known to have missed."""
+        ...
+
+    async def turn(self, name: str, holder: str, seconds: float) -> bool:
+        """True for the one caller, of all processes, whose turn it is."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,61 @@
+"""A second Pub/Sub client, on the package asyncio-redis. It has no stream commands, so it serves live channels only."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import asyncio_redis
+    from asyncio_redis.encoders import BytesEncoder
+    from asyncio_redis.exceptions import Error as AsyncioRedisError
+
+from .client import LinkLost, address
+
+__all__ = ["connect_asyncio_redis"]
+
+
+class _Subscription:
+    def __init__(self, connection: Any, subscriber: Any, sink: Callable[[bytes], None]) -> None:
+        self._connection = connection
+        self._drain = asyncio.create_task(self._run(subscriber, sink), name="asyncio-redis")
+
+    async def _run(self, subscriber: Any, sink: Callable[[bytes], None]) -> None:
+        while True:
+            reply = await subscriber.next_published()
+            sink(reply.value)
+
+    async def lost(self) -> None:
+        """The client neither tells nor fails a waiting reader, so look at its connection as well."""
+        while not self._drain.done():
+            await asyncio.wait([self._drain], timeout=0.2)
+            if not self._connection.protocol.is_connected:
+                return
+
+    async def close(self) -> None:
+        self._drain.cancel()
+        await asyncio.gather(self._drain, return_exceptions=True)
+        self._connection.close()
+
+
+async def connect_asyncio_redis(url: str, name: str, channel: str, sink: Callable[[bytes], None]) -> _Subscription:
+    """Subscribe; returns when Redis has confirmed. Raises LinkLost."""
+    where = address(url)
+    password = where.get("password")
+    try:
+        connection = await asyncio_redis.Connection.create(
+            host=where.get("path", where.get("host", "127.0.0.1")),
+            port=0 if "path" in where else where.get("port", 6379),
+            password=password.encode() if password else None,
+            db=where.get("db", 0),
+            encoder=BytesEncoder(),
+            auto_reconnect=False,
+        )
+    except (OSError, AsyncioRedisError) as error:
+        raise LinkLost(str(error) or type(error).__name__) from None
+    subscriber = await connection.start_subscribe()
+    await subscriber.subscribe([channel.encode()])
+    return _Subscription(connection, subscriber, sink)

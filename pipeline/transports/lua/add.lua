@@ -1,0 +1,31 @@
+-- Shared by publish and commit: append a frame under the id ms-OFFSET, where OFFSET counts the channel's events up to
+-- and including it. Acknowledged positions thereby tell how many events lie before them, without a look-up.
+local function now_ms()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+local function offset_of(id)
+  return tonumber(string.match(id, '%-(%d+)$'))
+end
+
+local function add(stream, meta, n, body)
+  local offset = redis.call('HINCRBY', meta, 'published', n)
+  local id = string.format('%.0f-%.0f', now_ms(), offset)
+  local done = redis.pcall('XADD', stream, id, 'n', n, 'b', body)
+  if type(done) == 'table' and done.err then
+    -- The clock went back: stay on the newest entry's millisecond.
+    local info = redis.call('XINFO', 'STREAM', stream)
+    local last
+    for i = 1, #info, 2 do
+      if info[i] == 'last-generated-id' then last = info[i + 1] end
+    end
+    if offset_of(last) >= offset then
+      redis.call('HINCRBY', meta, 'published', -n)
+      return redis.error_reply('FOREIGN ' .. stream .. ' holds entry ' .. last .. ' that the pipeline did not write')
+    end
+    id = string.format('%s-%.0f', string.match(last, '^(%d+)'), offset)
+    redis.call('XADD', stream, id, 'n', n, 'b', body)
+  end
+  return id
+end

@@ -1,0 +1,26 @@
+-- JOIN a group, making it where there is none.  KEYS: stream, meta, h, groups   ARGV: group, oldest|latest
+-- → 1 when it was made. `before` is what preceded the group: events already trimmed, or all of them.
+local stream, meta, h = KEYS[1], KEYS[2], KEYS[3]
+if redis.call('EXISTS', stream) == 1 then
+  for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    for i = 1, #info, 2 do
+      if info[i] == 'name' and info[i + 1] == ARGV[1] then
+        redis.call('SADD', KEYS[4], ARGV[1])
+        return 0
+      end
+    end
+  end
+end
+local published = tonumber(redis.call('HGET', meta, 'published') or '0')
+local before, at = published, '$'
+if ARGV[2] == 'oldest' then
+  local entry = redis.call('EXISTS', stream) == 1 and redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
+  if entry then
+    before, at = offset_of(entry[1]) - tonumber(entry[2][2]), '0-0'
+  end
+end
+redis.call('XGROUP', 'CREATE', stream, ARGV[1], at, 'MKSTREAM')
+redis.call('DEL', h)
+redis.call('HSET', h, 'before', before)
+redis.call('SADD', KEYS[4], ARGV[1])
+return 1

@@ -1,0 +1,68 @@
+-- PUBLISH a frame once.  KEYS: stream, meta, source, groups   ARGV: first, n, body, ttl ms, force, fresh epoch, capacity, drop
+-- → {status, detail, epoch}: 1 written (id) · 0 seen before (last) · -1 gap (last sequence seen) · -2 full (outstanding)
+local first, n, capacity = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[7])
+local stream, meta, source = KEYS[1], KEYS[2], KEYS[3]
+local last = tonumber(redis.call('GET', source) or '0')
+redis.call('HSETNX', meta, 'epoch', ARGV[6])
+local epoch = redis.call('HGET', meta, 'epoch')
+if last >= first + n - 1 then
+  redis.call('HINCRBY', meta, 'dup', n)
+  return {0, last, epoch}
+end
+if last + 1 ~= first and ARGV[5] ~= '1' then return {-1, last, epoch} end
+
+local function outstanding()
+  local published = tonumber(redis.call('HGET', meta, 'published') or '0')
+  local groups = redis.call('SMEMBERS', KEYS[4])
+  if #groups == 0 then
+    return published - tonumber(redis.call('HGET', meta, 'dropped') or '0')
+  end
+  local most = 0
+  for _, group in ipairs(groups) do
+    local h = redis.call('HMGET', KEYS[4] .. ':' .. group .. ':h', 'before', 'handled', 'dead', 'dropped')
+    local left = published
+    for i = 1, 4 do left = left - tonumber(h[i] or '0') end
+    if left > most then most = left end
+  end
+  return most
+end
+
+local function position(group)
+  for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    local name, id
+    for i = 1, #info, 2 do
+      if info[i] == 'name' then name = info[i + 1] end
+      if info[i] == 'last-delivered-id' then id = info[i + 1] end
+    end
+    if name == group then return id end
+  end
+end
+
+-- Skip a group's oldest unread frames until there is room. What workers already hold is theirs.
+local function drop_oldest(group)
+  local h = KEYS[4] .. ':' .. group .. ':h'
+  while true do
+    local counts = redis.call('HMGET', h, 'before', 'handled', 'dead', 'dropped')
+    local left = tonumber(redis.call('HGET', meta, 'published') or '0')
+    for i = 1, 4 do left = left - tonumber(counts[i] or '0') end
+    if left + n <= capacity then return end
+    local id = position(group)
+    local entry = id and redis.call('XRANGE', stream, '(' .. id, '+', 'COUNT', 1)[1]
+    if not entry then return end
+    redis.call('XGROUP', 'SETID', stream, group, entry[1])
+    redis.call('HINCRBY', h, 'dropped', entry[2][2])
+  end
+end
+
+if capacity > 0 then
+  if ARGV[8] == '1' then
+    for _, group in ipairs(redis.call('SMEMBERS', KEYS[4])) do drop_oldest(group) end
+  else
+    local held = outstanding()
+    if held > 0 and held + n > capacity then return {-2, held, epoch} end
+  end
+end
+local id = add(stream, meta, n, ARGV[3])
+if type(id) == 'table' then return id end
+redis.call('SET', source, first + n - 1, 'PX', ARGV[4])
+return {1, id, epoch}

@@ -1,0 +1,23 @@
+-- RENEW the leases a consumer still has; a bare XCLAIM would let a worker that was paused steal its work back.
+-- KEYS: stream, due   ARGV: group, consumer, lease ms, #ids, ids…, rids…    → ids that are no longer ours
+local n = tonumber(ARGV[4])
+local lost, mine = {}, {}
+for i = 5, 4 + n do
+  local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])
+  if #pending == 0 then lost[#lost + 1] = ARGV[i] else mine[#mine + 1] = ARGV[i] end
+end
+for i = 1, #mine, 500 do
+  local call = {'XCLAIM', KEYS[1], ARGV[1], ARGV[2], '0'}
+  for j = i, math.min(i + 499, #mine) do call[#call + 1] = mine[j] end
+  call[#call + 1] = 'JUSTID'
+  redis.call(unpack(call))
+end
+local until_ms = string.format('%.0f', now_ms() + tonumber(ARGV[3]))
+for i = 5 + n, #ARGV do
+  if redis.call('ZSCORE', KEYS[2], ARGV[i]) then
+    redis.call('ZADD', KEYS[2], 'XX', until_ms, ARGV[i])
+  else
+    lost[#lost + 1] = ARGV[i]
+  end
+end
+return lost

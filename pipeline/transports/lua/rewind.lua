@@ -1,0 +1,49 @@
+-- REWIND a group to a position: what it handled since then is unread again.
+-- KEYS: stream, meta, h, prog   ARGV: group, position id (entries after it are read again)   → events now unread
+local stream, h, prog = KEYS[1], KEYS[3], KEYS[4]
+local published = tonumber(redis.call('HGET', KEYS[2], 'published') or '0')
+local last
+for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+  local name, id
+  for i = 1, #info, 2 do
+    if info[i] == 'name' then name = info[i + 1] end
+    if info[i] == 'last-delivered-id' then id = info[i + 1] end
+  end
+  if name == ARGV[1] then last = id end
+end
+if not last then return redis.error_reply('NOGROUP ' .. ARGV[1]) end
+-- The first entry to be read again tells how many events lie before it.
+local entry = redis.call('XRANGE', stream, '(' .. ARGV[2], '+', 'COUNT', 1)[1]
+local target = published
+if entry then target = offset_of(entry[1]) - tonumber(entry[2][2]) end
+local before = tonumber(redis.call('HGET', h, 'before') or '0')
+local current = math.max(before, offset_of(last))
+-- Held frames in the range are read again whole: forget who holds them and how far they came.
+local undone = 0
+while true do
+  local held = redis.call('XPENDING', stream, ARGV[1], '(' .. ARGV[2], '+', 500)
+  for _, p in ipairs(held) do
+    local frame = redis.call('XRANGE', stream, p[1], p[1])[1]
+    if frame then
+      undone = undone + tonumber(frame[2][2])
+      local done = redis.call('HGET', prog, p[1])
+      if done then
+        local _, marked = string.gsub(done, '1', '')
+        undone = undone - marked
+      end
+    end
+    redis.call('XACK', stream, ARGV[1], p[1])
+    redis.call('HDEL', prog, p[1])
+  end
+  if #held < 500 then break end
+end
+local previous = redis.call('XREVRANGE', stream, ARGV[2], '-', 'COUNT', 1)[1]
+redis.call('XGROUP', 'SETID', stream, ARGV[1], previous and previous[1] or string.format('0-%.0f', target))
+local back = current - math.max(before, target) - undone
+if target < before then redis.call('HSET', h, 'before', target) end
+-- Take from `handled` first, then from `dead`: an event that died is tried again too.
+local handled = tonumber(redis.call('HGET', h, 'handled') or '0')
+local from_handled = math.min(back, handled)
+redis.call('HINCRBY', h, 'handled', -from_handled)
+if back > from_handled then redis.call('HINCRBY', h, 'dead', from_handled - back) end
+return published - target

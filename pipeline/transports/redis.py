@@ -1,0 +1,107 @@
+"""The Redis (and Valkey) backend: streams, Pub/Sub, and the few keys beside them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ..errors import ServerTooOld
+from . import GroupStats, PartitionStats
+from .client import Client, LinkLost, ReplyError
+from .pubsub import PubSub, connect_link
+from .scripts import Keys
+from .streams import Streams
+
+__all__ = ["LiveClient", "RedisBackend"]
+
+LiveClient = Literal["redis", "asyncio-redis"]
+
+CHANNELS = "pipeline:channels"
+
+
+class RedisBackend:
+    def __init__(self, url: str, name: str, live_client: LiveClient = "redis") -> None:
+        connect: Any = connect_link
+        if live_client == "asyncio-redis":
+            from .asyncio_redis import connect_asyncio_redis  # noqa: PLC0415  # only who asks for it pays for it
+
+            connect = connect_asyncio_redis
+        self._streams = Streams(url, name)
+        self.durable = self._streams
+        self.live = PubSub(self._streams, url, name, connect)
+        self._client = self._streams.client
+        self._reply_client = Client(url, f"{name}-replies")
+
+    async def open(self, patience: float | None) -> None:
+        await self._client.persist(self._client.link, patience=patience, what="pipeline")
+        reply = await self._client.call("INFO", "server")
+        fields = dict(line.split(":", 1) for line in reply.decode().splitlines() if ":" in line)
+        major = int(fields.get("redis_version", "0").partition(".")[0])
+        if major < 7:
+            raise ServerTooOld(f"the server is Redis {fields.get('redis_version')}; Redis 7.0 or any Valkey is needed")
+
+    async def replies(self, address: str, wait: float) -> list[bytes]:
+        reply = await self._reply_client.call("BLMPOP", f"{wait:.3f}", 1, address, "LEFT", "COUNT", 256)
+        return list(reply[1]) if reply else []
+
+    async def register(self, name: str, record: bytes) -> bytes | None:
+        async def write() -> bytes | None:
+            link = await self._client.link()
+            before, _ = await asyncio.gather(
+                link.call("HGET", CHANNELS, name),
+                link.call("HSET", CHANNELS, name, record),
+            )
+            return bytes(before) if before is not None else None
+
+        return await self._client.persist(write, patience=30.0, what=f"channel {name!r}")
+
+    async def registered(self) -> dict[str, bytes]:
+        reply = await self._client.call("HGETALL", CHANNELS)
+        return {name.decode(): record for name, record in zip(reply[::2], reply[1::2], strict=True)}
+
+    async def ledger(self, channels: Mapping[str, tuple[bool, int]]) -> tuple[float, dict[str, list[PartitionStats]]]:
+        wanted = [(name, part) for name, (_, partitions) in channels.items() for part in range(partitions)]
+        clock, *results = await asyncio.gather(
+            self._client.call("TIME"), *(self._streams.stats(name, part) for name, part in wanted)
+        )
+        found: dict[str, list[PartitionStats]] = {name: [] for name in channels}
+        for (name, _), result in zip(wanted, results, strict=True):
+            found[name].append(_stats(result))
+        return int(clock[0]) + int(clock[1]) / 1e6, found
+
+    async def settle_letter(
+        self, channel: str, partition: int, group: str, letter: str, body: bytes, count: int, ttl: float
+    ) -> bool:
+        return await self._streams.settle_letter(channel, partition, group, letter, body, count, ttl)
+
+    async def settled_letters(self, channel: str, partition: int, group: str) -> set[str]:
+        reply = await self._client.call("SMEMBERS", Keys.of(channel, partition).group(group, "settled"))
+        return {item.decode() for item in reply}
+
+    async def rewind(self, channel: str, partition: int, group: str, position: str) -> int:
+        return await self._streams.rewind(channel, partition, group, position)
+
+    async def dropped(self, channel: str, group: str, count: int) -> None:
+        await self._client.call("HINCRBY", Keys.of(channel).group(group, "h"), "dropped", count)
+
+    async def turn(self, name: str, holder: str, seconds: float) -> bool:
+        try:
+            reply = await self._client.call("SET", f"pipeline:turn:{name}", holder, "NX", "PX", int(seconds * 1000))
+        except (LinkLost, ReplyError):
+            return False
+        return reply is not None
+
+    async def close(self) -> None:
+        await self._reply_client.close()
+        await self._streams.close()
+
+
+def _stats(result: list[Any]) -> PartitionStats:
+    published, duplicates, entries, groups = result
+    return PartitionStats(
+        published,
+        duplicates,
+        entries,
+        {name.decode(): GroupStats(*numbers[:9], oldest=numbers[9] / 1000) for name, *numbers in groups},
+    )

@@ -1,0 +1,495 @@
+"""Durable channels on Redis Streams: one entry a frame, one script a step. The scripts hold the guarantees; see lua/."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ..channel import Channel
+from ..errors import ChannelFull, ConfigurationError, PublishUncertain, ServerUnavailable
+from . import Commit, Entry, Group, Guarantees, Outgoing
+from .client import Argument, Client, LinkLost, ReplyError, transient
+from .renewal import Renewer
+from .scripts import Keys, load
+
+__all__ = ["StreamReader", "StreamTail", "Streams"]
+
+logger = logging.getLogger("pipeline.streams")
+
+POLL = 0.05
+"""Seconds between looks for due events and hand-backs, and the longest a blocked read lasts."""
+SOURCE_TTL_MS = 24 * 3600 * 1000
+REPLY_TTL_MS = 60_000
+TRIM_EVERY = 5.0
+CONSUMER_IDLE = 300.0
+PATIENCE = 30.0
+"""Seconds a publish waits for a Redis that went away before it gives up with an error."""
+
+
+class Streams:
+    """The durable transport."""
+
+    guarantees = Guarantees(durable=True, replay=True, counts_gaps=True, survives_restart=True)
+
+    def __init__(self, url: str, name: str) -> None:
+        self.scripts = load()
+        self.client = Client(url, name, [script.text for script in self.scripts.values()])
+        self.renewer = Renewer(url, self.scripts["renew"])
+        self._url = url
+        self._name = name
+        self._fsync = Client(url, f"{name}-fsync", [self.scripts["publish"].text])
+        self._known: dict[Keys, float] = {}
+        self._readers: set[StreamReader] = set()
+        self._janitor: asyncio.Task[None] | None = None
+
+    # -- scripts -------------------------------------------------------------------------------------------------
+
+    async def run(self, name: str, keys: list[str], *arguments: Argument, client: Client | None = None) -> Any:
+        """Run a script once, loading it again where the server forgot it."""
+        client = client or self.client
+        link = await client.link()
+        script = self.scripts[name]
+        try:
+            return await script(link, keys, *arguments)
+        except ReplyError as error:
+            if not str(error).startswith("NOSCRIPT"):
+                raise
+        await link.call("SCRIPT", "LOAD", script.text)
+        return await script(link, keys, *arguments)
+
+    # -- publishing ----------------------------------------------------------------------------------------------
+
+    async def publish(self, channel: Channel[Any], partition: int, frames: Sequence[Outgoing]) -> None:
+        keys = self._know(channel, partition)
+        client = self._fsync if channel.fsync else self.client
+        publication = _Publication(self, channel, keys, client)
+        try:
+            link = await client.link()
+            script = self.scripts["publish"]
+            replies = [script(link, *publication.arguments(frame, force=False)) for frame in frames]
+            await link.writable()
+            results = await asyncio.gather(*replies, return_exceptions=True)
+        except ServerUnavailable:
+            results = []
+        for index in range(len(frames)):
+            result = results[index] if index < len(results) else None
+            if not isinstance(result, list) or result[0] not in (0, 1):
+                await publication.recover(frames[index:], result)
+                break
+        if channel.fsync:
+            await publication.sync()
+
+    def _know(self, channel: Channel[Any], partition: int) -> Keys:
+        keys = Keys.of(channel.name, partition)
+        if keys not in self._known:
+            self._known[keys] = channel.keep
+            if self._janitor is None:
+                self._janitor = asyncio.create_task(self._maintain(), name="janitor")
+        return keys
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    async def join(self, channel: Channel[Any], partition: int, group: Group) -> StreamReader:
+        keys = self._know(channel, partition)
+        reader = StreamReader(self, channel, keys, group)
+        await reader.regroup()
+        self._readers.add(reader)
+        self.renewer.add(reader)
+        return reader
+
+    async def tail(self, channel: Channel[Any], partition: int, since: str | None) -> StreamTail:
+        keys = Keys.of(channel.name, partition)
+        if since is None:
+            since = await self.client.persist(lambda: self.last(keys), patience=PATIENCE, what=f"watch {channel.name}")
+        return StreamTail(self, keys, since)
+
+    async def last(self, keys: Keys) -> str:
+        """Id of the newest entry ever written."""
+        try:
+            info = await self.client.call("XINFO", "STREAM", keys.stream)
+        except ReplyError as error:
+            if "no such key" in str(error):
+                return "0-0"
+            raise
+        return str(dict(zip(info[::2], info[1::2], strict=True))[b"last-generated-id"], "ascii")
+
+    # -- committing ----------------------------------------------------------------------------------------------
+
+    async def commit(self, keys: Keys, group: str, commit: Commit) -> list[str | None]:
+        """Also used, without segments, for the outputs of live subscribers."""
+        names, arguments = commit_arguments(keys, group, commit)
+        for output in commit.outputs:
+            if output.channel.durable:
+                self._know(output.channel, output.partition)
+        statuses = await self.client.persist(
+            lambda: self.run("commit", names, *arguments), patience=None, what=f"commit of {group}"
+        )
+        return [None if status == b"ok" else "" if status == b"gone" else str(status, "ascii") for status in statuses]
+
+    # -- looking after -------------------------------------------------------------------------------------------
+
+    async def stats(self, channel: str, partition: int) -> list[Any]:
+        keys = Keys.of(channel, partition)
+        return list(await self.run("stats", [keys.stream, keys.meta, keys.groups]))
+
+    async def settle_letter(
+        self, channel: str, partition: int, group: str, letter: str, body: bytes, count: int, ttl: float
+    ) -> bool:
+        """Replay (or, with an empty body, drop) a dead letter; False when that was done before."""
+        keys = Keys.of(channel, partition)
+        names = [keys.group(group, part) for part in ("h", "due", "bod", "settled")]
+        return bool(await self.run("replay", names, letter, body, count, int(ttl * 1000)))
+
+    async def rewind(self, channel: str, partition: int, group: str, position: str) -> int:
+        keys = Keys.of(channel, partition)
+        names = [keys.stream, keys.meta, keys.group(group, "h"), keys.group(group, "prog")]
+        try:
+            return int(await self.run("rewind", names, group, position))
+        except ReplyError as error:
+            if "NOGROUP" in str(error) or "no such key" in str(error):
+                raise ConfigurationError(f"channel {channel!r} has no group {group!r}") from None
+            raise
+
+    async def _maintain(self) -> None:
+        turn = 0
+        while True:
+            await asyncio.sleep(TRIM_EVERY * random.uniform(0.8, 1.2))
+            turn += 1
+            with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError):
+                for keys, keep in list(self._known.items()):
+                    await self.run("trim", [keys.stream], int(keep * 1000))
+                if turn % 12 == 0:
+                    for reader in list(self._readers):
+                        idle = int(max(CONSUMER_IDLE, 10 * reader.group.lease) * 1000)
+                        await self.run("reap", [reader.keys.stream], reader.group.name, "", idle)
+
+    def forget(self, reader: StreamReader) -> None:
+        self._readers.discard(reader)
+        self.renewer.discard(reader)
+
+    async def close(self) -> None:
+        if self._janitor is not None:
+            self._janitor.cancel()
+            await asyncio.gather(self._janitor, return_exceptions=True)
+        self.renewer.stop()
+        await self.client.close()
+        await self._fsync.close()
+
+
+class _Publication:
+    """One call of publish: what to do when not every frame was taken at the first try."""
+
+    def __init__(self, streams: Streams, channel: Channel[Any], keys: Keys, client: Client) -> None:
+        self.streams = streams
+        self.channel = channel
+        self.keys = keys
+        self.client = client
+        self.epoch = secrets.token_hex(8)
+
+    def arguments(self, frame: Outgoing, *, force: bool) -> tuple[Any, ...]:
+        keys, channel = self.keys, self.channel
+        names = [keys.stream, keys.meta, keys.source(frame.source), keys.groups]
+        capacity = channel.capacity or 0
+        drop = int(channel.overflow == "drop_oldest")
+        return (names, frame.first, frame.count, frame.body, SOURCE_TTL_MS, int(force), self.epoch, capacity, drop)
+
+    async def recover(self, frames: Sequence[Outgoing], result: Any) -> None:
+        """Write the frames one after the other, each until it is taken: order and idempotence need both."""
+        uncertain = isinstance(result, LinkLost)
+        if isinstance(result, ReplyError) and not transient(result):
+            raise ServerUnavailable(f"publish to {self.channel.name!r}: Redis refuses: {result}") from None
+        for frame in frames:
+            try:
+                await self.client.persist(
+                    lambda frame=frame: self._insist(frame),  # type: ignore[misc]
+                    patience=PATIENCE,
+                    what=f"publish to {self.channel.name!r}",
+                )
+            except ServerUnavailable as error:
+                if uncertain:
+                    raise PublishUncertain(
+                        f"publish to {self.channel.name!r}: the connection was lost before Redis answered and it did "
+                        f"not come back; the events may or may not be there ({error})"
+                    ) from None
+                raise
+
+    async def _insist(self, frame: Outgoing) -> None:
+        force = False
+        pause = 0.005
+        while True:
+            names, *arguments = self.arguments(frame, force=force)
+            status, detail, _ = await self.streams.run("publish", names, *arguments, client=self.client)
+            if status in (0, 1):
+                return
+            if status == -1:
+                # The server knows less than it acknowledged (flushed, or restarted without its newest data), or has
+                # forgotten an idle source. Frames are written in order, so none of these events can be there.
+                force = True
+            else:
+                if self.channel.overflow == "raise":
+                    raise ChannelFull(
+                        f"channel {self.channel.name!r} holds {detail} unhandled events, its capacity is "
+                        f"{self.channel.capacity}; add workers, or declare overflow='wait' or 'drop_oldest'"
+                    )
+                await asyncio.sleep(pause)
+                pause = min(0.1, pause * 2)
+
+    async def sync(self) -> None:
+        """Wait until the server's append-only file holds what was written."""
+        try:
+            local, _ = await self.client.call("WAITAOF", 1, 0, int(PATIENCE * 1000))
+            if local < 1:
+                raise PublishUncertain(f"channel {self.channel.name!r}: the append-only file was not synced in time")
+        except ReplyError as error:
+            if "unknown command" not in str(error):
+                raise ConfigurationError(
+                    f"channel {self.channel.name!r} has fsync=True, but {error}; start the server with --appendonly yes"
+                ) from None
+            reply = await self.client.call("CONFIG", "GET", "appendfsync", "appendonly")
+            config = dict(zip(reply[::2], reply[1::2], strict=True))
+            if config.get(b"appendonly") != b"yes" or config.get(b"appendfsync") != b"always":
+                raise ConfigurationError(
+                    f"channel {self.channel.name!r} has fsync=True; this server has no WAITAOF (Redis 7.2, Valkey), so it "
+                    "must run with --appendonly yes --appendfsync always"
+                ) from None
+
+
+class StreamReader:
+    """One process's share of one group of one partition."""
+
+    def __init__(self, streams: Streams, channel: Channel[Any], keys: Keys, group: Group) -> None:
+        self.keys = keys
+        self.group = group
+        self.held: dict[str, None] = {}
+        """What this reader has and has not settled; the renewal thread reads it."""
+        self.taken_away: list[str] = []
+        self._streams = streams
+        self._channel = channel
+        self._client = Client(streams.client.url, f"{streams.client.name}-read")
+        self._cursor = "0-0"
+        self._claim_at = 0.0
+        self._due_at = 0.0
+        self._released = -1
+        self._stopping = False
+
+    @property
+    def _where(self) -> str:
+        return f"group {self.group.name!r} of channel {self._channel.name!r}"
+
+    async def regroup(self) -> None:
+        keys, group = self.keys, self.group
+        names = [keys.stream, keys.meta, keys.group(group.name, "h"), keys.groups]
+
+        async def join() -> Any:
+            return await self._streams.run("join", names, group.name, group.start)
+
+        await self._streams.client.persist(join, patience=None, what=self._where)
+
+    async def read(self, entries: int, wait: float) -> list[Entry]:
+        deadline = time.monotonic() + wait
+        while not self._stopping:
+            try:
+                found = await self._look(entries)
+                if not found:
+                    found = await self._read_new(entries)
+            except (ServerUnavailable, LinkLost) as error:
+                logger.debug("%s: %s", self._where, error)
+                await self._streams.client.persist(self._client.link, patience=None, what=self._where)
+                continue
+            except ReplyError as error:
+                await self._mend(error)
+                continue
+            if found or time.monotonic() >= deadline:
+                return found
+        return []
+
+    async def _look(self, entries: int) -> list[Entry]:
+        """Due events and hand-backs every POLL, abandoned entries twice a lease."""
+        now = time.monotonic()
+        found: list[Entry] = []
+        if now >= self._due_at:
+            self._due_at = now + POLL
+            found = await self._take_due(entries)
+        if now >= self._claim_at:
+            self._claim_at = now + self.group.lease / 2 * random.uniform(0.7, 1.0)
+            found += await self._claim(entries)
+        return found
+
+    async def _take_due(self, entries: int) -> list[Entry]:
+        names = [self.keys.group(self.group.name, part) for part in ("due", "bod", "takes", "h")]
+        taken, _, released = await self._streams.run("take", names, self._lease_ms, max(16, entries))
+        if released != self._released:
+            if self._released >= 0:
+                self._claim_at = 0.0
+                self._cursor = "0-0"
+            self._released = released
+        found = []
+        for rid, body, times in taken:
+            name = str(rid, "ascii")
+            entry = Entry(name, body or b"", _weight(name), deliveries=times)
+            if entry.id not in self.held:
+                self.held[entry.id] = None
+                found.append(entry)
+        return found
+
+    async def _claim(self, entries: int) -> list[Entry]:
+        names = [self.keys.stream, self.keys.group(self.group.name, "prog")]
+        most = max(16, entries)
+        cursor, claimed = await self._streams.run(
+            "claim", names, self.group.name, self.group.consumer, self._lease_ms, self._cursor, most
+        )
+        self._cursor = str(cursor, "ascii")
+        if self._cursor != "0-0":
+            self._claim_at = 0.0
+        found = []
+        for id_, count, body, done, deliveries in claimed:
+            entry = _entry(id_, int(count), body, str(done, "ascii"), deliveries)
+            if entry.id not in self.held:
+                self.held[entry.id] = None
+                found.append(entry)
+        if found:
+            logger.info("%s: took over %d abandoned entries", self._where, len(found))
+        return found
+
+    async def _read_new(self, entries: int) -> list[Entry]:
+        link = await self._client.link()
+        reply = await link.call(
+            "XREADGROUP", "GROUP", self.group.name, self.group.consumer, "COUNT", max(1, entries),
+            "BLOCK", int(POLL * 1000), "STREAMS", self.keys.stream, ">",
+        )  # fmt: skip
+        found = []
+        for id_, fields in reply[0][1] if reply else ():
+            if len(fields) != 4 or fields[0] != b"n" or fields[2] != b"b":
+                await self._refuse_foreign(id_, fields)
+                continue
+            entry = _entry(id_, int(fields[1]), fields[3])
+            self.held[entry.id] = None
+            found.append(entry)
+        return found
+
+    async def _refuse_foreign(self, id_: bytes, fields: list[bytes]) -> None:
+        logger.error(
+            "%s: entry %s with fields %r was not written by the pipeline and is left out; publish through it instead",
+            self._where, id_.decode(), [str(name[:20]) for name in fields[:6:2]],
+        )  # fmt: skip
+        await self._streams.client.call("XACK", self.keys.stream, self.group.name, id_)
+
+    async def _mend(self, error: ReplyError) -> None:
+        if str(error).startswith(("NOGROUP", "UNBLOCKED")):
+            logger.warning("%s was gone (flushed, or a restart without data); it is made anew", self._where)
+            self.taken_away.extend(self.held)
+            self.held.clear()
+            self._cursor = "0-0"
+            await self.regroup()
+            return
+        if transient(error):
+            await asyncio.sleep(0.2)
+            return
+        logger.error("%s: Redis refuses to be read: %s", self._where, error)
+        await asyncio.sleep(1.0)
+
+    async def commit(self, commit: Commit) -> list[str | None]:
+        return await self._streams.commit(self.keys, self.group.name, commit)
+
+    def settled(self, entry: str) -> None:
+        """This entry needs no lease any more."""
+        self.held.pop(entry, None)
+
+    def lost(self) -> list[str]:
+        lost, self.taken_away = self.taken_away, []
+        return lost
+
+    async def release(self, entries: Sequence[str]) -> None:
+        ids = [id_ for id_ in entries if not id_.startswith("r")]
+        rids = [id_ for id_ in entries if id_.startswith("r")]
+        for id_ in entries:
+            self.held.pop(id_, None)
+        names = [self.keys.stream, *(self.keys.group(self.group.name, part) for part in ("due", "h", "takes"))]
+        with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError):
+            await self._streams.run("release", names, self.group.name, self.group.consumer, len(ids), *ids, *rids)
+
+    async def stop(self) -> None:
+        self._stopping = True
+
+    async def close(self) -> None:
+        self._streams.forget(self)
+        with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError, TimeoutError):
+            async with asyncio.timeout(1):
+                await self._streams.run("reap", [self.keys.stream], self.group.name, self.group.consumer, 0)
+        await self._client.close()
+
+    @property
+    def _lease_ms(self) -> int:
+        return int(self.group.lease * 1000)
+
+
+class StreamTail:
+    """A plain XREAD: no group, no acknowledgement, nobody is disturbed."""
+
+    def __init__(self, streams: Streams, keys: Keys, since: str) -> None:
+        self.dropped = 0
+        self._client = Client(streams.client.url, f"{streams.client.name}-watch")
+        self._streams = streams
+        self._keys = keys
+        self._since = since
+        self._position: int | None = None
+
+    async def __aiter__(self) -> AsyncIterator[Entry]:
+        while True:
+            reply = await self._streams.client.persist(self._read, patience=None, what=f"watch {self._keys.base}")
+            for id_, fields in reply[0][1] if reply else ():
+                self._since = id_.decode()
+                if len(fields) != 4 or fields[0] != b"n":
+                    continue
+                entry = _entry(id_, int(fields[1]), fields[3])
+                position = entry.position or 0
+                if self._position is not None and position - entry.count > self._position:
+                    self.dropped += position - entry.count - self._position
+                self._position = position
+                yield entry
+
+    async def _read(self) -> Any:
+        link = await self._client.link()
+        return await link.call("XREAD", "COUNT", 64, "BLOCK", 1000, "STREAMS", self._keys.stream, self._since)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+def commit_arguments(keys: Keys, group: str, commit: Commit) -> tuple[list[str], list[Argument]]:
+    """KEYS and ARGV of commit.lua."""
+    names = [keys.stream, *(keys.group(group, part) for part in ("h", "prog", "due", "bod", "takes"))]
+    arguments: list[Argument] = [group, len(commit.segments)]
+    for segment in commit.segments:
+        apart = segment.entry.startswith("r")
+        arguments += (segment.entry, segment.count, "" if apart else segment.low, segment.high)
+    arguments += (commit.handled, commit.dead, commit.retried, len(commit.retries))
+    for retry in commit.retries:
+        arguments += (int(retry.delay * 1000), retry.count, retry.body)
+    arguments.append(len(commit.outputs))
+    for output in commit.outputs:
+        where = Keys.of(output.channel.name, output.partition)
+        kind = "s" if output.channel.durable else "p"
+        names += (where.stream if output.channel.durable else output.channel.name, where.meta)
+        arguments += (kind, output.count, output.body)
+    arguments.append(len(commit.replies))
+    for reply in commit.replies:
+        arguments += (reply.address, REPLY_TTL_MS, reply.body)
+    return names, arguments
+
+
+def _entry(id_: bytes, count: int, body: bytes, done: str = "", deliveries: int = 1) -> Entry:
+    text = id_.decode("ascii")
+    return Entry(text, body, count, done, deliveries, int(text.partition("-")[2]))
+
+
+def _weight(rid: str) -> int:
+    """Events behind a retry id: "r12" is one, "r12x5" a frame of five that nobody could read."""
+    _, _, count = rid.partition("x")
+    return int(count or 1)
