@@ -326,7 +326,7 @@ class Pipeline:
             receipt = await self._publish(channel, [event], key=key, due=None, headers=headers, reply=replies.address)
             return receipt.id
 
-        return await replies.ask(channel, publish(), timeout)
+        return await replies.ask(channel, publish, timeout)
 
     # -- watch ---------------------------------------------------------------------------------------------------
 

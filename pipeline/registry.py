@@ -54,17 +54,16 @@ class Record:
 class Registry:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._written: set[str] = set()
+        self._written: dict[str, Channel[Any]] = {}
 
     async def register(self, channel: Channel[Any], codec: Codec[Any]) -> None:
         """Write a channel's description, once a process. Raises ChannelConflict when another process differs."""
-        if channel.name in self._written:
+        known = self._written.get(channel.name)
+        if known is not None:
+            _compare(channel, known.durable, known.partitions)
             return
-        if channel.type is dict:
-            known = (await self._backend.registered()).get(channel.name)
-            if known is not None:  # a view without the class; its owner knows better
-                self._written.add(channel.name)
-                return
+        if channel.type is dict and channel.name in await self._backend.registered():
+            return  # a view without the class; its owner knows better
         reply = channel.reply
         record = {
             "type": channel.type.__name__,
@@ -77,25 +76,18 @@ class Registry:
         }
         before = await self._backend.register(channel.name, json.dumps(record).encode())
         if before is not None:
-            await self._compare(channel, json.loads(before), record, before)
-        self._written.add(channel.name)
-
-    async def _compare(self, channel: Channel[Any], old: dict[str, Any], new: dict[str, Any], raw: bytes) -> None:
-        for what, theirs, ours in (
-            ("durable", old["durable"], new["durable"]),
-            ("partitions", old["limits"]["partitions"], new["limits"]["partitions"]),
-        ):
-            if theirs != ours:
-                await self._backend.register(channel.name, raw)
-                raise ChannelConflict(
-                    f"channel {channel.name!r} is declared with {what}={ours!r} here, but is in use with "
-                    f"{what}={theirs!r}; channel names are global to a Redis database, so rename one of them"
-                )
-        if old["fingerprint"] != new["fingerprint"]:
-            logger.warning(
-                "channel %r: its type %s has changed since it was last declared; events of the old shape that do not "
-                "fit become dead letters", channel.name, new["type"],
-            )  # fmt: skip
+            old = json.loads(before)
+            try:
+                _compare(channel, old["durable"], old["limits"]["partitions"])
+            except ChannelConflict:
+                await self._backend.register(channel.name, before)
+                raise
+            if old["fingerprint"] != codec.fingerprint:
+                logger.warning(
+                    "channel %r: its type %s has changed since it was last declared; events of the old shape that do "
+                    "not fit become dead letters", channel.name, channel.type.__name__,
+                )  # fmt: skip
+        self._written[channel.name] = channel
 
     async def records(self) -> dict[str, Record]:
         """Every registered channel by name."""
@@ -111,3 +103,15 @@ class Registry:
             known = ", ".join(other for other in records if not other.startswith("pipeline.")) or "none yet"
             raise UnknownChannel(f"no channel {name!r} is registered (known: {known}); start a process that declares it")
         return records[name]
+
+
+def _compare(channel: Channel[Any], durable: bool, partitions: int) -> None:
+    for what, theirs, ours in (
+        ("durable", durable, channel.durable),
+        ("partitions", partitions, channel.partitions),
+    ):
+        if theirs != ours:
+            raise ChannelConflict(
+                f"channel {channel.name!r} is declared with {what}={ours!r} here, but is in use with {what}={theirs!r}; "
+                "channel names are global to a Redis database, so rename one of them"
+            )

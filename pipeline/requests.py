@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pydantic import ValidationError
@@ -35,8 +36,8 @@ class Replies:
         self._task: asyncio.Task[None] | None = None
         self._publishing = 0
 
-    async def ask(self, channel: Channel[Any], publish: Any, timeout: float) -> Any:
-        """`publish` is an awaitable of the request's id. Raises RequestTimeout, RequestFailed."""
+    async def ask(self, channel: Channel[Any], publish: Callable[[], Awaitable[str]], timeout: float) -> Any:
+        """`publish` resolves to the request's id. Raises RequestTimeout, RequestFailed."""
         if channel.reply is None:
             raise ConfigurationError(f"channel {channel.name!r} declares no reply=, so nothing on it can be requested")
         if self._task is None:
@@ -47,7 +48,7 @@ class Replies:
         self._expected.set()
         try:
             async with asyncio.timeout(timeout):
-                id_ = f"{channel.name}/{await publish}"
+                id_ = f"{channel.name}/{await publish()}"
                 self._publishing -= 1
                 self._waiting[id_] = (future, channel)
                 if id_ in self._early:

@@ -164,12 +164,13 @@ class Server:
 
     def _spawn(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        dog = watchdog()
         # The configuration goes in by stdin: a password on the command line would be everyone's to read.
         with _claim(self.directory) as claim, (self.directory / "server.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [self.binary, "-"], stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[claim]
             )
-        watchdog().watch(self._process.pid)
+        dog.watch(self._process.pid)
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(self._configuration().encode())

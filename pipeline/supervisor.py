@@ -208,6 +208,7 @@ class _Process:
     async def _run(self) -> int:
         # The pipe is ours, so that a grandchild that holds it open cannot hide the program's end.
         reading, writing = os.pipe()
+        dog = watchdog()
         try:
             child = await asyncio.create_subprocess_exec(
                 *("/bin/sh", "-c", f"exec {self.plan.command}" if self.plan.is_simple else self.plan.command),
@@ -221,13 +222,13 @@ class _Process:
         finally:
             os.close(writing)
         self._pid = child.pid
-        watchdog().watch(-child.pid)
+        dog.watch(-child.pid)
         copying = asyncio.create_task(self._output.copy(self.plan.name, reading))
         if self._stopped.is_set():  # while it was being started
             self.terminate()
         status = await child.wait()
         self._signal(-child.pid, signal.SIGKILL)  # whatever it left behind
-        watchdog().forget(-child.pid)
+        dog.forget(-child.pid)
         self._pid = None
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(copying, 1.0)

@@ -1,0 +1,557 @@
+"""Durable channels as a user sees them: what is handled, retried, buried, answered, ordered and replayed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+
+from pipeline import (
+    Batch,
+    Channel,
+    ChannelFull,
+    Event,
+    EventTypeError,
+    Message,
+    Pipeline,
+    Reject,
+    RequestFailed,
+    RequestTimeout,
+    Retry,
+    RetryPolicy,
+    Tensor,
+)
+from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError
+
+from .apps import idle, serving, until
+
+
+class Number(Event):
+    n: int
+
+
+class Square(Event):
+    n: int
+    squared: int
+
+
+class Window(Event):
+    values: Tensor
+
+
+numbers = Channel("numbers", Number, reply=Square)
+squares = Channel("squares", Square)
+QUICK = RetryPolicy(attempts=3, base=0.01, cap=0.05)
+
+
+async def test_events_are_handled_once_each_and_outputs_follow(url: str) -> None:
+    app, seen = Pipeline("app", url), []
+
+    @app.subscriber(numbers, group="square", publishes=squares)
+    async def square(event: Number) -> Square | None:
+        seen.append(event.n)
+        return Square(n=event.n, squared=event.n**2) if event.n % 2 else None
+
+    async with app, serving(app):
+        receipt = await app.publish(numbers, [Number(n=n) for n in range(1000)], key="k", headers={"trace": "t"})
+        assert (len(receipt.ids), receipt.id, receipt.ids[999]) == (1000, f"{app.source}:1", f"{app.source}:1000")
+        ledger = await idle(app, "numbers")
+        assert seen == list(range(1000))
+        assert (ledger.published, ledger.groups["square"].handled) == (1000, 1000)
+        async with app.watch(squares, since="1m") as stream:
+            outputs = [await anext(aiter(stream)) for _ in range(500)]
+    assert [message.event.squared for message in outputs] == [n * n for n in range(1, 1000, 2)]
+    assert len({message.id for message in outputs}) == 500
+    assert {message.key for message in outputs} == {"k"}
+
+
+async def test_a_message_shows_its_envelope(url: str) -> None:
+    app, seen = Pipeline("app", url), []
+
+    @app.subscriber(numbers, group="g")
+    async def look(message: Message[Number]) -> None:
+        seen.append(message)
+
+    async with app, serving(app):
+        before = datetime.now(UTC)
+        receipt = await app.publish(numbers, Number(n=7), key="a", headers={"user": "eve"})
+        await idle(app, "numbers")
+    (message,) = seen
+    assert (message.id, message.channel, message.source) == (receipt.id, "numbers", app.source)
+    assert (message.event, message.key, message.attempt, message.headers) == (Number(n=7), "a", 1, {"user": "eve"})
+    assert before - timedelta(seconds=1) < message.time < datetime.now(UTC)
+
+
+@pytest.mark.parametrize("run_in", ["loop", "thread"])
+async def test_every_group_receives_everything_and_consumers_share_it(url: str, run_in: Any) -> None:
+    seen: dict[str, list[int]] = {"one": [], "two": []}
+    apps = [Pipeline(f"app{n}", url) for n in range(3)]
+    for app, group in zip(apps, ("one", "one", "two"), strict=True):
+
+        @app.subscriber(Channel("numbers", Number, frame=4), group=group, run_in=run_in, concurrency=2)
+        def count(event: Number, group: str = group) -> None:
+            seen[group].append(event.n)
+
+    async with apps[0], serving(*apps):
+        await apps[0].publish(Channel("numbers", Number, frame=4), [Number(n=n) for n in range(400)])
+        await idle(apps[0], "numbers")
+    assert sorted(seen["one"]) == sorted(seen["two"]) == list(range(400))
+
+
+async def test_a_retry_keeps_its_id_and_counts_attempts(url: str) -> None:
+    app, seen = Pipeline("app", url), []
+
+    @app.subscriber(numbers, group="g", retry=QUICK)
+    async def flaky(message: Message[Number]) -> None:
+        seen.append((message.event.n, message.attempt, message.id))
+        if message.event.n == 5 and message.attempt == 1:
+            raise Retry(delay=0.05)
+        if message.event.n == 6 and message.attempt < 3:
+            raise OSError("not yet")
+
+    async with app, serving(app):
+        receipt = await app.publish(numbers, [Number(n=n) for n in range(10)])
+        ledger = await idle(app, "numbers")
+    assert [attempt for n, attempt, _ in seen if n == 5] == [1, 2]
+    assert [attempt for n, attempt, _ in seen if n == 6] == [1, 2, 3]
+    assert {id_ for n, _, id_ in seen if n == 6} == {receipt.ids[6]}
+    group = ledger.groups["g"]
+    assert (ledger.published, group.handled, group.retried, group.dead) == (10, 10, 3, 0)
+
+
+async def test_what_is_rejected_or_keeps_failing_becomes_a_dead_letter_that_can_be_replayed_once(url: str) -> None:
+    app, broken, handled = Pipeline("app", url), True, []
+
+    @app.subscriber(numbers, group="g", retry=QUICK)
+    async def picky(event: Number) -> None:
+        if event.n == 3:
+            raise Reject("three is unlucky")
+        if event.n == 4 and broken:
+            raise ZeroDivisionError("the divisor is missing")
+        handled.append(event.n)
+
+    async with app, serving(app):
+        receipt = await app.publish(numbers, [Number(n=n) for n in range(6)], key="k")
+        ledger = await idle(app, "numbers")
+        assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (4, 2)
+        letters = {letter.event.event_id: letter for letter in await app.dead_letters("numbers")}
+        three, four = letters[receipt.ids[3]].event, letters[receipt.ids[4]].event
+        assert (three.reason, three.attempts, three.group, three.key) == ("three is unlucky", 1, "g", "k")
+        assert (four.reason, four.attempts) == ("ZeroDivisionError: the divisor is missing", 3)
+        assert "raise ZeroDivisionError" in four.traceback
+
+        broken = False
+        assert await app.settle_dead([letters[receipt.ids[4]]], replay=True) == 1
+        assert await app.settle_dead([letters[receipt.ids[4]]], replay=True) == 0, "a second replay must do nothing"
+        ledger = await idle(app, "numbers")
+        assert (ledger.groups["g"].handled, ledger.groups["g"].dead, ledger.published) == (5, 1, 6)
+        assert handled.count(4) == 1
+        assert await app.settle_dead(await app.dead_letters("numbers"), replay=False) == 1
+        assert await app.dead_letters("numbers") == []
+        assert (await idle(app, "numbers")).groups["g"].dead == 1, "a dropped letter stays counted as dead"
+
+
+async def test_a_poison_event_in_a_batch_is_found_by_halving_and_the_others_are_handled(url: str) -> None:
+    app, calls, handled = Pipeline("app", url), 0, []
+
+    @app.subscriber(numbers, group="g", batch=Batch(256, wait=0.5), retry=RetryPolicy(attempts=1))
+    def work(batch: list[Number]) -> None:
+        nonlocal calls
+        calls += 1
+        if any(event.n == 77 for event in batch):
+            raise ValueError("seventy-seven")
+        handled.extend(event.n for event in batch)
+
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=n) for n in range(256)])
+        ledger = await idle(app, "numbers")
+        (letter,) = await app.dead_letters("numbers")
+    assert sorted(handled) == [n for n in range(256) if n != 77]
+    assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (255, 1)
+    assert "seventy-seven" in letter.event.traceback
+    assert calls <= 1 + 16
+
+
+async def test_a_batch_answers_slot_by_slot(url: str) -> None:
+    app = Pipeline("app", url)
+    attempts: dict[int, int] = {}
+
+    @app.subscriber(numbers, group="g", batch=Batch(8), publishes=squares, retry=QUICK)
+    def work(batch: list[Message[Number]]) -> list[Any]:
+        out: list[Any] = []
+        for message in batch:
+            n = message.event.n
+            attempts[n] = message.attempt
+            first = message.attempt == 1
+            out.append(
+                Retry(delay=0.01) if n == 1 and first else Reject("no") if n == 2 else [Square(n=n, squared=0)] * (n % 3)
+            )
+        return out
+
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=n) for n in range(8)])
+        ledger = await idle(app, "numbers")
+        outputs = (await app.stats()).channels["squares"].published
+    assert (ledger.groups["g"].handled, ledger.groups["g"].dead, ledger.groups["g"].retried) == (7, 1, 1)
+    assert attempts[1] == 2
+    assert outputs == sum(n % 3 for n in range(8) if n != 2)
+
+
+async def test_a_batch_result_of_the_wrong_length_is_an_error_that_says_so(url: str) -> None:
+    app = Pipeline("app", url)
+
+    @app.subscriber(numbers, group="g", batch=Batch(4), retry=RetryPolicy(attempts=1))
+    def work(batch: list[Number]) -> list[None]:
+        return [None] * (len(batch) + 1)
+
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=n) for n in range(4)])
+        await idle(app, "numbers")
+        letters = await app.dead_letters("numbers")
+    assert len(letters) == 4
+    assert "the batch had 4 events and the handler returned 5 results" in letters[0].event.reason
+
+
+async def test_batches_say_why_they_were_released(url: str) -> None:
+    app = Pipeline("app", url)
+    sizes = []
+
+    @app.subscriber(numbers, group="g", batch=Batch(10, wait=0.05))
+    async def work(batch: list[Number]) -> None:
+        sizes.append(len(batch))
+
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=n) for n in range(24)])
+        await idle(app, "numbers")
+        reasons = app._routers[0][1].batches
+        assert (sizes, reasons) == ([10, 10, 4], {"size": 2, "timeout": 1})
+
+
+async def test_a_delayed_event_waits_on_the_server_and_counts_as_pending(url: str) -> None:
+    app, at = Pipeline("app", url), []
+
+    @app.subscriber(numbers, group="g")
+    async def work(message: Message[Number]) -> None:
+        at.append((time.time(), message.attempt))
+
+    async with app, serving(app):
+        published = time.time()
+        await app.publish(numbers, Number(n=1), delay=0.5)
+        await asyncio.sleep(0.2)
+        ledger = (await app.stats()).channels["numbers"]
+        assert (ledger.published, ledger.groups["g"].pending, ledger.groups["g"].retried) == (1, 1, 0)
+        await idle(app, "numbers")
+    ((when, attempt),) = at
+    assert 0.45 < when - published < 1.5
+    assert attempt == 1
+
+
+async def test_a_request_is_answered_rejected_or_times_out(url: str) -> None:
+    app = Pipeline("app", url)
+
+    @app.subscriber(numbers, group="g", publishes=squares, retry=RetryPolicy(attempts=2, base=0.01))
+    async def square(event: Number) -> Square | None:
+        if event.n == 1:
+            raise Reject("one is trivial")
+        if event.n == 2:
+            raise OSError("disk")
+        return None if event.n == 3 else Square(n=event.n, squared=event.n**2)
+
+    async with app:
+        with pytest.raises(RequestTimeout, match=r"within 0\.1 s"):
+            await app.request(numbers, Number(n=9), timeout=0.1)
+        async with serving(app):
+            assert await app.request(numbers, Number(n=4), timeout=5) == Square(n=4, squared=16)
+            for n, reason in ((1, "one is trivial"), (2, "OSError: disk"), (3, "returned None")):
+                with pytest.raises(RequestFailed, match=reason):
+                    await app.request(numbers, Number(n=n), timeout=5)
+            many = await asyncio.gather(*(app.request(numbers, Number(n=n), timeout=5) for n in range(10, 210)))
+            assert [answer.squared for answer in many] == [n * n for n in range(10, 210)]
+            await idle(app, "numbers")
+    with redis.Redis.from_url(url) as client:
+        assert client.keys("pipeline:reply:*") == [], "answers must not stay"
+
+
+async def test_events_of_a_key_stay_in_order_even_when_one_is_retried(url: str) -> None:
+    app = Pipeline("app", url)
+    seen: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+
+    @app.subscriber(numbers, group="g", ordered=True, concurrency=4, retry=QUICK)
+    async def work(message: Message[Number]) -> None:
+        await asyncio.sleep(0.001)
+        if message.event.n == 3 and message.attempt == 1:
+            raise OSError("again")
+        assert message.key is not None
+        seen[message.key].append(message.event.n)
+
+    async with app, serving(app):
+        for n in range(20):
+            for key in seen:
+                await app.publish(numbers, Number(n=n), key=key)
+        ledger = await idle(app, "numbers")
+    assert seen == {key: list(range(20)) for key in "abc"}
+    assert ledger.groups["g"].handled == 60
+
+
+async def test_a_bad_event_in_a_good_frame_is_buried_alone(url: str) -> None:
+    class Strict(Event):
+        n: int
+
+    class Loose(Event):
+        n: int | str
+
+    app, seen = Pipeline("app", url), []
+
+    @app.subscriber(Channel("mixed", Strict), group="g")
+    async def work(event: Strict) -> None:
+        seen.append(event.n)
+
+    other = Pipeline("other", url)
+    async with app, other, serving(app):
+        await other.publish(Channel("mixed", Loose), [Loose(n=1), Loose(n="x"), Loose(n=3)])
+        ledger = await idle(app, "mixed")
+        (letter,) = await app.dead_letters("mixed")
+    assert (seen, ledger.groups["g"].handled, ledger.groups["g"].dead) == ([1, 3], 2, 1)
+    assert "n: Input should be a valid integer" in letter.event.reason
+
+
+async def test_an_unreadable_frame_becomes_a_dead_letter_and_the_worker_goes_on(url: str) -> None:
+    app, seen = Pipeline("app", url), []
+
+    @app.subscriber(numbers, group="g")
+    async def work(event: Number) -> None:
+        seen.append(event.n)
+
+    async with app, serving(app):
+        await app.publish(numbers, Number(n=1))
+        await idle(app, "numbers")
+        with redis.Redis.from_url(url) as client:
+            client.hincrby("pipeline:{numbers}:m", "published", 5)
+            client.xadd("pipeline:{numbers}:s", {"n": 5, "b": b'{"pipeline":1,"data":[{"n"'}, id="*-6".replace("*", _ms(client)))
+            client.set(f"pipeline:{{numbers}}:src:{app.source}", 1)
+        await app.publish(numbers, Number(n=2))
+        ledger = await idle(app, "numbers")
+        (letter,) = await app.dead_letters("numbers")
+    assert seen == [1, 2]
+    assert (letter.event.count, ledger.groups["g"].dead) == (5, 5)
+    assert "FrameTruncated" in letter.event.reason
+
+
+def _ms(client: redis.Redis) -> str:
+    seconds, micros = client.time()
+    return str(seconds * 1000 + micros // 1000)
+
+
+async def test_tensors_arrive_read_only_and_equal(url: str) -> None:
+    app, seen = Pipeline("app", url), []
+    windows = Channel("windows", Window)
+
+    @app.subscriber(windows, group="g")
+    async def work(event: Window) -> None:
+        seen.append(event)
+
+    sent = [Window(values=Tensor(np.arange(n, dtype=np.float32).reshape(-1, 2))) for n in (0, 2, 60_000)]
+    async with app, serving(app):
+        await app.publish(windows, sent)
+        await idle(app, "windows")
+    assert seen == sent
+    assert not np.asarray(seen[2].values).flags.writeable
+
+
+async def test_a_new_group_begins_at_the_oldest_or_at_the_latest(url: str) -> None:
+    first, seen = Pipeline("first", url), {"old": 0, "new": 0}
+    async with first:
+        await first.publish(numbers, [Number(n=n) for n in range(10)])
+        app = Pipeline("app", url)
+
+        @app.subscriber(numbers, group="old")
+        async def old(event: Number) -> None:
+            seen["old"] += 1
+
+        @app.subscriber(numbers, group="new", start="latest")
+        async def new(event: Number) -> None:
+            seen["new"] += 1
+
+        async with serving(app):
+            await first.publish(numbers, [Number(n=n) for n in range(5)])
+            ledger = await idle(first, "numbers")
+    assert seen == {"old": 15, "new": 5}
+    assert (ledger.groups["old"].before, ledger.groups["new"].before) == (0, 10)
+
+
+async def test_a_rewound_group_handles_again_and_the_ledger_balances(url: str) -> None:
+    app, seen = Pipeline("app", url), []
+
+    @app.subscriber(Channel("numbers", Number, frame=3), group="g", retry=RetryPolicy(attempts=1))
+    async def work(event: Number) -> None:
+        seen.append(event.n)
+        if event.n == 8:
+            raise Reject("eight")
+
+    async with app, serving(app):
+        for n in range(10):
+            await app.publish(numbers, Number(n=n))
+        await idle(app, "numbers")
+        assert await app.rewind("numbers", "g", since="1h") == 10
+        ledger = await idle(app, "numbers")
+        with pytest.raises(ConfigurationError, match="no group 'nobody'"):
+            await app.rewind("numbers", "nobody", since="1h")
+    assert seen == [*range(10), *range(10)]
+    assert ledger.groups["g"].handled + ledger.groups["g"].dead == 10
+
+
+async def test_watching_begins_in_the_past_now_or_after_a_message(url: str) -> None:
+    app = Pipeline("app", url)
+    async with app:
+        receipt = await app.publish(numbers, [Number(n=n) for n in range(10)])
+        await asyncio.sleep(0.01)
+        moment = datetime.now(UTC)
+        await asyncio.sleep(0.01)
+        await app.publish(numbers, [Number(n=n) for n in range(10, 13)])
+        for since, first in ((60, 0), ("1m", 0), (moment, 10), (receipt.ids[4], 5)):
+            async with app.watch(numbers, since=since) as stream:  # type: ignore[arg-type]
+                assert (await anext(aiter(stream))).event.n == first
+        async with app.watch(numbers) as stream:
+            await app.publish(numbers, Number(n=99))
+            assert (await anext(aiter(stream))).event.n == 99
+        with pytest.raises(ValueError, match="since="):
+            app.watch(numbers, since="yesterday")
+
+
+async def test_a_full_channel_makes_publishers_wait_or_tells_them_or_drops_the_oldest(url: str) -> None:
+    app = Pipeline("app", url)
+    waits = Channel("waits", Number, capacity=10, frame=1)
+    raises = Channel("raises", Number, capacity=10, overflow="raise")
+    drops = Channel("drops", Number, capacity=10, overflow="drop_oldest", frame=1)
+    go, seen = asyncio.Event(), []
+
+    @app.subscriber(waits, group="g")
+    async def work(event: Number) -> None:
+        await go.wait()
+
+    @app.subscriber(drops, group="g", start="oldest")
+    async def late(event: Number) -> None:
+        await go.wait()
+        seen.append(event.n)
+
+    async with app, serving(app):
+        ten = [Number(n=n) for n in range(10)]
+        await app.publish(waits, ten)
+        held = asyncio.create_task(app.publish(waits, Number(n=10)))
+        await asyncio.sleep(0.1)
+        assert not held.done()
+        await app.publish(raises, ten)
+        with pytest.raises(ChannelFull, match="holds 10 unhandled events, its capacity is 10"):
+            await app.publish(raises, Number(n=10))
+        await app.publish(drops, [Number(n=n) for n in range(25)])
+        go.set()
+        async with asyncio.timeout(5):
+            await held
+        dropped = (await idle(app, "drops")).groups["g"]
+    assert dropped.dropped + dropped.handled == 25
+    assert dropped.dropped >= 14
+    assert seen[-9:] == list(range(16, 25)), "the newest stay; what a worker holds is its own"
+
+
+async def test_draining_hands_unstarted_work_to_another_worker_at_once(url: str) -> None:
+    slow, other = Pipeline("slow", url), Pipeline("other", url)
+    started, taken = asyncio.Event(), []
+
+    @slow.subscriber(numbers, group="g", lease=30.0, batch=Batch(100, wait=30.0))
+    async def gather(batch: list[Number]) -> None:
+        started.set()
+
+    @other.subscriber(numbers, group="g", lease=30.0)
+    async def take(event: Number) -> None:
+        taken.append(time.monotonic())
+
+    async with slow:
+        stop = asyncio.Event()
+        serving_slow = asyncio.create_task(slow.serve(stop))
+        await until(lambda: slow._routers)
+        await slow.publish(numbers, [Number(n=n) for n in range(10)])
+        await until(lambda: slow._routers[0][0].flow.events == 10)
+        async with serving(other):
+            await asyncio.sleep(0.2)
+            stopped = time.monotonic()
+            stop.set()
+            await until(lambda: len(taken) == 10)
+            await serving_slow
+        assert not started.is_set()
+        assert max(taken) - stopped < 0.5
+        await idle(slow, "numbers")
+
+
+async def test_an_idle_app_stops_within_a_second(url: str) -> None:
+    app = Pipeline("app", url)
+
+    @app.subscriber(numbers, group="g")
+    async def work(event: Number) -> None:
+        """Nothing to do."""
+
+    stop = asyncio.Event()
+    task = asyncio.create_task(app.serve(stop))
+    await until(lambda: app._routers)
+    await asyncio.sleep(0.2)
+    began = time.monotonic()
+    stop.set()
+    await task
+    assert time.monotonic() - began < 1.0
+
+
+def in_a_process(event: Number) -> Square:
+    if event.n == 2:
+        raise Reject("two")
+    if event.n == 3:
+        raise OSError("three")
+    return Square(n=event.n, squared=event.n**2)
+
+
+async def test_handlers_run_in_processes(valkey_url: str) -> None:
+    app = Pipeline("app", valkey_url)
+    app.subscriber(numbers, group="g", publishes=squares, run_in="process", concurrency=2, retry=QUICK)(in_a_process)
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=n) for n in range(50)])
+        ledger = await idle(app, "numbers")
+        letters = {letter.event.reason: letter.event for letter in await app.dead_letters("numbers")}
+    assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (48, 2)
+    assert letters["two"].attempts == 1
+    assert letters["HandlerError: OSError: three"].attempts == 3
+    assert "in_a_process" in letters["HandlerError: OSError: three"].traceback
+
+
+async def test_what_may_not_be_published_is_refused_with_a_reason(valkey_url: str) -> None:
+    class Sub(Number):
+        extra: int = 0
+
+    app = Pipeline("app", valkey_url)
+    async with app:
+        with pytest.raises(EventTypeError, match="a subclass would lose its own fields"):
+            await app.publish(numbers, Sub(n=1))
+        with pytest.raises(EventTypeError, match="carries Number, not Square"):
+            await app.publish(numbers, [Number(n=1), Square(n=1, squared=1)])  # type: ignore[list-item]
+        with pytest.raises(ConfigurationError, match="declares no reply="):
+            await app.request(squares, Square(n=1, squared=1))
+        await app.publish(numbers, Number(n=1))
+        with pytest.raises(ChannelConflict, match="durable=False here, but is in use with durable=True"):
+            await app.publish(Channel("numbers", Number, durable=False), Number(n=1))
+
+
+async def test_a_handler_that_returns_what_it_does_not_publish_fails_that_event_alone(valkey_url: str) -> None:
+    app = Pipeline("app", valkey_url)
+
+    @app.subscriber(numbers, group="g", publishes=squares, retry=RetryPolicy(attempts=1))
+    async def work(event: Number) -> Any:
+        return event if event.n == 1 else Square(n=event.n, squared=0)
+
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=n) for n in range(3)])
+        ledger = await idle(app, "numbers")
+        (letter,) = await app.dead_letters("numbers")
+    assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (2, 1)
+    assert letter.event.reason == f"{HandlerError.__name__}: the handler returned a Number; it publishes squares (Square)"
