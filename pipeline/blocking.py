@@ -90,35 +90,36 @@ class BlockingWatch(Generic[T]):
     def __init__(self, pipe: BlockingPipeline, watch: Watch[T]) -> None:
         self._pipe = pipe
         self._watch = watch
+        self._pending: asyncio.Future[Message[T] | None] | None = None
 
     def __enter__(self) -> BlockingWatch[T]:
         self._pipe.call(self._watch.__aenter__())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pipe.call(self._watch.__aexit__())
+        async def close() -> None:
+            if self._pending is not None:
+                self._pending.cancel()
+                await asyncio.gather(self._pending, return_exceptions=True)
+            await self._watch.__aexit__()
+
+        self._pipe.call(close())
 
     @property
     def dropped(self) -> int:
         return self._watch.dropped
 
     def __iter__(self) -> Iterator[Message[T]]:
-        async def one() -> Message[T] | None:
-            return await anext(aiter(self._watch), None)
-
-        while (message := self._pipe.call(one())) is not None:
+        while (message := self.next()) is not None:
             yield message
 
-    def next(self, timeout: float) -> Message[T] | None:
-        """The next message, or None when none came within `timeout` seconds."""
+    def next(self, timeout: float | None = None) -> Message[T] | None:
+        """The next message; None when none came within `timeout` seconds, or there will be no more."""
 
         async def one() -> Message[T] | None:
-            messages = aiter(self._watch)
-            pending = self._pending or asyncio.ensure_future(anext(messages, None))
+            pending = self._pending or asyncio.ensure_future(anext(aiter(self._watch), None))
             done, _ = await asyncio.wait([pending], timeout=timeout)
             self._pending = None if done else pending
             return pending.result() if done else None
 
         return self._pipe.call(one())
-
-    _pending: asyncio.Future[Message[T] | None] | None = None

@@ -1,4 +1,7 @@
-"""The ML events and channels that publishers, subscribers and dashboards share. Nothing in the core imports this."""
+"""The ML events and channels that publishers, subscribers and dashboards share. Nothing in the core imports this.
+
+Models are described here without torch: names and shapes of parameters, from which trainers and servers build theirs.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,10 @@ from .events import Event
 from .tensors import Tensor
 
 __all__ = [
+    "DIGIT_MODEL",
+    "DIGIT_PARAMETERS",
+    "DIGIT_SHAPE",
+    "INTENSITY",
     "Digit",
     "Gradient",
     "MatmulJob",
@@ -30,6 +37,19 @@ __all__ = [
     "training_metrics",
     "weights",
 ]
+
+
+DIGIT_MODEL = "digits"
+DIGIT_SHAPE = (8, 8)
+INTENSITY = 16.0
+"""The brightest pixel of a digit; models see images divided by it."""
+DIGIT_PARAMETERS: dict[str, tuple[int, ...]] = {
+    "hidden.weight": (32, 64),
+    "hidden.bias": (32,),
+    "output.weight": (10, 32),
+    "output.bias": (10,),
+}
+"""The digit model: flatten → hidden (linear) → ReLU → output (linear), logits of the classes 0…9. All float32."""
 
 
 class Digit(Event):
@@ -64,6 +84,9 @@ class Weights(Event):
     """`state_dict` names → tensors."""
     run: str | None = None
     round: int | None = None
+    """They are what the run had before this round."""
+    score: float | None = None
+    """Accuracy (0…1) on validation data, where it was measured."""
 
 
 class Gradient(Event):
@@ -73,12 +96,18 @@ class Gradient(Event):
     round: int = Field(ge=0)
     rank: int = Field(ge=0)
     workers: int = Field(ge=1)
-    """How many workers the run was started with."""
-    samples: int = Field(ge=0)
+    """How many workers the run was started with; a round closes when all of them have contributed…"""
+    quorum: int = Field(default=1, ge=1)
+    """…or, after the deadline, so many of them."""
+    deadline: float = Field(default=2.0, gt=0, le=3600)
+    """Seconds from a round's first gradient."""
+    samples: int = Field(ge=1)
     gradient: Tensor
     """float32, shape [parameters]: all gradients flattened in `state_dict` order, mean over `samples`."""
     loss: float
     accuracy: float
+    weights: Weights | None = None
+    """The model this gradient was taken at, when it is to be published for inference together with the round."""
 
 
 class Round(Event):
@@ -139,7 +168,11 @@ class Record(Event):
 
     source: str
     row: int
-    values: dict[str, bool | int | float | str | None]
+    """From 0."""
+    values: dict[str, bool | int | float | str | None] = {}
+    """Column → value."""
+    tensor: Tensor | None = None
+    """Rows of a `.npy` file: the row itself, with the file's dtype."""
 
 
 digits: Channel[Digit] = Channel("digits", Digit, reply=Prediction, frame=32)
@@ -148,6 +181,6 @@ weights: Channel[Weights] = Channel("weights", Weights, frame=1, keep=3600.0)
 gradients: Channel[Gradient] = Channel("training.gradients", Gradient, frame=1)
 rounds: Channel[Round] = Channel("training.rounds", Round, frame=1)
 training_metrics: Channel[TrainingMetrics] = Channel("training.metrics", TrainingMetrics, keep=3600.0)
-matmul_jobs: Channel[MatmulJob] = Channel("matmul.jobs", MatmulJob, reply=MatmulResult, frame=1, keep=60.0)
+matmul_jobs: Channel[MatmulJob] = Channel("matmul.jobs", MatmulJob, reply=MatmulResult, frame=1, keep=10.0)
 matmul_results: Channel[MatmulResult] = Channel("matmul.results", MatmulResult)
 records: Channel[Record] = Channel("records", Record)

@@ -1,0 +1,194 @@
+"""Live channels, and interoperation with any plain Redis client; with both Pub/Sub clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import redis
+
+from pipeline import Batch, Channel, Event, Pipeline, Reject, RetryPolicy, Tensor
+from pipeline.transports.pubsub import PubSub
+
+from .apps import serving, until
+
+LiveClient = Literal["redis", "asyncio-redis"]
+
+
+class Alert(Event):
+    sensor: str
+    level: float = 0.0
+    picture: Tensor | None = None
+
+
+alerts = Channel("alerts", Alert, durable=False)
+music = Channel("classical_music", str, durable=False)
+RAGA = "Raga Vairabi - Pt. Ajoy Chakrabarty"
+
+
+@pytest.fixture(params=["redis", "asyncio-redis"])
+def live_client(request: pytest.FixtureRequest) -> LiveClient:
+    client: LiveClient = request.param
+    return client
+
+
+async def test_a_bare_client_and_the_pipeline_understand_each_others_text(url: str, live_client: LiveClient) -> None:
+    app, heard = Pipeline("listener", url, live_client=live_client), []
+
+    @app.subscriber(music, group="radio")
+    async def listen(text: str) -> None:
+        heard.append(text)
+
+    with redis.Redis.from_url(url) as bare, bare.pubsub(ignore_subscribe_messages=True) as pubsub:
+        pubsub.subscribe("classical_music")
+        pubsub.get_message(timeout=1)
+        async with app, serving(app):
+            await asyncio.to_thread(bare.publish, "classical_music", RAGA)
+            await until(lambda: heard == [RAGA])
+            await app.publish(music, ["ragas", "talas"])
+            await until(lambda: heard == [RAGA, "ragas", "talas"])
+        received = [_next(pubsub) for _ in range(3)]
+    assert received == [RAGA.encode(), b"ragas", b"talas"]
+
+
+def _next(pubsub: Any) -> bytes:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        if (message := pubsub.get_message(timeout=0.5)) is not None:
+            return bytes(message["data"])
+    raise AssertionError("no message came")
+
+
+async def test_an_event_comes_out_as_json_and_plain_json_goes_in(url: str, live_client: LiveClient) -> None:
+    app, heard = Pipeline("listener", url, live_client=live_client), []
+
+    @app.subscriber(alerts, group="g")
+    async def listen(alert: Alert) -> None:
+        heard.append(alert)
+
+    with redis.Redis.from_url(url) as bare, bare.pubsub(ignore_subscribe_messages=True) as pubsub:
+        pubsub.subscribe("alerts")
+        pubsub.get_message(timeout=1)
+        async with app, serving(app):
+            await app.publish(alerts, Alert(sensor="a", level=1.5))
+            frame = json.loads(await asyncio.to_thread(_next, pubsub))
+            assert frame["data"] == [{"sensor": "a", "level": 1.5, "picture": None}]
+            assert (frame["source"], frame["sequence"], frame["type"]) == (app.source, 1, "Alert")
+            bare.publish("alerts", '{"sensor": "b"}')
+            bare.publish("alerts", ' [{"sensor": "c"}, {"sensor": "d", "picture": [[1, 2], [3, 4]]}]')
+            await until(lambda: len(heard) == 4)
+    assert [alert.sensor for alert in heard] == ["a", "b", "c", "d"]
+    assert np.asarray(heard[3].picture).tolist() == [[1, 2], [3, 4]]
+
+
+async def test_nonsense_on_a_live_channel_becomes_a_dead_letter(url: str) -> None:
+    app, heard = Pipeline("listener", url), []
+
+    @app.subscriber(alerts, group="g")
+    async def listen(alert: Alert) -> None:
+        heard.append(alert)
+
+    with redis.Redis.from_url(url) as bare:
+        async with app, serving(app):
+            for nonsense in ('{"sensor": 5}', "not json", "", '{"pipeline":9,"data":[]}'):
+                bare.publish("alerts", nonsense)
+            bare.publish("alerts", '{"sensor": "good"}')
+            await until(lambda: heard == [Alert(sensor="good")])
+            letters = await app.dead_letters("alerts")
+            ledger = (await app.stats()).channels["alerts"].groups["g"]
+    assert len(letters) == 4
+    assert "version" in letters[3].event.reason
+    assert (ledger.handled, ledger.dead) == (1, 4)
+
+
+async def test_every_subscriber_process_receives_everything(url: str, live_client: LiveClient) -> None:
+    heard: dict[int, list[str]] = {0: [], 1: []}
+    apps = [Pipeline(f"app{n}", url, live_client=live_client) for n in range(2)]
+    for n, app in enumerate(apps):
+
+        @app.subscriber(alerts, group="same", batch=Batch(64))
+        def listen(batch: list[Alert], n: int = n) -> None:
+            heard[n].extend(alert.sensor for alert in batch)
+
+    async with apps[0], serving(*apps):
+        await apps[0].publish(alerts, [Alert(sensor=str(n)) for n in range(500)])
+        await until(lambda: len(heard[0]) == len(heard[1]) == 500)
+    assert heard[0] == heard[1] == [str(n) for n in range(500)]
+
+
+async def test_a_retry_waits_in_the_process_and_a_rejected_event_is_kept(url: str) -> None:
+    app, attempts = Pipeline("app", url), []
+
+    @app.subscriber(alerts, group="g", retry=RetryPolicy(attempts=3, base=0.01))
+    async def flaky(alert: Alert) -> None:
+        attempts.append(alert.sensor)
+        if alert.sensor == "no":
+            raise Reject("no")
+        if attempts.count("twice") == 1:
+            raise OSError
+
+    async with app, serving(app):
+        await app.publish(alerts, [Alert(sensor="twice"), Alert(sensor="no")])
+        await until(lambda: attempts.count("twice") == 2)
+        async with asyncio.timeout(5):
+            while len(letters := await app.dead_letters("alerts")) < 1:
+                await asyncio.sleep(0.05)
+    assert letters[0].event.reason == "no"
+
+
+async def test_a_slow_subscriber_loses_the_oldest_and_knows_how_many(valkey_url: str) -> None:
+    app, go, heard = Pipeline("app", valkey_url), asyncio.Event(), []
+
+    @app.subscriber(Channel("fast", Alert, durable=False, frame=10), group="g")
+    async def slow(alert: Alert) -> None:
+        heard.append(int(alert.sensor))
+        await go.wait()
+
+    async with app:
+        live = app.backend.live
+        assert isinstance(live, PubSub)
+        live.ring_frames = 20
+        async with serving(app):
+            fast = Channel("fast", Alert, durable=False, frame=10)
+            for n in range(100):
+                await app.publish(fast, [Alert(sensor=str(10 * n + i)) for i in range(10)])
+            await asyncio.sleep(0.2)
+            go.set()
+            await until(lambda: heard and heard[-1] == 999)
+            dropped = app._routers[0][1].dropped
+    assert len(heard) + dropped == 1000
+    assert dropped >= 500
+    assert heard == sorted(heard)
+
+
+async def test_a_lost_connection_is_made_anew_and_the_gap_is_counted(url: str, live_client: LiveClient) -> None:
+    app, other, heard = Pipeline("app", url, live_client=live_client), Pipeline("other", url), []
+
+    @app.subscriber(alerts, group="g")
+    async def listen(alert: Alert) -> None:
+        heard.append(alert.sensor)
+
+    async with app, other, serving(app):
+        await other.publish(alerts, Alert(sensor="before"))
+        await until(lambda: heard == ["before"])
+        with redis.Redis.from_url(url) as bare:
+            bare.client_kill_filter(_type="pubsub")
+            await other.publish(alerts, [Alert(sensor="missed")] * 3)
+            await until(lambda: any(client["sub"] == "1" for client in bare.client_list()))
+        await other.publish(alerts, Alert(sensor="after"))
+        await until(lambda: heard == ["before", "after"])
+
+
+async def test_scripts_use_the_same_verbs_without_async(url: str) -> None:
+    with Pipeline("script", url).blocking() as pipe:
+        with pipe.watch(alerts) as stream:
+            assert stream.next(timeout=0.05) is None
+            pipe.publish(alerts, [Alert(sensor=str(n)) for n in range(3)])
+            assert [message.event.sensor for _, message in zip(range(3), stream, strict=False)] == ["0", "1", "2"]
+        assert pipe.stats().channels["alerts"].published == 3
+        with pytest.raises(ValueError, match="is live: it has no past"):
+            pipe.watch(alerts, since="5m")
