@@ -73,6 +73,8 @@ class Pipeline:
         """Who events published by this process are from; ids are `source:sequence`."""
         self.consumer = f"{socket.gethostname()}-{os.getpid()}-{self.source}"
         self.subscribers: list[Subscriber] = []
+        self.ready = asyncio.Event()
+        """Set while `serve` runs and every subscriber has joined its group."""
         self._middleware = list(middleware)
         self._live_client = live_client
         self._hooks: list[Hook] = []
@@ -353,9 +355,11 @@ class Pipeline:
         await self._open(None)
         try:
             await self._start()
+            self.ready.set()
             tasks = [task for router, _ in self._routers for task in router.tasks()]
             await first_failure(tasks, stop)
         finally:
+            self.ready.clear()
             await drain([router for router, _ in self._routers], self.settings.drain_seconds)
             await self._close()
             self._stop = None

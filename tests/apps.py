@@ -17,8 +17,8 @@ async def serving(*apps: Pipeline) -> AsyncIterator[None]:
     stop = asyncio.Event()
     tasks = [asyncio.create_task(app.serve(stop)) for app in apps]
     try:
-        for app in apps:
-            await until(lambda app=app: len(app._routers) == len(app.subscribers))  # type: ignore[misc]
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(app.ready.wait() for app in apps))
         yield
     finally:
         stop.set()
