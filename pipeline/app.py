@@ -483,6 +483,7 @@ class Pipeline:
 
     async def _report_ledger(self) -> None:
         interval = self.settings.metrics_interval
+        await self.registry.keep()
         if await self._need_backend().turn("ledger", self.consumer, interval * 0.9):
             await self.publish(ledger_channel, await self.stats())
 

@@ -55,6 +55,7 @@ class Registry:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._written: dict[str, Channel[Any]] = {}
+        self._records: dict[str, bytes] = {}
 
     async def register(self, channel: Channel[Any], codec: Codec[Any]) -> None:
         """Write a channel's description, once a process. Raises ChannelConflict when another process differs."""
@@ -74,7 +75,8 @@ class Registry:
             "reply_schema": reply.model_json_schema() if hasattr(reply, "model_json_schema") else None,
             "limits": {name: getattr(channel, name) for name in _LIMITS},
         }
-        before = await self._backend.register(channel.name, json.dumps(record).encode())
+        raw = json.dumps(record).encode()
+        before = await self._backend.register(channel.name, raw)
         if before is not None:
             old = json.loads(before)
             try:
@@ -88,6 +90,13 @@ class Registry:
                     "not fit become dead letters", channel.name, channel.type.__name__,
                 )  # fmt: skip
         self._written[channel.name] = channel
+        self._records[channel.name] = raw
+
+    async def keep(self) -> None:
+        """Write again what a flush, or a restart without data, has erased."""
+        known = await self._backend.registered()
+        for name in self._records.keys() - known.keys():
+            await self._backend.register(name, self._records[name])
 
     async def records(self) -> dict[str, Record]:
         """Every registered channel by name."""

@@ -29,14 +29,12 @@ from .metrics import GroupMetrics
 from .middleware import Middleware
 from .subscriber import Subscriber
 from .transports.client import ReplyError
-from .transports import Commit, Entry, Group, Reader, Retried, Segment, Transport
+from .transports import SUSPICION, Commit, Entry, Group, Reader, Retried, Segment, Transport
 
 __all__ = ["Router"]
 
 logger = logging.getLogger("pipeline.router")
 
-SUSPECT = 3
-"""Deliveries without a commit after which an event is suspected of killing its worker."""
 MOST_PER_COMMIT = 4096
 
 
@@ -202,10 +200,10 @@ class Router:
 
     async def _queue(self, held: Held) -> None:
         entry, header = held.entry, held.frame.header
-        if entry.deliveries > SUSPECT or (entry.apart and entry.count > 1):
-            if not entry.apart or entry.count > 1:
-                await self._set_apart(held, 0.0)
-                return
+        if (entry.apart and entry.count > 1) or (not entry.apart and entry.deliveries > SUSPICION):
+            await self._set_apart(held, 0.0)
+            return
+        if entry.apart and entry.deliveries > SUSPICION + 1:  # it had its chance alone
             error = HandlerError(f"its worker died or lost its lease {entry.deliveries - 1} times while handling it")
             self._finish_unit((held, 0), error, final=True)
             return
@@ -231,7 +229,9 @@ class Router:
         """Move the open events of a frame to the retries, each by itself: nothing was tried, nothing is counted."""
         indexes = held.indexes()
         bodies = [self._codec.reencode(held.frame, index, attempt=held.frame.header.attempt) for index in indexes]
-        commit = Commit(segments=held.segments(indexes), retries=[Retried(delay, body) for body in bodies])
+        deliveries = 0 if delay else held.entry.deliveries - 1
+        retries = [Retried(delay, body, deliveries=deliveries) for body in bodies]
+        commit = Commit(segments=held.segments(indexes), retries=retries)
         await held.reader.commit(commit)
         self._forget(held, held.open)
 

@@ -36,6 +36,7 @@ async def idle(app: Pipeline, channel: str, seconds: float = 20.0) -> ChannelLed
     """Wait until every group of a channel has nothing unread and nothing pending; its ledger, which must balance."""
     async with asyncio.timeout(seconds):
         while True:
+            await app.registry.keep()
             ledger = (await app.stats()).channels[channel]
             for name, group in ledger.groups.items():
                 assert group.difference(ledger.published) == 0, f"group {name} does not balance: {group!r}"

@@ -28,10 +28,16 @@ __all__ = [
     "Reader",
     "Reply",
     "Retried",
+    "SUSPICION",
     "Segment",
     "Tail",
     "Transport",
 ]
+
+
+SUSPICION = 3
+"""Deliveries without a commit after which an event is suspected of killing its worker: from then on it is handed out
+alone, to a reader that holds nothing else, so that no other event is blamed for the next death."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +114,15 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """An event to hand out again after `delay` seconds, to this group alone. `body` is a frame of it."""
+    """An event to hand out again after `delay` seconds, to this group alone. `body` is a frame of it.
+
+    `deliveries` it has had without being settled; from SUSPICION on it is handed out alone.
+    """
 
     delay: float
     body: bytes
     count: int = 1
+    deliveries: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..channel import Channel
 from ..errors import ChannelFull, ConfigurationError, PublishUncertain, ServerUnavailable
-from . import Commit, Entry, Group, Guarantees, Outgoing
+from . import SUSPICION, Commit, Entry, Group, Guarantees, Outgoing
 from .client import Argument, Client, LinkLost, ReplyError, transient
 from .renewal import Renewer
 from .scripts import Keys, load
@@ -277,6 +277,10 @@ class StreamReader:
         self._due_at = 0.0
         self._released = -1
         self._stopping = False
+        self._suspects = False
+        """Events that may kill their worker wait until nothing else is in hand."""
+        self._alone = ""
+        """The suspect in hand; nothing is read beside it."""
 
     @property
     def _where(self) -> str:
@@ -296,7 +300,7 @@ class StreamReader:
         while not self._stopping:
             try:
                 found = await self._look(entries)
-                if not found:
+                if not found and not self._suspects:
                     found = await self._read_new(entries)
             except (ServerUnavailable, LinkLost) as error:
                 logger.debug("%s: %s", self._where, error)
@@ -313,6 +317,9 @@ class StreamReader:
         """Due events and hand-backs every POLL, abandoned entries twice a lease."""
         now = time.monotonic()
         found: list[Entry] = []
+        if self._alone in self.held:
+            await asyncio.sleep(0.001)
+            return found
         if now >= self._due_at:
             self._due_at = now + POLL
             found = await self._take_due(entries)
@@ -323,7 +330,15 @@ class StreamReader:
 
     async def _take_due(self, entries: int) -> list[Entry]:
         names = [self.keys.group(self.group.name, part) for part in ("due", "bod", "takes", "h")]
-        taken, _, released = await self._streams.run("take", names, self._lease_ms, max(16, entries))
+        empty = int(not self.held)
+        taken, released, suspects = await self._streams.run(
+            "take", names, self._lease_ms, max(16, entries), SUSPICION, empty
+        )
+        self._suspects = bool(suspects)
+        if suspects and empty and taken:
+            self._alone = str(taken[-1][0], "ascii")
+        if suspects:
+            self._due_at = 0.0
         if released != self._released:
             if self._released >= 0:
                 self._claim_at = 0.0
@@ -471,7 +486,7 @@ def commit_arguments(keys: Keys, group: str, commit: Commit) -> tuple[list[str],
         arguments += (segment.entry, segment.count, "" if apart else segment.low, segment.high)
     arguments += (commit.handled, commit.dead, commit.retried, len(commit.retries))
     for retry in commit.retries:
-        arguments += (int(retry.delay * 1000), retry.count, retry.body)
+        arguments += (int(retry.delay * 1000), retry.count, retry.deliveries, retry.body)
     arguments.append(len(commit.outputs))
     for output in commit.outputs:
         where = Keys.of(output.channel.name, output.partition)

@@ -3,7 +3,7 @@
 -- ARGV: group,
 --       #segments, (id, n, low, high)…          low = '' settles an entry apart (a retry id)
 --       handled, dead, retried,
---       #retries, (delay ms, count, body)…
+--       #retries, (delay ms, count, times taken, body)…
 --       #outputs, (kind, n, body)…              kind: s stream · p Pub/Sub
 --       #replies, (address, ttl ms, body)…
 -- → {} when applied, else {status a segment}: 'ok', 'gone', or the progress string. Scripts do not roll back, so every
@@ -45,7 +45,7 @@ end
 
 local handled, dead, retried = tonumber(take()), tonumber(take()), tonumber(take())
 local retries_at = at
-at = at + 1 + 3 * tonumber(ARGV[at])
+at = at + 1 + 4 * tonumber(ARGV[at])
 local outputs_at = at
 for i = 1, tonumber(take()) do
   local kind = take()
@@ -84,10 +84,11 @@ if retried ~= 0 then redis.call('HINCRBY', h, 'retried', retried) end
 
 at = retries_at
 for _ = 1, tonumber(take()) do
-  local delay, count, body = tonumber(take()), tonumber(take()), take()
+  local delay, count, taken, body = tonumber(take()), tonumber(take()), tonumber(take()), take()
   local rid = string.format(count > 1 and 'r%.0fx%.0f' or 'r%.0f', redis.call('HINCRBY', h, 'rid', 1), count)
   redis.call('ZADD', due, string.format('%.0f', now_ms() + delay), rid)
   redis.call('HSET', bod, rid, body)
+  if taken > 0 then redis.call('HSET', takes, rid, taken) end
   if count > 1 then redis.call('HINCRBY', h, 'extra', count - 1) end
 end
 

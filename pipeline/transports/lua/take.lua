@@ -1,14 +1,23 @@
 -- TAKE due events: lease them by moving their time on, so no promotion step and no race between workers.
--- KEYS: due, bod, takes, h   ARGV: lease ms, most
--- → {{rid, body, times taken}…, ms until the next is due (-1: none), hand-backs so far}
+-- A suspect (taken often enough before without being settled) is taken alone, by a worker with nothing else in hand: should
+-- it kill its worker, no other event is blamed.
+-- KEYS: due, bod, takes, h   ARGV: lease ms, most, suspicion (takes that make a suspect), 1 when nothing is in hand
+-- → {{rid, body, times taken}…, hand-backs so far, 1 when a suspect waits for an empty hand}
 local now = now_ms()
-local taken = {}
+local suspicion, empty = tonumber(ARGV[3]), ARGV[4] == '1'
+local taken, waiting = {}, 0
 for _, rid in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now), 'LIMIT', 0, ARGV[2])) do
-  redis.call('ZADD', KEYS[1], string.format('%.0f', now + tonumber(ARGV[1])), rid)
-  local times = redis.call('HINCRBY', KEYS[3], rid, 1)
-  taken[#taken + 1] = {rid, redis.call('HGET', KEYS[2], rid), times}
+  local suspect = tonumber(redis.call('HGET', KEYS[3], rid) or '0') >= suspicion
+  if suspect and not (empty and #taken == 0) then
+    waiting = 1
+  else
+    redis.call('ZADD', KEYS[1], string.format('%.0f', now + tonumber(ARGV[1])), rid)
+    local times = redis.call('HINCRBY', KEYS[3], rid, 1)
+    taken[#taken + 1] = {rid, redis.call('HGET', KEYS[2], rid), times}
+    if suspect then
+      waiting = 1
+      break
+    end
+  end
 end
-local nearest = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
-local wait = -1
-if nearest[2] then wait = math.max(0, tonumber(nearest[2]) - now) end
-return {taken, wait, tonumber(redis.call('HGET', KEYS[4], 'released') or '0')}
+return {taken, tonumber(redis.call('HGET', KEYS[4], 'released') or '0'), waiting}

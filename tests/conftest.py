@@ -1,0 +1,69 @@
+"""Real servers for every test: the embedded Valkey, and Debian's Redis 7.0 as the oldest that is supported.
+
+Each pytest-xdist worker starts its own, so nothing here can flush a server that the tests did not start.
+A test that kills, stops or configures its server makes one of its own: `with Server() as server:`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from pipeline.server import Server
+
+_DATABASES = 16
+_turns = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[Server]:
+    """The embedded Valkey."""
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis7_binary() -> Path:
+    found = shutil.which("redis-server")
+    if found is None:
+        pytest.fail("redis-server is not on PATH; install it: `apt-get install redis-server`", pytrace=False)
+    return Path(found)
+
+
+@pytest.fixture(scope="session")
+def redis7(redis7_binary: Path) -> Iterator[Server]:
+    """Debian's redis-server; missing is a failure, never a skip."""
+    with Server(binary=redis7_binary) as server:
+        yield server
+
+
+@pytest.fixture(scope="session", params=["valkey", "redis7"])
+def server(request: pytest.FixtureRequest) -> Server:
+    """A test that asks for it, or for `url`, runs once on each."""
+    chosen: Server = request.getfixturevalue(request.param)
+    return chosen
+
+
+@pytest.fixture
+def url(server: Server) -> str:
+    """An empty database on each of the two servers."""
+    return _empty_database(server)
+
+
+@pytest.fixture
+def valkey_url(valkey: Server) -> str:
+    """An empty database on the embedded Valkey alone, for what does not depend on the server."""
+    return _empty_database(valkey)
+
+
+def _empty_database(server: Server) -> str:
+    """Flushed, and another number than the test before, whose last tasks may still write to theirs."""
+    url = server.start().url.removesuffix("/0") + f"/{next(_turns) % _DATABASES}"
+    with redis.Redis.from_url(url) as client:
+        client.flushall()
+    return url

@@ -1,0 +1,222 @@
+"""What happens when Redis, the network or a worker fails: nothing acknowledged is lost, and everybody goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from pipeline import Channel, Event, Message, Pipeline, RetryPolicy, ServerUnavailable
+from pipeline.server import Server
+
+from .apps import idle, serving, until
+from .workers import Worker
+
+
+class Number(Event):
+    n: int
+
+
+numbers = Channel("numbers", Number)
+
+
+@pytest.fixture(params=["valkey", "redis7"])
+def own(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server of the test's own, to be killed; every write is on disk before it is acknowledged."""
+    binary: Path | None = request.getfixturevalue("redis7_binary") if request.param == "redis7" else None
+    with Server(binary=binary, appendonly=True, appendfsync="always") as server:
+        yield server
+
+
+async def test_without_a_redis_a_script_is_told_what_to_do() -> None:
+    began = time.monotonic()
+    with pytest.raises(ServerUnavailable, match=r"no Redis answers at redis://127\.0\.0\.1:9/0 .*`pipeline server`"):
+        async with Pipeline("script", "redis://user:secret@127.0.0.1:9/0".replace("user:secret@", "")):
+            pass
+    assert time.monotonic() - began < 5
+
+
+async def test_a_server_that_is_killed_and_restarted_loses_nothing(own: Server) -> None:
+    app, handled = Pipeline("app", own.url), []
+
+    @app.subscriber(numbers, group="g", lease=2.0)
+    async def work(event: Number) -> None:
+        handled.append(event.n)
+
+    publisher = Pipeline("publisher", own.url)
+    async with publisher, serving(app):
+        acknowledged = 0
+
+        async def publish() -> None:
+            nonlocal acknowledged
+            for n in range(3000):
+                await publisher.publish(numbers, Number(n=n))
+                acknowledged += 1
+
+        publishing = asyncio.create_task(publish())
+        for _ in range(3):
+            await asyncio.sleep(0.3)
+            own.kill()
+            await asyncio.sleep(0.1)
+            await asyncio.to_thread(own.start)
+        async with asyncio.timeout(60):
+            await publishing
+        ledger = await idle(publisher, "numbers", 30)
+    assert ledger.published == 3000, "a repeated publish must not count twice"
+    assert ledger.groups["g"].handled == 3000
+    assert set(handled) == set(range(3000))
+
+
+async def test_after_flushall_and_after_a_restart_without_data_work_goes_on(own: Server) -> None:
+    app, handled = Pipeline("app", own.url), set()
+
+    @app.subscriber(numbers, group="g")
+    async def work(event: Number) -> None:
+        handled.add(event.n)
+
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=n) for n in range(10)])
+        await until(lambda: len(handled) == 10)
+        with redis.Redis.from_url(own.url) as client:
+            client.flushall()
+        await app.publish(numbers, [Number(n=n) for n in range(10, 20)])
+        await until(lambda: len(handled) == 20)
+        ledger = await idle(app, "numbers")
+        assert (ledger.published, ledger.groups["g"].handled) == (10, 10)
+
+
+async def test_connections_cut_by_the_server_are_made_anew(valkey_url: str) -> None:
+    app, handled = Pipeline("app", valkey_url), []
+
+    @app.subscriber(numbers, group="g")
+    async def work(event: Number) -> None:
+        handled.append(event.n)
+
+    async with app, serving(app):
+        with redis.Redis.from_url(valkey_url) as client:
+            for n in range(200):
+                await app.publish(numbers, Number(n=n))
+                if n % 20 == 0:
+                    client.client_kill_filter(_type="normal", skipme=True)
+        ledger = await idle(app, "numbers")
+    assert ledger.published == ledger.groups["g"].handled == 200
+    assert set(handled) == set(range(200))
+
+
+async def test_a_publisher_waits_while_memory_is_full_and_commits_pass() -> None:
+    with Server(config={"maxmemory": "64mb", "maxmemory-policy": "noeviction"}) as server:
+        app, handled, full = Pipeline("app", server.url), [], asyncio.Event()
+
+        @app.subscriber(numbers, group="g")
+        async def work(event: Number) -> None:
+            await full.wait()
+            handled.append(event.n)
+
+        async with app, serving(app):
+            with redis.Redis.from_url(server.url) as client:
+                await app.publish(numbers, [Number(n=n) for n in range(100)])
+                client.config_set("maxmemory", "1mb")
+                full.set()
+                await until(lambda: len(handled) == 100)
+                ledger = await idle(app, "numbers")
+                assert ledger.groups["g"].handled == 100
+                waiting = asyncio.create_task(app.publish(numbers, Number(n=100)))
+                await asyncio.sleep(0.3)
+                assert not waiting.done()
+                client.config_set("maxmemory", "64mb")
+                async with asyncio.timeout(5):
+                    await waiting
+                await until(lambda: handled[-1] == 100)
+
+
+async def test_work_of_a_killed_worker_is_taken_over_within_its_lease_and_a_second(url: str) -> None:
+    app, taken = Pipeline("app", url), []
+
+    @app.subscriber(Channel("jobs", Number, frame=1), group="g", lease=1.0)
+    async def work(message: Message[Number]) -> None:
+        taken.append((message.event.n, message.attempt))
+
+    async with app:
+        with Worker("holds", url) as worker:
+            await app.publish(Channel("jobs", Number, frame=1), Number(n=1))
+            worker.wait_for("holding 1")
+            worker.kill()
+            killed = time.monotonic()
+            async with serving(app):
+                await until(lambda: taken)
+                assert time.monotonic() - killed < 2.0
+                ledger = await idle(app, "jobs")
+    assert taken == [(1, 2)], "the attempt of the dead worker counts"
+    assert ledger.groups["g"].handled == 1
+
+
+async def test_a_paused_worker_that_wakes_up_late_changes_nothing(url: str) -> None:
+    app, taken = Pipeline("app", url), []
+
+    @app.subscriber(Channel("jobs", Number, frame=1), group="g", lease=1.0)
+    async def work(event: Number) -> None:
+        taken.append(event.n)
+
+    async with app:
+        with Worker("finishes", url) as worker:
+            await app.publish(Channel("jobs", Number, frame=1), Number(n=1))
+            worker.wait_for("holding 1")
+            worker.signal(signal.SIGSTOP)
+            async with serving(app):
+                await until(lambda: taken == [1])
+                worker.signal(signal.SIGCONT)
+                worker.wait_for("finished 1")
+                async with asyncio.timeout(5):
+                    while (await app.stats()).channels["jobs"].groups["g"].duplicates_suppressed == 0:
+                        await asyncio.sleep(0.02)
+                ledger = await idle(app, "jobs")
+    assert ledger.groups["g"].handled == 1
+
+
+async def test_an_event_that_kills_its_workers_ends_as_a_dead_letter(url: str) -> None:
+    app = Pipeline("app", url)
+    deadly = Channel("deadly", Number)
+    async with app:
+        await app.publish(deadly, [Number(n=n) for n in range(20)])
+        deaths = 0
+        while deaths < 20:
+            with Worker("deadly", url) as worker:
+                code = worker.wait(2.0)
+                if code is None:
+                    break
+                deaths += 1
+        with Worker("deadly", url):
+            ledger = await idle(app, "deadly", 30)
+        (letter,) = await app.dead_letters("deadly")
+    assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (19, 1)
+    assert "its worker died" in letter.event.reason
+    assert deaths >= 3
+
+
+async def test_a_worker_outlives_a_redis_that_is_absent_at_its_start(own: Server) -> None:
+    own.stop()
+    app, handled = Pipeline("app", own.url), []
+
+    @app.subscriber(numbers, group="g", retry=RetryPolicy(attempts=1))
+    async def work(event: Number) -> None:
+        handled.append(event.n)
+
+    stop = asyncio.Event()
+    task = asyncio.create_task(app.serve(stop))
+    await asyncio.sleep(0.3)
+    await asyncio.to_thread(own.start)
+    async with asyncio.timeout(10):
+        await app.ready.wait()
+    async with app:
+        await app.publish(numbers, Number(n=1))
+        await until(lambda: handled == [1])
+    stop.set()
+    await task
+
+

@@ -1,0 +1,103 @@
+"""Worker processes for the tests that kill them: `python -m tests.workers NAME URL`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from types import TracebackType
+
+from pipeline import Channel, Event, Message, Pipeline, Retry, RetryPolicy
+
+from .processes import line_with
+
+
+class Number(Event):
+    n: int
+
+
+class Square(Event):
+    n: int
+    squared: int
+
+
+jobs = Channel("jobs", Number, frame=1)
+deadly = Channel("deadly", Number)
+inputs = Channel("in", Number)
+outputs = Channel("out", Square)
+
+
+class Worker:
+    """One of the apps below in a process of its own."""
+
+    def __init__(self, name: str, url: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.workers", name, url], stdout=subprocess.PIPE, text=True
+        )
+
+    def wait_for(self, line: str) -> None:
+        line_with(line, self._process)
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def wait(self, seconds: float) -> int | None:
+        """Its exit status, or None when it lives on."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._process.send_signal(signal.SIGCONT)
+        self.kill()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+
+def holds(app: Pipeline) -> None:
+    @app.subscriber(jobs, group="g", lease=1.0)
+    async def hold(event: Number) -> None:
+        print("holding", event.n, flush=True)
+        await asyncio.sleep(3600)
+
+
+def finishes(app: Pipeline) -> None:
+    @app.subscriber(jobs, group="g", lease=1.0)
+    async def finish(event: Number) -> None:
+        print("holding", event.n, flush=True)
+        await asyncio.sleep(0.3)
+        print("finished", event.n, flush=True)
+
+
+def kills_itself(app: Pipeline) -> None:
+    @app.subscriber(deadly, group="g", lease=0.5)
+    async def die(event: Number) -> None:
+        if event.n == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def square(app: Pipeline) -> None:
+    @app.subscriber(inputs, group="square", publishes=outputs, lease=1.0, run_in="loop", retry=RetryPolicy(8, 0.02, 0.2))
+    def compute(message: Message[Number]) -> Square:
+        n = message.event.n
+        if n % 997 == 0 and message.attempt == 1:
+            raise Retry(delay=0.05)
+        return Square(n=n, squared=n * n)
+
+
+APPS = {"holds": holds, "finishes": finishes, "deadly": kills_itself, "square": square}
+
+if __name__ == "__main__":
+    app = Pipeline(sys.argv[1], sys.argv[2])
+    APPS[sys.argv[1]](app)
+    app.run()
