@@ -1,0 +1,93 @@
+"""Channels by name: the catalog's with their classes, others as their processes registered them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline import Channel, EventTypeError, Pipeline, catalog
+from pipeline.registry import Record
+
+__all__ = ["BadEvent", "Directory", "Known"]
+
+FRESH = 2.0
+"""Seconds for which a registered channel's schema is taken from memory."""
+
+DECLARED: dict[str, Channel[Any]] = {
+    channel.name: channel for channel in vars(catalog).values() if isinstance(channel, Channel)
+}
+
+
+class BadEvent(ValueError):
+    """Raised when bytes are no event of their channel. `malformed`: they are not even JSON."""
+
+    def __init__(self, reason: str, *, malformed: bool = False) -> None:
+        super().__init__(reason)
+        self.malformed = malformed
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A channel, and how its events are read from JSON: `parse` raises BadEvent with every reason."""
+
+    channel: Channel[Any]
+    parse: Callable[[bytes | str], Any]
+
+
+class Directory:
+    """One a process: a channel must be the same object every time, as the sequence of what is published hangs on it."""
+
+    def __init__(self, app: Pipeline) -> None:
+        self._app = app
+        self._known: dict[str, tuple[float, Record | None, Known]] = {}
+
+    async def find(self, name: str) -> Known:
+        """Raises UnknownChannel, naming those there are."""
+        until, record, known = self._known.get(name, (0.0, None, None))
+        if known is not None and time.monotonic() < until:
+            return known
+        if name in DECLARED:
+            until, known = float("inf"), self._declared(DECLARED[name])
+        else:
+            now, before = await self._app.registry.record(name), record
+            if known is None or before is None or now.limits != before.limits or now.durable != before.durable:
+                known = _registered(now, now.channel())
+            elif now.fingerprint != before.fingerprint:
+                known = _registered(now, known.channel)
+            until, record = time.monotonic() + FRESH, now
+        self._known[name] = (until, record, known)
+        return known
+
+    def _declared(self, channel: Channel[Any]) -> Known:
+        codec = self._app.codec(channel)
+
+        def parse(text: bytes | str) -> Any:
+            try:
+                return codec.parse(text)
+            except ValidationError as error:
+                raise _explain(error) from None
+
+        return Known(channel, parse)
+
+
+def _registered(record: Record, channel: Channel[Any]) -> Known:
+    def parse(text: bytes | str) -> Any:
+        try:
+            return record.validate(json.loads(text))
+        except EventTypeError as error:
+            raise BadEvent(str(error)) from None
+        except (ValueError, RecursionError) as error:
+            raise BadEvent(f"not JSON: {error}", malformed=True) from None
+
+    return Known(channel, parse)
+
+
+def _explain(error: ValidationError) -> BadEvent:
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    reasons = [f"{'.'.join(map(str, one['loc'])) or 'event'}: {one['msg']}" for one in errors[:10]]
+    return BadEvent("; ".join(reasons), malformed=errors[0]["type"] == "json_invalid")

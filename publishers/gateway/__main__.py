@@ -1,0 +1,64 @@
+"""Serves the gateway: publish, watch and predict over HTTP.
+
+    python -m publishers.gateway
+    curl -X POST localhost:8000/channels/records -d '{"source": "curl", "row": 0, "values": {"x": 1.5}}'
+    curl -N localhost:8000/channels/records/events?since=5m
+
+Settings: GATEWAY_PORT, PIPELINE_GATEWAY_HOST, PIPELINE_TOKEN, PIPELINE_REDIS_URL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import sys
+
+import uvicorn
+
+from pipeline.errors import ConfigurationError
+from pipeline.settings import settings
+
+from ..command import fail, start_logging
+from .app import create
+
+__all__ = ["listen", "main"]
+
+GRACE = 2
+"""Seconds that requests in progress have when the gateway stops."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigurationError when the port is taken."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror}; set GATEWAY_PORT") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m publishers.gateway", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--port", type=int, metavar="N", help="default: GATEWAY_PORT, or 8000; 0 takes a free one")
+    options = parser.parse_args(arguments)
+    try:
+        start_logging()
+        port = settings().gateway_port if options.port is None else options.port
+        listener = listen(settings().gateway_host, port)
+        app = create()
+    except (ConfigurationError, OverflowError) as error:
+        return fail(error)
+    host, port = listener.getsockname()[:2]
+    print(f"gateway: http://{host}:{port}", flush=True)
+    # loop="asyncio": the pipeline's connections do not accept uvloop's transports
+    config = uvicorn.Config(
+        app, loop="asyncio", log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE
+    )
+    with listener:
+        uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

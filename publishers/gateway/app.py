@@ -1,0 +1,234 @@
+"""The gateway's routes.
+
+POST /channels/{name}          a JSON event → 202 {"id": …}
+GET  /channels/{name}/events   server-sent events, ?since=5m on durable channels
+POST /models/digits/predict    {"pixels": [[…]]} → {"success": true, "predictions": [{"label", "probability"}, …]}
+GET  /channels · /healthz · /readyz · /openapi.json
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline import (
+    ChannelFull,
+    Pipeline,
+    PipelineError,
+    RequestFailed,
+    RequestTimeout,
+    ServerUnavailable,
+    Tensor,
+    catalog,
+)
+from pipeline.errors import ConfigurationError, EventTypeError, PayloadTooLarge, PublishUncertain, UnknownChannel
+from pipeline.settings import settings
+
+from ..command import opened
+from ..directory import BadEvent, Directory
+from .bodies import BodyTooLarge, Guard, read_body
+from .events import event_stream
+
+__all__ = ["create"]
+
+MOST_EVENT_BYTES = 8 << 20
+MOST_PREDICT_BYTES = 64 << 10
+PREDICT_SECONDS = 5.0
+PROBE_SECONDS = 1.0
+
+
+class PredictRequest(BaseModel):
+    """What `/models/digits/predict` takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pixels: list[list[float]]
+    """8 rows of 8 intensities from 0 to 16."""
+
+
+class Problem(Exception):
+    """Raised to answer with a status and a reason."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Gateway:
+    """The handlers, and the pipeline they speak to. It need not be there yet: until it is, answers are 503."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.directory = Directory(pipeline)
+        self._open = False
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        stop = asyncio.Event()
+        task = asyncio.create_task(self._keep_open(stop))
+        yield
+        stop.set()
+        if not self._open:  # still waiting for Redis
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def _keep_open(self, stop: asyncio.Event) -> None:
+        async with opened(self.pipeline):
+            self._open = True
+            await stop.wait()
+            self._open = False
+
+    # -- channels ------------------------------------------------------------------------------------------------
+
+    async def channels(self) -> Response:
+        """Every registered channel with its schema."""
+        with self._problems():
+            records = await self.pipeline.registry.records()
+        return JSONResponse(
+            {
+                name: {"type": record.type, "durable": record.durable, "reply": record.reply, "schema": record.schema}
+                for name, record in records.items()
+            }
+        )
+
+    async def publish(self, name: str, request: Request, key: str | None = None) -> Response:
+        """Publish the body, one JSON event, on a channel; `key` orders events and chooses the partition."""
+        with self._problems():
+            if name.startswith("pipeline."):
+                raise Problem(403, f"channel {name!r} is the framework's own; it can be watched, not written")
+            body = await read_body(request, MOST_EVENT_BYTES)
+            known = await self.directory.find(name)
+            receipt = await self.pipeline.publish(known.channel, known.parse(body), key=key)
+        return JSONResponse({"id": receipt.id}, 202)
+
+    async def events(self, name: str, request: Request, since: str | None = None) -> Response:
+        """A channel's events as they come: server-sent events, whose data is the event and whose id resumes."""
+        with self._problems():
+            known = await self.directory.find(name)
+            after = request.headers.get("last-event-id") if known.channel.durable else None
+            watch = self.pipeline.watch(known.channel, after or since)
+            codec = self.pipeline.codec(known.channel)
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(event_stream(watch, codec), media_type="text/event-stream", headers=headers)
+
+    # -- models --------------------------------------------------------------------------------------------------
+
+    async def predict(self, request: Request) -> Response:
+        """Classify one handwritten digit; the ten labels, the likeliest first."""
+        with self._problems():
+            digit = _digit(await read_body(request, MOST_PREDICT_BYTES))
+            try:
+                answer = await self.pipeline.request(catalog.digits, digit, timeout=PREDICT_SECONDS)
+            except RequestTimeout:
+                await self._probe()
+                raise
+        ranked = sorted(enumerate(answer.probabilities), key=lambda item: -item[1])
+        return JSONResponse(
+            {
+                "success": True,
+                "model": answer.model,
+                "version": answer.version,
+                "predictions": [{"label": str(label), "probability": probability} for label, probability in ranked],
+            }
+        )
+
+    # -- health --------------------------------------------------------------------------------------------------
+
+    async def alive(self) -> Response:
+        """200 while the process answers."""
+        return JSONResponse({"status": "alive"})
+
+    async def ready(self) -> Response:
+        """200 while Redis answers."""
+        with self._problems():
+            await self._probe()
+        return JSONResponse({"status": "ready"})
+
+    async def _probe(self) -> None:
+        """Raises Problem 503 when Redis does not answer."""
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                await self.pipeline.registry.records()
+        except TimeoutError:
+            raise Problem(503, "Redis does not answer") from None
+
+    @contextlib.contextmanager
+    def _problems(self) -> Any:
+        """Every error of the framework as the status that tells the client whose it is."""
+        if not self._open:
+            raise Problem(503, f"waiting for Redis at the URL the gateway was given; see `{self.pipeline.name}`'s log")
+        try:
+            yield
+        except BodyTooLarge as error:
+            raise Problem(413, str(error)) from None
+        except BadEvent as error:
+            raise Problem(400 if error.malformed else 422, str(error)) from None
+        except UnknownChannel as error:
+            raise Problem(404, str(error)) from None
+        except PayloadTooLarge as error:
+            raise Problem(413, str(error)) from None
+        except (EventTypeError, RequestFailed) as error:
+            raise Problem(422, str(error)) from None
+        except ConfigurationError as error:
+            raise Problem(400, str(error)) from None
+        except RequestTimeout as error:
+            raise Problem(504, str(error)) from None
+        except TimeoutError:
+            raise Problem(408, "the body came too slowly") from None
+        except (ServerUnavailable, ChannelFull, PublishUncertain, ConnectionError) as error:
+            raise Problem(503, str(error)) from None
+        except PipelineError as error:
+            raise Problem(500, str(error)) from None
+
+
+def _digit(body: bytes) -> catalog.Digit:
+    """Raises Problem saying what a digit looks like."""
+    try:
+        pixels = PredictRequest.model_validate_json(body).pixels
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise Problem(400 if first["type"] == "json_invalid" else 422, f"{where}: {first['msg']}") from None
+    rows, columns = catalog.DIGIT_SHAPE
+    if len(pixels) != rows or any(len(row) != columns for row in pixels):
+        raise Problem(422, f"pixels: expected {rows} rows of {columns} numbers each")
+    if not all(0 <= value <= catalog.INTENSITY for row in pixels for value in row):
+        raise Problem(422, f"pixels: expected numbers from 0 to {catalog.INTENSITY:g}")
+    return catalog.Digit(image=Tensor.from_json(pixels))
+
+
+def create(pipeline: Pipeline | None = None) -> FastAPI:
+    """The ASGI app."""
+    gateway = Gateway(pipeline or Pipeline("gateway"))
+    app = FastAPI(title="Pipeline gateway", docs_url=None, redoc_url=None, lifespan=gateway.lifespan)
+    token = settings().token
+    app.add_middleware(Guard, token=token.get_secret_value() if token else None)
+    add = app.add_api_route
+    add("/channels", gateway.channels, methods=["GET"])
+    add("/channels/{name:path}/events", gateway.events, methods=["GET"], response_class=StreamingResponse)
+    add("/channels/{name:path}", gateway.publish, methods=["POST"], status_code=202, openapi_extra=_body({}))
+    schema = PredictRequest.model_json_schema()
+    add("/models/digits/predict", gateway.predict, methods=["POST"], openapi_extra=_body(schema))
+    add("/healthz", gateway.alive, methods=["GET"])
+    add("/readyz", gateway.ready, methods=["GET"])
+    app.add_exception_handler(Problem, _answer)
+    return app
+
+
+def _body(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    status, headers = error.status, {"retry-after": "1"} if error.status == 503 else None
+    if request.url.path.startswith("/models/"):
+        return JSONResponse({"success": False, "error": str(error)}, status, headers)
+    return JSONResponse({"error": str(error)}, status, headers)
