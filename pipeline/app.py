@@ -109,8 +109,8 @@ class Pipeline:
     ) -> Callable[[Handler], Handler]:
         """Declare a handler of a channel's events. The function itself is returned unchanged.
 
-        The handler takes one event (or a Message, if so annotated), or with `batch=` a list of them, and returns what is
-        to be published: nothing, an event, or a list of events; with `batch=` a list with one such result an event, in
+        The handler takes one event (or a Message, if so annotated), or with `batch=` a list of them, and returns what
+        is to be published: nothing, an event, or a list of events; with `batch=` a list with one such result an event, in
         order. Return acknowledges; `raise Retry`, `raise Reject`, or any other exception (see RetryPolicy) do not.
 
         publishes    one channel, or several, chosen by the type of what is returned
@@ -138,8 +138,8 @@ class Pipeline:
             for other in self.subscribers:
                 if (other.channel.name, other.group) == (channel.name, group):
                     raise ConfigurationError(
-                        f"group {group!r} of channel {channel.name!r} has a handler in this app already; a group shares "
-                        "its channel's work, so give the second handler a group of its own"
+                        f"group {group!r} of channel {channel.name!r} has a handler in this app already; a group "
+                        "shares its channel's work, so give the second handler a group of its own"
                     )
             self.subscribers.append(subscriber)
             return handler
@@ -214,16 +214,18 @@ class Pipeline:
 
     def _make_backend(self) -> Backend:
         if self.url.startswith("memory:"):
-            from .transports.memory import MemoryBackend  # noqa: PLC0415  # most apps never need it
+            from .transports.memory import MemoryBackend  # most apps never need it
 
             return MemoryBackend.at(self.url)
-        from .transports.redis import RedisBackend  # noqa: PLC0415
+        from .transports.redis import RedisBackend
 
         return RedisBackend(self.url, f"pipeline-{self.name}", self._live_client)
 
     def _need_backend(self) -> Backend:
         if self._backend is None:
-            raise ConfigurationError(f"pipeline {self.name!r} is not open; use `async with app:` (or `with app.blocking()`)")
+            raise ConfigurationError(
+                f"pipeline {self.name!r} is not open; use `async with app:` (or `with app.blocking()`)"
+            )
         return self._backend
 
     @property
@@ -300,9 +302,7 @@ class Pipeline:
             await self.registry.register(channel, codec)
             outbox = self._outboxes.setdefault(
                 (channel, partition),
-                Outbox(
-                    channel, partition, codec, self._transport(channel), self.source, self.settings.max_frame_bytes
-                ),
+                Outbox(channel, partition, codec, self._transport(channel), self.source, self.settings.max_frame_bytes),
             )
         return outbox
 
@@ -333,8 +333,8 @@ class Pipeline:
     # -- watch ---------------------------------------------------------------------------------------------------
 
     def watch(self, channel: Channel[T], since: Since = None) -> Watch[T]:
-        """Read a channel beside its groups, from now, or on durable channels from `since`: "5m", seconds, a datetime, or
-        a message id (which is left out). Listening begins when the context is entered.
+        """Read a channel beside its groups, from now, or on durable channels from `since`: "5m", seconds, a datetime,
+        or a message id (which is left out). Listening begins when the context is entered.
         """
         codec = self.codec(channel)
         backend = self._need_backend()
@@ -434,8 +434,8 @@ class Pipeline:
         return found
 
     async def settle_dead(self, letters: Iterable[Message[DeadLetter]], *, replay: bool) -> int:
-        """Replay dead letters (to their own group alone, with their own ids) or drop them. Each once, however often it is
-        asked. Returns how many this call settled."""
+        """Replay dead letters (to their own group alone, with their own ids) or drop them. Each once, however often
+        it is asked. Returns how many this call settled."""
         settled = 0
         for message in letters:
             letter = message.event
@@ -476,9 +476,7 @@ class Pipeline:
         for router, _ in self._routers:
             channel = router.subscriber.channel
             if not channel.durable and sample.dropped.get(channel.name):
-                await self._need_backend().dropped(
-                    channel.name, router.subscriber.group, sample.dropped[channel.name]
-                )
+                await self._need_backend().dropped(channel.name, router.subscriber.group, sample.dropped[channel.name])
         await self.publish(metrics_channel, sample)
 
     async def _report_ledger(self) -> None:

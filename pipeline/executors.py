@@ -39,7 +39,7 @@ Results = list[tuple[Any, Any]]
 
 class Executor(Protocol):
     async def each(self, source: Source, argument: Argument, results: Results) -> None:
-        """Call the handler for units of `source`, one at a time, for a slice of time; append to `results` as it goes."""
+        """Call the handler for units of `source`, one at a time, for a slice of time; `results` grow as it goes."""
         ...
 
     async def once(self, argument: Any) -> Any:
@@ -195,7 +195,7 @@ _child_handler: Handler
 
 
 def _child_start(module: str, qualname: str, middleware: list[Middleware]) -> None:
-    global _child_handler  # noqa: PLW0603  # one handler a process, set once by its initializer
+    global _child_handler  # one handler a process, set once by its initializer
     scope: Any = sys.modules["__main__"] if module == "__main__" else importlib.import_module(module)
     for part in qualname.split("."):
         scope = getattr(scope, part)

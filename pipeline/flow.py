@@ -1,4 +1,4 @@
-"""How much a subscriber takes ahead of its handlers: enough to stay busy, little enough to share and to fit in memory."""
+"""How much a subscriber takes ahead of its handlers: enough to stay busy, little enough to share and to fit."""
 
 from __future__ import annotations
 

@@ -202,7 +202,9 @@ class Codec(Generic[T]):
             if all(isinstance(event, dict) for event in events):
                 data = to_json(events, inf_nan_mode="strings", fallback=_tensor_json)
             else:
-                raise EventTypeError(f"channel {self.channel.name!r}: an event does not match its type: {error}") from None
+                raise EventTypeError(
+                    f"channel {self.channel.name!r}: an event does not match its type: {error}"
+                ) from None
         text = to_json(header)[:-1] + b',"data":' + data + b"}"
         if buffers is None or not buffers.parts:
             return text
@@ -212,7 +214,7 @@ class Codec(Generic[T]):
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def decode(self, payload: bytes | memoryview, *, count: int | None = None, position: int | None = None) -> Frame[T]:
+    def decode(self, payload: bytes, *, count: int | None = None, position: int | None = None) -> Frame[T]:
         """Read a frame.
 
         count     how many events its stream entry promises
@@ -241,7 +243,7 @@ class Codec(Generic[T]):
         return Frame(self.channel.name, body, events, sequence, len(payload), buffers, invalid)
 
     def decode_live(self, payload: bytes) -> Frame[T]:
-        """Read what arrived on a live channel: a frame, or what a plain client wrote (an object, an array, raw text)."""
+        """Read what arrived on a live channel: a frame, or what a plain client wrote (object, array, raw text)."""
         kind: Any = self.channel.type
         if kind is bytes or kind is str:
             try:
@@ -274,11 +276,11 @@ class Codec(Generic[T]):
         return Frame(self.channel.name, header, events, sequence, nbytes)
 
     def _decode_slowly(
-        self, text: memoryview, buffers: TensorBytes | None, error: ValidationError
+        self, text: bytes, buffers: TensorBytes | None, error: ValidationError
     ) -> tuple[Any, list[Any], list[int]]:
         """Something is wrong: find out whether it is the frame or single events of it."""
         try:
-            raw = from_json(bytes(text))
+            raw = from_json(text)
         except ValueError as cause:
             kind = FrameTruncated if "EOF" in str(cause) else FrameInvalid
             raise kind(f"not JSON: {cause}") from None
@@ -302,7 +304,7 @@ class Codec(Generic[T]):
         return header, events, invalid
 
 
-def split(payload: bytes | memoryview) -> tuple[bytes | memoryview, TensorBytes | None]:
+def split(payload: bytes) -> tuple[bytes, TensorBytes | None]:
     """The JSON and the buffers of a frame. Raises FrameError."""
     view = memoryview(payload)
     if view[:4] != MAGIC:
@@ -341,7 +343,7 @@ def preview(payload: bytes) -> Any:
     """A frame's events as plain JSON without knowing their type; for people. None when it cannot be read."""
     try:
         text, buffers = split(payload)
-        raw = from_json(bytes(text))
+        raw = from_json(text)
     except (FrameError, ValueError):
         return None
     return plain(raw.get("data"), buffers) if isinstance(raw, dict) else None

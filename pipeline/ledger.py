@@ -5,6 +5,8 @@ For every group of a durable channel:  published = before + handled + dead + pen
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from .channel import Channel
 from .events import Event
 
@@ -44,7 +46,7 @@ class ChannelLedger(Event):
     dropped: int = 0
     retained: int = 0
     """Stream entries (frames) kept."""
-    groups: dict[str, GroupLedger] = {}
+    groups: dict[str, GroupLedger] = Field(default_factory=dict)
 
 
 class Ledger(Event):

@@ -50,7 +50,7 @@ async def first_failure(tasks: Iterable[asyncio.Task[None]], stop: asyncio.Event
         stopping.cancel()
 
 
-def on_signals(stop: asyncio.Event, now: Callable[[], None]) -> Callable[[], None]:
+def on_signals(stop: asyncio.Event, now: Callable[[], object]) -> Callable[[], None]:
     """SIGTERM and SIGINT drain; a second one stops now. Returns what restores the handlers."""
     loop = asyncio.get_running_loop()
 

@@ -1,4 +1,4 @@
-"""Publishing: what has gathered while the last write was in flight goes out with the next (no linger, no added latency)."""
+"""Publishing: what gathers while one write is in flight goes out with the next (no linger, no added latency)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Parcel:
 
 
 class Outbox:
-    """One process's way to one partition of a channel. Writes are in order, one at a time, each of one or more frames."""
+    """One process's way to one partition of a channel. Writes are in order, one at a time, of one frame or more."""
 
     def __init__(
         self, channel: Channel[Any], partition: int, codec: Codec[Any], transport: Transport, source: str, limit: int
@@ -124,7 +124,8 @@ class Outbox:
 
     async def _drain(self) -> None:
         while self._queue:
-            parcels, size = [], 0
+            parcels: list[_Parcel] = []
+            size = 0
             while self._queue and (not parcels or size < self.channel.frame * MOST_FRAMES):
                 parcel = self._queue.popleft()
                 size += len(parcel.events)
@@ -133,7 +134,7 @@ class Outbox:
         self._writing = False
 
     async def _settle(self, parcels: list[_Parcel]) -> None:
-        """Write, and tell each caller. When a write of several fails, each is tried alone: one must not spoil another's."""
+        """Write, and tell each caller. When a write of several fails, each is tried alone: no caller spoils another's."""
         try:
             await self._write(parcels)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""What channels there are: each process registers those it uses, so that tools can validate and read without the classes."""
+"""What channels there are: each process registers those it uses, so that tools can do without the classes."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ class Registry:
         records = await self.records()
         if name not in records:
             known = ", ".join(other for other in records if not other.startswith("pipeline.")) or "none yet"
-            raise UnknownChannel(f"no channel {name!r} is registered (known: {known}); start a process that declares it")
+            raise UnknownChannel(
+                f"no channel {name!r} is registered (known: {known}); start a process that declares it"
+            )
         return records[name]
 
 
@@ -121,6 +123,6 @@ def _compare(channel: Channel[Any], durable: bool, partitions: int) -> None:
     ):
         if theirs != ours:
             raise ChannelConflict(
-                f"channel {channel.name!r} is declared with {what}={ours!r} here, but is in use with {what}={theirs!r}; "
-                "channel names are global to a Redis database, so rename one of them"
+                f"channel {channel.name!r} is declared with {what}={ours!r} here, but is in use with {what}={theirs!r};"
+                " channel names are global to a Redis database, so rename one of them"
             )

@@ -97,7 +97,8 @@ class Reporter:
     def sample(self) -> WorkerSample:
         now = time.monotonic()
         elapsed, self._last = now - self._last, now
-        published, dropped, groups = self._published(), {}, []
+        published, groups = self._published(), []
+        dropped: dict[str, int] = {}
         for router, metrics in self._routers():
             channel = router.subscriber.channel.name
             for name, count in metrics.published.items():

@@ -80,7 +80,7 @@ class Replies:
     def _take(self, body: bytes) -> None:
         try:
             text, _ = split(body)
-            header = Header.model_validate_json(bytes(text))
+            header = Header.model_validate_json(text)
         except (FrameError, ValidationError) as error:
             logger.error("an answer cannot be read: %s", error)
             return

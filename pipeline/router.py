@@ -28,8 +28,8 @@ from .frame import Codec
 from .metrics import GroupMetrics
 from .middleware import Middleware
 from .subscriber import Subscriber
-from .transports.client import ReplyError
 from .transports import SUSPICION, Commit, Entry, Group, Reader, Retried, Segment, Transport
+from .transports.client import ReplyError
 
 __all__ = ["Router"]
 
@@ -382,7 +382,7 @@ class Router:
                     await self._insist(reader, own)
 
     async def _insist(self, reader: Reader, items: list[tuple[Unit, Any]]) -> None:
-        """Commit; when Redis refuses (a key of the wrong type, say), keep the outcomes and try again until it is mended."""
+        """Commit; when Redis refuses (a key of the wrong type, say), keep the outcomes and try until it is mended."""
         while True:
             try:
                 await self._commit(reader, items)
@@ -493,7 +493,9 @@ def _outcomes(result: Any, count: int) -> list[Any]:
         raise _WrongLength(HandlerError(f"a batch handler returns a list or None, not {type(result).__name__}"))
     if len(result) != count:
         raise _WrongLength(
-            HandlerError(f"the batch had {count} events and the handler returned {len(result)} results; one each, in order")
+            HandlerError(
+                f"the batch had {count} events and the handler returned {len(result)} results; one each, in order"
+            )
         )
     return list(result)
 
@@ -519,4 +521,3 @@ def _standing(
         if status is None or (status != "" and status[index] == "0"):
             standing.append(item)
     return standing
-

@@ -74,7 +74,9 @@ def declare(
     targets = () if publishes is None else (publishes,) if isinstance(publishes, Channel) else tuple(publishes)
     kinds = [target.type for target in targets]
     if len(set(kinds)) != len(kinds):
-        raise ConfigurationError(f"{where}: two of the channels it publishes carry the same type, so none can be chosen")
+        raise ConfigurationError(
+            f"{where}: two of the channels it publishes carry the same type, so none can be chosen"
+        )
     if batch is not None and not isinstance(batch, Batch):
         raise ConfigurationError(f"{where}: batch is a Batch(size, wait), not {batch!r}")
     return Subscriber(

@@ -81,7 +81,7 @@ class Tensor:
         count = _count(shape)
         if len(buffer) != count * DTYPES[dtype].itemsize:
             raise ValueError(
-                f"a {dtype} tensor of shape {list(shape)} takes {count * DTYPES[dtype].itemsize} bytes, got {len(buffer)}"
+                f"a {dtype} tensor of shape {list(shape)} has {count * DTYPES[dtype].itemsize} bytes, not {len(buffer)}"
             )
         self = cls.__new__(cls)
         self._init(np.frombuffer(buffer, DTYPES[dtype], count).reshape(shape), dtype)
@@ -101,7 +101,7 @@ class Tensor:
 
     def buffer(self) -> memoryview:
         """The raw little-endian bytes, C order, without copying."""
-        return memoryview(self._array.reshape(-1).view(np.uint8)).cast("B") if self.nbytes else memoryview(b"")
+        return self._array.reshape(-1).view(np.uint8).data if self.nbytes else memoryview(b"")
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         array = _widen(self._array) if self.dtype == "bfloat16" else self._array

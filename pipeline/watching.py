@@ -44,7 +44,9 @@ def position(since: str | float | datetime) -> str | None:
     """The stream position of a time; None when `since` is a message id. Raises ValueError."""
     if isinstance(since, datetime):
         if since.tzinfo is None:
-            raise ConfigurationError("since= a datetime without a time zone is ambiguous; use datetime.now(UTC) and its kin")
+            raise ConfigurationError(
+                "since= a datetime without a time zone is ambiguous; use datetime.now(UTC) and its kin"
+            )
         moment = since.timestamp()
     elif isinstance(since, (int, float)):
         moment = time.time() - since

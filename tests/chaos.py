@@ -67,7 +67,9 @@ class Chaos:
         try:
             async with self._app:
                 counting = asyncio.create_task(self._count())
-                troubles = [asyncio.create_task(one) for one in (self._kill(), self._pause(), self._restart(), self._check())]
+                troubles = [
+                    asyncio.create_task(one) for one in (self._kill(), self._pause(), self._restart(), self._check())
+                ]
                 await self._publish(began + self.plan.seconds)
                 self._over = True
                 await asyncio.gather(*troubles)

@@ -189,7 +189,11 @@ async def test_a_batch_answers_slot_by_slot(url: str) -> None:
             attempts[n] = message.attempt
             first = message.attempt == 1
             out.append(
-                Retry(delay=0.01) if n == 1 and first else Reject("no") if n == 2 else [Square(n=n, squared=0)] * (n % 3)
+                Retry(delay=0.01)
+                if n == 1 and first
+                else Reject("no")
+                if n == 2
+                else [Square(n=n, squared=0)] * (n % 3)
             )
         return out
 
@@ -332,7 +336,9 @@ async def test_an_unreadable_frame_becomes_a_dead_letter_and_the_worker_goes_on(
         await idle(app, "numbers")
         with redis.Redis.from_url(url) as client:
             client.hincrby("pipeline:{numbers}:m", "published", 5)
-            client.xadd("pipeline:{numbers}:s", {"n": 5, "b": b'{"pipeline":1,"data":[{"n"'}, id="*-6".replace("*", _ms(client)))
+            client.xadd(
+                "pipeline:{numbers}:s", {"n": 5, "b": b'{"pipeline":1,"data":[{"n"'}, id="*-6".replace("*", _ms(client))
+            )
             client.set(f"pipeline:{{numbers}}:src:{app.source}", 1)
         await app.publish(numbers, Number(n=2))
         ledger = await idle(app, "numbers")
@@ -554,4 +560,6 @@ async def test_a_handler_that_returns_what_it_does_not_publish_fails_that_event_
         ledger = await idle(app, "numbers")
         (letter,) = await app.dead_letters("numbers")
     assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (2, 1)
-    assert letter.event.reason == f"{HandlerError.__name__}: the handler returned a Number; it publishes squares (Square)"
+    assert (
+        letter.event.reason == f"{HandlerError.__name__}: the handler returned a Number; it publishes squares (Square)"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -218,5 +217,3 @@ async def test_a_worker_outlives_a_redis_that_is_absent_at_its_start(own: Server
         await until(lambda: handled == [1])
     stop.set()
     await task
-
-

@@ -17,7 +17,8 @@ import redis
 
 from pipeline.errors import ConfigurationError, ServerUnavailable
 from pipeline.server import Server, answers, find_server
-from processes import ended, line_with
+
+from .processes import ended, line_with
 
 _SUPERVISE = (
     "import sys, pathlib; from pipeline.server import supervise; supervise(sys.argv[1], pathlib.Path(sys.argv[2]))"

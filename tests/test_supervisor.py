@@ -18,7 +18,8 @@ import pytest
 from pipeline.errors import ConfigurationError
 from pipeline.server import Server
 from pipeline.supervisor import up
-from processes import ended, line_with
+
+from .processes import ended, line_with
 
 _UP = """
 import json, pathlib, sys

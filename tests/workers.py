@@ -57,7 +57,9 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._process.send_signal(signal.SIGCONT)
         self.kill()
         if self._process.stdout is not None:
@@ -87,7 +89,9 @@ def kills_itself(app: Pipeline) -> None:
 
 
 def square(app: Pipeline) -> None:
-    @app.subscriber(inputs, group="square", publishes=outputs, lease=1.0, run_in="loop", retry=RetryPolicy(8, 0.02, 0.2))
+    @app.subscriber(
+        inputs, group="square", publishes=outputs, lease=1.0, run_in="loop", retry=RetryPolicy(8, 0.02, 0.2)
+    )
     def compute(message: Message[Number]) -> Square:
         n = message.event.n
         if n % 997 == 0 and message.attempt == 1:

@@ -1,4 +1,4 @@
-"""The transport contract. The comments are the specification; the conformance suite in tests/ holds every transport to it.
+"""The transport contract. The comments are the specification; a conformance suite holds every transport to it.
 
 A transport moves frames. It knows neither events nor handlers: bytes in, bytes out, and a count of events beside them.
 
@@ -160,7 +160,7 @@ class Reader(Protocol):
     """One process's share of a group: reads, holds by lease, commits."""
 
     async def read(self, entries: int, wait: float) -> list[Entry]:
-        """Up to about `entries` frames: new ones, abandoned ones, due ones. Returns [] after `wait` seconds without any.
+        """Up to about `entries` frames: new, abandoned or due ones. Returns [] after `wait` seconds without any.
 
         Whatever is returned is leased to this reader and renewed until it is committed, released, or lost.
         """
@@ -195,8 +195,10 @@ class Reader(Protocol):
 class Tail(Protocol):
     """A fan-out read that disturbs nobody: no group, no acknowledgement."""
 
-    dropped: int
-    """Events known to be lost to this tail so far."""
+    @property
+    def dropped(self) -> int:
+        """Events known to be lost to this tail so far."""
+        ...
 
     def __aiter__(self) -> AsyncIterator[Entry]: ...
 
@@ -206,10 +208,13 @@ class Tail(Protocol):
 class Transport(Protocol):
     """Moves frames for one Redis database (or for memory)."""
 
-    guarantees: Guarantees
+    @property
+    def guarantees(self) -> Guarantees: ...
 
     async def publish(self, channel: Channel[object], partition: int, frames: Sequence[Outgoing]) -> None:
-        """Resolves when all frames are taken, in order, each once. Raises ChannelFull, PublishUncertain, ServerUnavailable."""
+        """Resolves when all frames are taken, in order, each once.
+
+        Raises ChannelFull, PublishUncertain, ServerUnavailable."""
         ...
 
     async def join(self, channel: Channel[object], partition: int, group: Group) -> Reader:
@@ -250,8 +255,11 @@ class PartitionStats:
 class Backend(Protocol):
     """One Redis database (or memory): its two transports, and the few things beside them."""
 
-    durable: Transport
-    live: Transport
+    @property
+    def durable(self) -> Transport: ...
+
+    @property
+    def live(self) -> Transport: ...
 
     async def open(self, patience: float | None) -> None:
         """Connect. Raises ServerUnavailable after `patience` seconds (None: waits for ever)."""

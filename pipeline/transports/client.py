@@ -44,7 +44,7 @@ class LinkLost(ConnectionError):
 def address(url: str) -> dict[str, Any]:
     """The parts of a Redis URL, as redis-py reads them. Raises ConfigurationError."""
     try:
-        return dict(parse_url(url))
+        return dict(parse_url(url))  # type: ignore[no-untyped-call]
     except ValueError as error:
         raise ConfigurationError(f"not a Redis URL: {redact(url)!r} ({error}); e.g. redis://127.0.0.1:6379/0") from None
 
@@ -94,7 +94,7 @@ class Link(asyncio.Protocol):
 
     def call(self, *arguments: Argument) -> asyncio.Future[Any]:
         """Write one command; the future has its reply, or ReplyError, or LinkLost."""
-        return self.send(hiredis.pack_command(arguments))
+        return self.send(_pack(arguments))
 
     def send(self, packed: bytes) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = self._loop.create_future()
@@ -114,7 +114,7 @@ class Link(asyncio.Protocol):
     def write(self, *arguments: Argument) -> None:
         """Write one command whose replies come as pushes (SUBSCRIBE and its kin)."""
         if self._transport is not None and not self.closed:
-            self._transport.write(hiredis.pack_command(arguments))
+            self._transport.write(_pack(arguments))
 
     def close(self) -> None:
         self._lose(LinkLost("the connection was closed"))
@@ -276,6 +276,9 @@ class Client:
                 await self._connecting
         if self._link is not None:
             self._link.close()
+
+
+_pack: Callable[[tuple[Argument, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]  # any length, in truth
 
 
 def transient(error: BaseException) -> bool:

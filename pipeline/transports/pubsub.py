@@ -149,18 +149,22 @@ class _Subscription:
     async def _connect(self) -> LiveConnection:
         pubsub = self._pubsub
         try:
-            return await pubsub.connect(pubsub.url, f"{pubsub.name}-live", self._channel.name, self.ring.put)
+            name = f"{pubsub.name}-live"
+            connection: LiveConnection = await pubsub.connect(pubsub.url, name, self._channel.name, self.ring.put)
         except ReplyError as error:
             raise ServerUnavailable(f"Redis refuses: {error}") from None
         except (OSError, TimeoutError) as error:
             raise LinkLost(str(error) or type(error).__name__) from None
+        return connection
 
     async def _supervise(self) -> None:
         while True:
             assert self._connection is not None
             await self._connection.lost()
             await self._connection.close()
-            logger.warning("channel %r: the connection was lost; what is published meanwhile is missed", self._channel.name)
+            logger.warning(
+                "channel %r: the connection was lost; what is published meanwhile is missed", self._channel.name
+            )
             await asyncio.sleep(random.uniform(0, 0.05))
             what = f"channel {self._channel.name!r}"
             self._connection = await self._pubsub.streams.client.persist(self._connect, patience=None, what=what)

@@ -24,7 +24,7 @@ class RedisBackend:
     def __init__(self, url: str, name: str, live_client: LiveClient = "redis") -> None:
         connect: Any = connect_link
         if live_client == "asyncio-redis":
-            from .asyncio_redis import connect_asyncio_redis  # noqa: PLC0415  # only who asks for it pays for it
+            from .asyncio_redis import connect_asyncio_redis  # only who asks for it pays for it
 
             connect = connect_asyncio_redis
         self._streams = Streams(url, name)
@@ -103,5 +103,10 @@ def _stats(result: list[Any]) -> PartitionStats:
         published,
         duplicates,
         entries,
-        {name.decode(): GroupStats(*numbers[:9], oldest=numbers[9] / 1000) for name, *numbers in groups},
+        {name.decode(): _group(numbers) for name, *numbers in groups},
     )
+
+
+def _group(numbers: list[int]) -> GroupStats:
+    before, handled, dead, retried, suppressed, dropped, pending, lag, consumers, oldest = numbers
+    return GroupStats(before, handled, dead, retried, suppressed, dropped, pending, lag, consumers, oldest / 1000)

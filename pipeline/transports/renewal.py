@@ -8,8 +8,8 @@ from typing import Protocol
 
 import redis
 
-from .scripts import Keys, Script
 from . import Group
+from .scripts import Keys, Script
 
 __all__ = ["Renewer"]
 
@@ -26,7 +26,7 @@ class Holder(Protocol):
 
 
 class Renewer:
-    """Renews everything its readers hold, three times a lease. A lease must outlast three stretches that hold the GIL."""
+    """Renews all that its readers hold, three times a lease. A lease must outlast three stretches that hold the GIL."""
 
     def __init__(self, url: str, script: Script) -> None:
         self._url = url
@@ -52,7 +52,9 @@ class Renewer:
         self._wake.set()
 
     def _run(self) -> None:
-        client = redis.Redis.from_url(self._url, socket_timeout=5, socket_connect_timeout=2, client_name="pipeline-leases")
+        client = redis.Redis.from_url(
+            self._url, socket_timeout=5, socket_connect_timeout=2, client_name="pipeline-leases"
+        )
         try:
             while not self._stopping:
                 holders = self._holders
@@ -73,7 +75,14 @@ class Renewer:
             apart = [id_ for id_ in held if id_.startswith("r")]
             keys, group = holder.keys, holder.group
             names = [keys.stream, keys.group(group.name, "due")]
-            arguments = [group.name, group.consumer, int(group.lease * 1000), len(entries), *entries, *apart]
+            arguments: list[str | int] = [
+                group.name,
+                group.consumer,
+                int(group.lease * 1000),
+                len(entries),
+                *entries,
+                *apart,
+            ]
             try:
                 lost = self._call(client, names, arguments)
             except (redis.RedisError, OSError) as error:
@@ -82,7 +91,9 @@ class Renewer:
             # A settled entry is no longer pending either; only what is still held was taken away.
             gone = [id_ for id_ in (str(item, "ascii") for item in lost) if id_ in holder.held]
             if gone:
-                logger.warning("group %r: the lease of %d entries ended; another worker has them", group.name, len(gone))
+                logger.warning(
+                    "group %r: the lease of %d entries ended; another worker has them", group.name, len(gone)
+                )
                 holder.taken_away.extend(gone)
 
     def _call(self, client: redis.Redis, names: list[str], arguments: list[str | int]) -> list[bytes]:

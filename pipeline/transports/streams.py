@@ -1,4 +1,4 @@
-"""Durable channels on Redis Streams: one entry a frame, one script a step. The scripts hold the guarantees; see lua/."""
+"""Durable channels on Redis Streams: one entry a frame, one script a step. The guarantees are in the scripts, lua/."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ class _Publication:
             config = dict(zip(reply[::2], reply[1::2], strict=True))
             if config.get(b"appendonly") != b"yes" or config.get(b"appendfsync") != b"always":
                 raise ConfigurationError(
-                    f"channel {self.channel.name!r} has fsync=True; this server has no WAITAOF (Redis 7.2, Valkey), so it "
+                    f"channel {self.channel.name!r} has fsync=True; this server has no WAITAOF (Redis 7.2 has), so it "
                     "must run with --appendonly yes --appendfsync always"
                 ) from None
 

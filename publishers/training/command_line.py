@@ -155,7 +155,7 @@ def _arguments() -> argparse.ArgumentParser:
     add("--rounds", type=_count, default=600, metavar="N", help="of each run (default: %(default)s)")
     add("--rate", type=float, default=8.0, metavar="N", help="most rounds a second; 0: no limit (default: %(default)s)")
     add("--batch", type=_count, default=64, metavar="N", help="samples a worker and round (default: %(default)s)")
-    add("--learning-rate", type=positive, default=3e-3, metavar="X", help="of Adam (default: %(default)s)")
+    add("--learning-rate", type=positive, default=6e-3, metavar="X", help="of Adam (default: %(default)s)")
     add("--seed", type=int, default=0, help="of parameters and batches; run k adds k (default: %(default)s)")
     add("--quorum", type=_count, metavar="N", help="workers a round needs after its deadline (default: all but one)")
     add(
@@ -168,7 +168,7 @@ def _arguments() -> argparse.ArgumentParser:
     add("--patience", type=positive, default=2.0, metavar="S", help=(
         "seconds after which a gradient without a mean is published again (default: %(default)s)"
     ))  # fmt: skip
-    add("--publish-every", type=_count, default=20, metavar="N", help=(
+    add("--publish-every", type=_count, default=10, metavar="N", help=(
         "rounds between weights for inference, which are published if no worse than the last (default: %(default)s)"
     ))  # fmt: skip
     return parser

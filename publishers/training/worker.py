@@ -63,7 +63,7 @@ class Plan:
     """Of each run."""
     batch: int = 64
     """Samples a worker and round."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     seed: int = 0
     rate: float = 0.0
     """At most so many rounds a second; 0: as many as can be."""
@@ -72,7 +72,7 @@ class Plan:
     """Seconds; see Gradient."""
     patience: float = 2.0
     """Seconds without a round after which a worker publishes its gradient again."""
-    publish_every: int = 20
+    publish_every: int = 10
     """Rounds between two offers of weights for inference."""
 
     def name(self, number: int) -> str:
