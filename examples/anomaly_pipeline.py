@@ -10,27 +10,22 @@ class Reading(Event):
     value: float
 
 
-class Alert(Event):
-    sensor: str
-    text: str
-
-
 readings = Channel("example.readings", Reading)
-alerts = Channel("example.alerts", Alert)
+alerts = Channel("example.alerts", str)
 app, told = Pipeline("monitoring"), asyncio.Event()
 
 
 @app.subscriber(readings, group="detectors", publishes=alerts, ordered=True)
-async def detect(reading: Reading) -> Alert | None:
+async def detect(reading: Reading) -> str | None:
     if reading.value < -273.15:
         raise Reject("colder than absolute zero")  # a dead letter: see `pipeline dead example.readings`
-    return Alert(sensor=reading.sensor, text=f"{reading.value} °C") if reading.value > 90 else None
+    return f"{reading.sensor} at {reading.value} °C" if reading.value > 90 else None
 
 
 @app.subscriber(alerts, group="notifiers", ordered=True)
-async def notify(alert: Alert) -> None:
-    print(f"alert from the {alert.sensor}: {alert.text}")
-    if alert.sensor == "reactor":
+async def notify(alert: str) -> None:
+    print(f"alert: {alert}")
+    if alert.startswith("reactor"):
         told.set()
 
 

@@ -5,37 +5,29 @@ import asyncio
 from pipeline import Channel, Event, Pipeline, Reject, RequestFailed
 
 
-class Question(Event):
-    number: int
+class Division(Event):
+    dividend: int
+    divisor: int
 
 
-class Factors(Event):
-    of: int
-    primes: list[int]
-
-
-questions = Channel("example.questions", Question, reply=Factors, frame=1)
+divisions = Channel("example.divisions", Division, reply=str, frame=1)
 app = Pipeline("arithmetic")
 
 
-@app.subscriber(questions, group="factors")
-async def factorise(question: Question) -> Factors:
-    rest, primes = question.number, []
-    if rest < 2:
-        raise Reject(f"{rest} has no prime factors")
-    for divisor in range(2, rest + 1):
-        while rest % divisor == 0:
-            rest, primes = rest // divisor, [*primes, divisor]
-    return Factors(of=question.number, primes=primes)
+@app.subscriber(divisions, group="dividers")
+async def divide(division: Division) -> str:
+    if division.divisor == 0:
+        raise Reject("nothing can be divided by zero")
+    return "{} remainder {}".format(*divmod(division.dividend, division.divisor))
 
 
 async def main() -> None:
     async with app:
         serving = asyncio.create_task(app.serve())
-        for number in (84, 97, 1):
+        for dividend, divisor in ((84, 12), (97, 10), (1, 0)):
             try:
-                answer = await app.request(questions, Question(number=number), timeout=10.0)
-                print(f"{answer.of} = {' · '.join(map(str, answer.primes))}")
+                answer = await app.request(divisions, Division(dividend=dividend, divisor=divisor), timeout=10.0)
+                print(f"{dividend} / {divisor} = {answer}")
             except RequestFailed as error:
                 print(error)
         app.stop()

@@ -12,33 +12,26 @@ class Signal(Event):
     samples: Tensor
 
 
-class Spectrum(Event):
-    name: str
-    loudest: int
-    power: Tensor
-
-
-signals = Channel("example.signals", Signal)
-spectra = Channel("example.spectra", Spectrum)
+sounds, spectra = Channel("example.sounds", Signal), Channel("example.spectra", Signal)
 app = Pipeline("spectroscope")
 
 
-@app.subscriber(signals, group="fourier", publishes=spectra, batch=Batch(64, wait=0.05), run_in="thread")
-def transform(batch: list[Signal]) -> list[Spectrum]:
-    power = np.abs(np.fft.rfft(np.stack([signal.samples for signal in batch]))) ** 2  # one call for the whole batch
-    return [Spectrum(name=s.name, loudest=int(p.argmax()), power=p) for s, p in zip(batch, power, strict=True)]
+@app.subscriber(sounds, group="fourier", publishes=spectra, batch=Batch(64, wait=0.05), run_in="thread")
+def transform(batch: list[Signal]) -> list[Signal]:
+    power = np.abs(np.fft.rfft(np.stack([sound.samples for sound in batch]))) ** 2  # one call for the whole batch
+    return [Signal(name=sound.name, samples=Tensor(row)) for sound, row in zip(batch, power, strict=True)]
 
 
 async def main() -> None:
     time = np.arange(512, dtype=np.float32) / 512
+    tones = {"hum": 50, "low E": 82, "low C": 64}
     async with app, app.watch(spectra) as stream:
         serving = asyncio.create_task(app.serve())
-        tones = [Signal(name=f"{hertz} Hz", samples=np.sin(2 * np.pi * hertz * time)) for hertz in (5, 50, 120)]
-        await app.publish(signals, tones)
-        async for message in stream:
-            print(f"{message.event.name}: loudest at {message.event.loudest} Hz, {message.event.power!r}")
-            if message.event.name == tones[-1].name:
-                break
+        waves = [Signal(name=name, samples=Tensor(np.sin(2 * np.pi * hz * time))) for name, hz in tones.items()]
+        await app.publish(sounds, waves)
+        for _ in tones:
+            spectrum = (await anext(aiter(stream))).event
+            print(f"{spectrum.name}: loudest at {np.argmax(spectrum.samples)} Hz, {spectrum.samples!r}")
         app.stop()
         await serving
 
