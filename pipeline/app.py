@@ -110,8 +110,8 @@ class Pipeline:
         """Declare a handler of a channel's events. The function itself is returned unchanged.
 
         The handler takes one event (or a Message, if so annotated), or with `batch=` a list of them, and returns what
-        is to be published: nothing, an event, or a list of events; with `batch=` a list with one such result an event, in
-        order. Return acknowledges; `raise Retry`, `raise Reject`, or any other exception (see RetryPolicy) do not.
+        is to be published: nothing, an event, or a list of events; with `batch=` a list with one such result an event,
+        in order. Return acknowledges; `raise Retry`, `raise Reject`, or any other exception (see RetryPolicy) do not.
 
         publishes    one channel, or several, chosen by the type of what is returned
         concurrency  calls at the same time in this process

@@ -134,7 +134,7 @@ class Outbox:
         self._writing = False
 
     async def _settle(self, parcels: list[_Parcel]) -> None:
-        """Write, and tell each caller. When a write of several fails, each is tried alone: no caller spoils another's."""
+        """Write, and tell each caller. When a write of several fails, each is tried alone."""
         try:
             await self._write(parcels)
         except Exception as error:

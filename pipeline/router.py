@@ -85,6 +85,8 @@ class Router:
         self._wake = asyncio.Event()
         self._draining = asyncio.Event()
         self._gaps = Gaps()
+        self._repeats = 0
+        """Retries that happened in place, for the next commit to count."""
         self._sources = Sources(f"{subscriber.channel.name}.{subscriber.group}", context.source)
         self._reading: list[asyncio.Task[None]] = []
         self._working: list[asyncio.Task[None]] = []
@@ -95,9 +97,8 @@ class Router:
 
     async def start(self) -> None:
         subscriber, channel = self.subscriber, self.subscriber.channel
-        group = Group(
-            subscriber.group, self._context.consumer, subscriber.lease, subscriber.start, subscriber.retry.attempts
-        )
+        exclusive = subscriber.ordered and channel.partitions > 1
+        group = Group(subscriber.group, self._context.consumer, subscriber.lease, subscriber.start, exclusive)
         transport = self._context.transport(channel)
         for partition in range(channel.partitions):
             self._readers.append(await transport.join(channel, partition, group))
@@ -295,7 +296,7 @@ class Router:
                     self._finish_unit(unit, outcome, final=delay is not None)
                     break
                 attempt += 1
-                metrics.retried += 1
+                self._repeats += 1
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(delay):
                         await self._draining.wait()
@@ -403,8 +404,12 @@ class Router:
             except PipelineError as error:
                 items = self._blame(items, error)
                 continue
+            repeats, self._repeats = self._repeats, 0
+            commit.retried += repeats
             statuses = await reader.commit(commit)
-            if not statuses:
+            if statuses:
+                self._repeats += repeats
+            else:
                 draft.applied(self._context.metrics)
                 break
             before = len(items)

@@ -27,6 +27,8 @@ jobs = Channel("jobs", Number, frame=1)
 deadly = Channel("deadly", Number)
 inputs = Channel("in", Number)
 outputs = Channel("out", Square)
+ordered = Channel("ordered", Number, partitions=6, frame=4)
+written = Channel("written", Number)
 
 
 class Worker:
@@ -99,7 +101,14 @@ def square(app: Pipeline) -> None:
         return Square(n=n, squared=n * n)
 
 
-APPS = {"holds": holds, "finishes": finishes, "deadly": kills_itself, "square": square}
+def in_order(app: Pipeline) -> None:
+    @app.subscriber(ordered, group="g", publishes=written, lease=1.0, ordered=True, concurrency=2)
+    async def write(event: Number) -> Number:
+        await asyncio.sleep(0.001)
+        return event
+
+
+APPS = {"holds": holds, "finishes": finishes, "deadly": kills_itself, "square": square, "ordered": in_order}
 
 if __name__ == "__main__":
     app = Pipeline(sys.argv[1], sys.argv[2])

@@ -75,8 +75,8 @@ class Group:
     lease: float
     """Seconds after which what this consumer holds may be claimed by others, unless renewed."""
     start: Literal["oldest", "latest"] = "oldest"
-    attempts: int = 5
-    """Deliveries after which a frame is suspected of killing its worker."""
+    exclusive: bool = False
+    """One reader at a time, of all processes, reads a partition; what it leaves behind comes before what is new."""
 
 
 @dataclass(slots=True)

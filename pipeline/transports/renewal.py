@@ -69,12 +69,13 @@ class Renewer:
     def _renew(self, client: redis.Redis, holders: list[Holder]) -> None:
         for holder in holders:
             held = list(holder.held)
-            if not held:
+            if not held and not holder.group.exclusive:
                 continue
             entries = [id_ for id_ in held if not id_.startswith("r")]
             apart = [id_ for id_ in held if id_.startswith("r")]
             keys, group = holder.keys, holder.group
-            names = [keys.stream, keys.group(group.name, "due")]
+            owner = keys.group(group.name, "owner") if group.exclusive else ""
+            names = [keys.stream, keys.group(group.name, "due"), owner]
             arguments: list[str | int] = [
                 group.name,
                 group.consumer,

@@ -15,6 +15,7 @@ from ..channel import Channel
 from ..errors import ChannelFull, ConfigurationError, PublishUncertain, ServerUnavailable
 from . import SUSPICION, Commit, Entry, Group, Guarantees, Outgoing
 from .client import Argument, Client, LinkLost, ReplyError, transient
+from .partitions import Share
 from .renewal import Renewer
 from .scripts import Keys, load
 
@@ -47,6 +48,7 @@ class Streams:
         self._known: dict[Keys, float] = {}
         self._readers: set[StreamReader] = set()
         self._janitor: asyncio.Task[None] | None = None
+        self._shares: dict[tuple[str, str], Share] = {}
 
     # -- scripts -------------------------------------------------------------------------------------------------
 
@@ -99,9 +101,20 @@ class Streams:
         keys = self._know(channel, partition)
         reader = StreamReader(self, channel, keys, group)
         await reader.regroup()
+        if group.exclusive:
+            reader.share = await self._share(channel, group)
         self._readers.add(reader)
         self.renewer.add(reader)
         return reader
+
+    async def _share(self, channel: Channel[Any], group: Group) -> Share:
+        share = self._shares.get((channel.name, group.name))
+        if share is None:
+            owners = [Keys.of(channel.name, part).group(group.name, "owner") for part in range(channel.partitions)]
+            members = Keys.of(channel.name).group(group.name, "members")
+            share = self._shares[channel.name, group.name] = Share(self.run, group, members, owners)
+        await self.client.persist(share.start, patience=None, what=f"group {group.name!r}")
+        return share
 
     async def tail(self, channel: Channel[Any], partition: int, since: str | None) -> StreamTail:
         keys = Keys.of(channel.name, partition)
@@ -121,9 +134,9 @@ class Streams:
 
     # -- committing ----------------------------------------------------------------------------------------------
 
-    async def commit(self, keys: Keys, group: str, commit: Commit) -> list[str | None]:
-        """Also used, without segments, for the outputs of live subscribers."""
-        names, arguments = commit_arguments(keys, group, commit)
+    async def commit(self, keys: Keys, group: str, commit: Commit, token: str = "") -> list[str | None]:
+        """Also used, without segments, for the outputs of live subscribers. `token` fences an exclusive reader."""
+        names, arguments = commit_arguments(keys, group, commit, token)
         for output in commit.outputs:
             if output.channel.durable:
                 self._know(output.channel, output.partition)
@@ -178,6 +191,9 @@ class Streams:
             self._janitor.cancel()
             await asyncio.gather(self._janitor, return_exceptions=True)
         self.renewer.stop()
+        for share in self._shares.values():
+            with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError):
+                await share.close()
         await self.client.close()
         await self._fsync.close()
 
@@ -269,6 +285,9 @@ class StreamReader:
         self.held: dict[str, None] = {}
         """What this reader has and has not settled; the renewal thread reads it."""
         self.taken_away: list[str] = []
+        self.share: Share | None = None
+        """Set for an exclusive group: who owns which partition."""
+        self._inherited: list[Entry] = []
         self._streams = streams
         self._channel = channel
         self._client = Client(streams.client.url, f"{streams.client.name}-read")
@@ -299,7 +318,13 @@ class StreamReader:
         deadline = time.monotonic() + wait
         while not self._stopping:
             try:
-                found = await self._look(entries)
+                if self.share is not None and not await self._may_read(self.share):
+                    if time.monotonic() >= deadline:
+                        return []
+                    await asyncio.sleep(POLL)
+                    continue
+                found = self._inherited or await self._look(entries)
+                self._inherited = []
                 if not found and not self._suspects:
                     found = await self._read_new(entries)
             except (ServerUnavailable, LinkLost) as error:
@@ -312,6 +337,40 @@ class StreamReader:
             if found or time.monotonic() >= deadline:
                 return found
         return []
+
+    async def _may_read(self, share: Share) -> bool:
+        """Own the partition, or come to own it; give it up when this process has more than its share."""
+        key, consumer = self.keys.group(self.group.name, "owner"), self.group.consumer
+        if key in share.owned:
+            if share.surplus(key):
+                if not self.held:
+                    await self._give_up()
+                return False
+            if await self._streams.run("own", [key], consumer, self._lease_ms):
+                return True
+            logger.warning("%s: partition %s went to another worker", self._where, self.keys.base)
+            share.owned.discard(key)
+            self.taken_away.extend(self.held)
+            self.held.clear()
+            return False
+        if not share.room() or not await self._streams.run("own", [key], consumer, self._lease_ms):
+            return False
+        share.owned.add(key)
+        self._inherited = await self._inherit()
+        return True
+
+    async def _inherit(self) -> list[Entry]:
+        """What the last owner left pending comes first, in order: its commits do not count any more."""
+        found: list[Entry] = []
+        cursor = b"0-0"
+        names = [self.keys.stream, self.keys.group(self.group.name, "prog")]
+        while True:
+            cursor, claimed = await self._streams.run(
+                "claim", names, self.group.name, self.group.consumer, 0, cursor, 100
+            )
+            found += self._hold(claimed)
+            if cursor == b"0-0":
+                return found
 
     async def _look(self, entries: int) -> list[Entry]:
         """Due events and hand-backs every POLL, abandoned entries twice a lease."""
@@ -362,14 +421,18 @@ class StreamReader:
         self._cursor = str(cursor, "ascii")
         if self._cursor != "0-0":
             self._claim_at = 0.0
+        found = self._hold(claimed)
+        if found:
+            logger.info("%s: took over %d abandoned entries", self._where, len(found))
+        return found
+
+    def _hold(self, claimed: list[Any]) -> list[Entry]:
         found = []
         for id_, count, body, done, deliveries in claimed:
             entry = _entry(id_, int(count), body, str(done, "ascii"), deliveries)
             if entry.id not in self.held:
                 self.held[entry.id] = None
                 found.append(entry)
-        if found:
-            logger.info("%s: took over %d abandoned entries", self._where, len(found))
         return found
 
     async def _read_new(self, entries: int) -> list[Entry]:
@@ -410,7 +473,8 @@ class StreamReader:
         await asyncio.sleep(1.0)
 
     async def commit(self, commit: Commit) -> list[str | None]:
-        return await self._streams.commit(self.keys, self.group.name, commit)
+        token = self.group.consumer if self.group.exclusive else ""
+        return await self._streams.commit(self.keys, self.group.name, commit, token)
 
     def settled(self, entry: str) -> None:
         """This entry needs no lease any more."""
@@ -434,10 +498,18 @@ class StreamReader:
 
     async def close(self) -> None:
         self._streams.forget(self)
+        await self._give_up()
         with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError, TimeoutError):
             async with asyncio.timeout(1):
                 await self._streams.run("reap", [self.keys.stream], self.group.name, self.group.consumer, 0)
         await self._client.close()
+
+    async def _give_up(self) -> None:
+        key = self.keys.group(self.group.name, "owner")
+        if self.share is not None and key in self.share.owned:
+            self.share.owned.discard(key)
+            with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError):
+                await self._streams.run("own", [key], self.group.consumer, 0)
 
     @property
     def _lease_ms(self) -> int:
@@ -477,10 +549,10 @@ class StreamTail:
         await self._client.close()
 
 
-def commit_arguments(keys: Keys, group: str, commit: Commit) -> tuple[list[str], list[Argument]]:
+def commit_arguments(keys: Keys, group: str, commit: Commit, token: str) -> tuple[list[str], list[Argument]]:
     """KEYS and ARGV of commit.lua."""
-    names = [keys.stream, *(keys.group(group, part) for part in ("h", "prog", "due", "bod", "takes"))]
-    arguments: list[Argument] = [group, len(commit.segments)]
+    names = [keys.stream, *(keys.group(group, part) for part in ("h", "prog", "due", "bod", "takes", "owner"))]
+    arguments: list[Argument] = [group, token, len(commit.segments)]
     for segment in commit.segments:
         apart = segment.entry.startswith("r")
         arguments += (segment.entry, segment.count, "" if apart else segment.low, segment.high)

@@ -1,6 +1,6 @@
 -- COMMIT: outputs, retries, replies, ledger and acknowledgement, together, once.
--- KEYS: stream, h, prog, due, bod, takes, then (key, meta) an output
--- ARGV: group,
+-- KEYS: stream, h, prog, due, bod, takes, owner, then (key, meta) an output
+-- ARGV: group, fencing token ('' none: this group's partitions have no owner),
 --       #segments, (id, n, low, high)…          low = '' settles an entry apart (a retry id)
 --       handled, dead, retried,
 --       #retries, (delay ms, count, times taken, body)…
@@ -10,17 +10,20 @@
 -- check comes before the first write; acknowledgements come first, so that a server out of memory lets commits pass.
 local stream, h, prog, due, bod, takes = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local group = ARGV[1]
-local at = 2
+local at = 3
 local function take()
   at = at + 1
   return ARGV[at - 1]
 end
 
 local segments, statuses, conflict, suppressed = {}, {}, false, 0
+local fenced = ARGV[2] ~= '' and redis.call('GET', KEYS[7]) ~= ARGV[2]
 for i = 1, tonumber(take()) do
   local s = {id = take(), n = tonumber(take()), low = take(), high = tonumber(take())}
   segments[i], statuses[i] = s, 'ok'
-  if s.low == '' then
+  if fenced then
+    statuses[i], conflict = 'gone', true
+  elseif s.low == '' then
     if not redis.call('ZSCORE', due, s.id) then
       statuses[i], conflict, suppressed = 'gone', true, suppressed + s.n
     end
@@ -51,8 +54,8 @@ for i = 1, tonumber(take()) do
   local kind = take()
   at = at + 2
   if kind == 's' then
-    local t = redis.call('TYPE', KEYS[5 + 2 * i]).ok
-    if t ~= 'stream' and t ~= 'none' then return redis.error_reply('WRONGTYPE ' .. KEYS[5 + 2 * i] .. ' is a ' .. t) end
+    local t = redis.call('TYPE', KEYS[6 + 2 * i]).ok
+    if t ~= 'stream' and t ~= 'none' then return redis.error_reply('WRONGTYPE ' .. KEYS[6 + 2 * i] .. ' is a ' .. t) end
   end
 end
 
@@ -95,7 +98,7 @@ end
 at = outputs_at
 for i = 1, tonumber(take()) do
   local kind, n, body = take(), tonumber(take()), take()
-  local key, meta = KEYS[5 + 2 * i], KEYS[6 + 2 * i]
+  local key, meta = KEYS[6 + 2 * i], KEYS[7 + 2 * i]
   if kind == 's' then
     local id = add(key, meta, n, body)
     if type(id) == 'table' then redis.log(redis.LOG_WARNING, id.err) end

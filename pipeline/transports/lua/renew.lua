@@ -1,6 +1,7 @@
 -- RENEW the leases a consumer still has; a bare XCLAIM would let a worker that was paused steal its work back.
--- KEYS: stream, due   ARGV: group, consumer, lease ms, #ids, ids…, rids…    → ids that are no longer ours
+-- KEYS: stream, due, owner ('' none)   ARGV: group, consumer, lease ms, #ids, ids…, rids…    → ids that are no longer ours
 local n = tonumber(ARGV[4])
+if KEYS[3] ~= '' and redis.call('GET', KEYS[3]) == ARGV[2] then redis.call('PEXPIRE', KEYS[3], ARGV[3]) end
 local lost, mine = {}, {}
 for i = 5, 4 + n do
   local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])

@@ -1,0 +1,11 @@
+-- OWN a partition, or give it up: only its owner's commits count, so a successor may take what is pending at once.
+-- KEYS: owner   ARGV: consumer, lease ms ('0' gives it up)   → 1 when it is (or, giving up, was) ours
+local owner = redis.call('GET', KEYS[1])
+if ARGV[2] == '0' then
+  if owner ~= ARGV[1] then return 0 end
+  redis.call('DEL', KEYS[1])
+  return 1
+end
+if owner and owner ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1

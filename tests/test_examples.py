@@ -1,0 +1,52 @@
+"""Every example runs, is short, and prints what its readers are promised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .programs import ROOT, finished
+
+PRINTED = {
+    "publish_readings.py": """\
+attic: 20.0 °C
+attic: 22.5 °C
+attic: 22.7 °C
+attic: 20.4 °C
+attic: 17.7 °C
+""",
+    "anomaly_pipeline.py": """\
+alert: boiler at 97.5 °C
+alert: reactor at 450.0 °C
+""",
+    "music.py": """\
+the pipeline heard: Raga Vairabi - Pt. Ajoy Chakrabarty
+a bare client heard: Raga Yaman - Kishori Amonkar
+""",
+    "request_reply.py": """\
+84 / 12 = 7 remainder 0
+97 / 10 = 9 remainder 7
+request on channel 'example.divisions': nothing can be divided by zero
+""",
+    "tensors_batch.py": """\
+hum: loudest at 50 Hz, Tensor(float32, shape=[257])
+low E: loudest at 82 Hz, Tensor(float32, shape=[257])
+low C: loudest at 64 Hz, Tensor(float32, shape=[257])
+""",
+}
+
+
+def examples() -> list[Path]:
+    return sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda path: path.name)
+def test_an_example_prints_what_is_promised(example: Path, url: str) -> None:
+    result = finished(str(example), url=url, PYTHONPATH=str(ROOT))
+    assert (result.stdout, result.stderr, result.returncode) == (PRINTED[example.name], "", 0)
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda path: path.name)
+def test_an_example_is_shorter_than_forty_lines(example: Path) -> None:
+    assert len(example.read_text().splitlines()) < 40
