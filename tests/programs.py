@@ -1,4 +1,4 @@
-"""Helpers for the tests of publishers, subscribers and examples: programs as real processes, apps in the test's loop."""
+"""What tests of publishers, subscribers and examples share: programs as real processes, apps in the test's loop."""
 
 from __future__ import annotations
 

@@ -205,6 +205,11 @@ class Client:
         self._connecting: asyncio.Task[Link] | None = None
         self._closed = False
 
+    @property
+    def current(self) -> Link | None:
+        """The connection, when there is one."""
+        return self._link if self._link is not None and not self._link.closed else None
+
     async def link(self) -> Link:
         """The connection, opened anew when the last one was lost. Raises ServerUnavailable."""
         if self._link is not None and not self._link.closed:

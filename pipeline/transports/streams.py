@@ -14,7 +14,7 @@ from typing import Any
 from ..channel import Channel
 from ..errors import ChannelFull, ConfigurationError, PublishUncertain, ServerUnavailable
 from . import SUSPICION, Commit, Entry, Group, Guarantees, Outgoing
-from .client import Argument, Client, LinkLost, ReplyError, transient
+from .client import Argument, Client, Link, LinkLost, ReplyError, transient
 from .partitions import Share
 from .renewal import Renewer
 from .scripts import Keys, load
@@ -49,6 +49,7 @@ class Streams:
         self._readers: set[StreamReader] = set()
         self._janitor: asyncio.Task[None] | None = None
         self._shares: dict[tuple[str, str], Share] = {}
+        self._publications: dict[tuple[Channel[Any], int], _Publication] = {}
 
     # -- scripts -------------------------------------------------------------------------------------------------
 
@@ -68,24 +69,12 @@ class Streams:
     # -- publishing ----------------------------------------------------------------------------------------------
 
     async def publish(self, channel: Channel[Any], partition: int, frames: Sequence[Outgoing]) -> None:
-        keys = self._know(channel, partition)
-        client = self._fsync if channel.fsync else self.client
-        publication = _Publication(self, channel, keys, client)
-        try:
-            link = await client.link()
-            script = self.scripts["publish"]
-            replies = [script(link, *publication.arguments(frame, force=False)) for frame in frames]
-            await link.writable()
-            results = await asyncio.gather(*replies, return_exceptions=True)
-        except ServerUnavailable:
-            results = []
-        for index in range(len(frames)):
-            result = results[index] if index < len(results) else None
-            if not isinstance(result, list) or result[0] not in (0, 1):
-                await publication.recover(frames[index:], result)
-                break
-        if channel.fsync:
-            await publication.sync()
+        publication = self._publications.get((channel, partition))
+        if publication is None:
+            keys = self._know(channel, partition)
+            client = self._fsync if channel.fsync else self.client
+            publication = self._publications[channel, partition] = _Publication(self, channel, keys, client)
+        await publication.write(frames)
 
     def _know(self, channel: Channel[Any], partition: int) -> Keys:
         keys = Keys.of(channel.name, partition)
@@ -199,21 +188,52 @@ class Streams:
 
 
 class _Publication:
-    """One call of publish: what to do when not every frame was taken at the first try."""
+    """Writing to one partition, and what to do when not every frame is taken at the first try."""
 
     def __init__(self, streams: Streams, channel: Channel[Any], keys: Keys, client: Client) -> None:
         self.streams = streams
         self.channel = channel
-        self.keys = keys
         self.client = client
-        self.epoch = secrets.token_hex(8)
+        self._keys = keys
+        self._script = streams.scripts["publish"]
+        self._names: list[str] = []
+        self._source = ""
+        self._rest = (secrets.token_hex(8), channel.capacity or 0, int(channel.overflow == "drop_oldest"))
+
+    async def write(self, frames: Sequence[Outgoing]) -> None:
+        results: list[Any] = []
+        link = self.client.current
+        try:
+            if link is None:
+                link = await self.client.link()
+            if len(frames) == 1:
+                results = [await self._send(link, frames[0])]
+            else:
+                replies = [self._send(link, frame) for frame in frames]
+                await link.writable()
+                results = await asyncio.gather(*replies, return_exceptions=True)
+        except ServerUnavailable:
+            """Nothing was sent; `recover` waits for the server."""
+        except (LinkLost, ReplyError) as error:
+            results = [error]
+        for index in range(len(frames)):
+            result = results[index] if index < len(results) else None
+            if not isinstance(result, list) or result[0] not in (0, 1):
+                await self.recover(frames[index:], result)
+                break
+        if self.channel.fsync:
+            await self.sync()
+
+    def _send(self, link: Link, frame: Outgoing) -> asyncio.Future[Any]:
+        names, *arguments = self.arguments(frame, force=False)
+        future: asyncio.Future[Any] = self._script(link, names, *arguments)
+        return future
 
     def arguments(self, frame: Outgoing, *, force: bool) -> tuple[Any, ...]:
-        keys, channel = self.keys, self.channel
-        names = [keys.stream, keys.meta, keys.source(frame.source), keys.groups]
-        capacity = channel.capacity or 0
-        drop = int(channel.overflow == "drop_oldest")
-        return (names, frame.first, frame.count, frame.body, SOURCE_TTL_MS, int(force), self.epoch, capacity, drop)
+        if frame.source != self._source:
+            keys, self._source = self._keys, frame.source
+            self._names = [keys.stream, keys.meta, keys.source(frame.source), keys.groups]
+        return (self._names, frame.first, frame.count, frame.body, SOURCE_TTL_MS, int(force), *self._rest)
 
     async def recover(self, frames: Sequence[Outgoing], result: Any) -> None:
         """Write the frames one after the other, each until it is taken: order and idempotence need both."""

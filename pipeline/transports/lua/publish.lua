@@ -3,8 +3,11 @@
 local first, n, capacity = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[7])
 local stream, meta, source = KEYS[1], KEYS[2], KEYS[3]
 local last = tonumber(redis.call('GET', source) or '0')
-redis.call('HSETNX', meta, 'epoch', ARGV[6])
 local epoch = redis.call('HGET', meta, 'epoch')
+if not epoch then
+  epoch = ARGV[6]
+  redis.call('HSET', meta, 'epoch', epoch)
+end
 if last >= first + n - 1 then
   redis.call('HINCRBY', meta, 'dup', n)
   return {0, last, epoch}
