@@ -85,6 +85,7 @@ class Router:
         self._wake = asyncio.Event()
         self._draining = asyncio.Event()
         self._gaps = Gaps()
+        self._bounded = [channel for channel in subscriber.publishes if channel.capacity is not None]
         self._repeats = 0
         """Retries that happened in place, for the next commit to count."""
         self._sources = Sources(f"{subscriber.channel.name}.{subscriber.group}", context.source)
@@ -176,12 +177,27 @@ class Router:
             await self.flow.room()
             if self._draining.is_set():
                 return
+            if self._bounded and await self._outputs_full():
+                await asyncio.sleep(0.05)
+                continue
             entries = await reader.read(self.flow.frames(), 1.0)
             for id_ in reader.lost():
                 self._lose(reader, id_)
             for entry in entries:
                 await self._accept(entry, reader, partition)
             self._count_overwritten(reader)
+
+    async def _outputs_full(self) -> bool:
+        """Backpressure goes upstream: while a channel we publish to is full, nothing new is taken."""
+        for channel in self._bounded:
+            for partition in range(channel.partitions):
+                try:
+                    held = await self._context.transport(channel).outstanding(channel, partition)
+                except (PipelineError, OSError, ReplyError):
+                    return True
+                if held >= (channel.capacity or 0):
+                    return True
+        return False
 
     async def _accept(self, entry: Entry, reader: Reader, partition: int) -> None:
         codec, durable = self._codec, self.subscriber.channel.durable

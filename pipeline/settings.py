@@ -62,6 +62,9 @@ class Settings(BaseSettings):
     token: SecretStr | None = None
     """When set, gateway and dashboard ask for it as a bearer token."""
 
+    group_expires: float = Field(default=7 * 86400.0, gt=0)
+    """Seconds without a worker after which a group ends, so that it does not hold its channel's events for ever."""
+
     metrics_interval: float = Field(default=1.0, gt=0)
     """Seconds between two publications of a process's counters."""
 

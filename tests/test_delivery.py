@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from pipeline import (
     Tensor,
 )
 from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError
+from pipeline.server import Server
+from pipeline.transports.scripts import Keys
 
 from .apps import idle, serving, until
 
@@ -563,3 +566,82 @@ async def test_a_handler_that_returns_what_it_does_not_publish_fails_that_event_
     assert (
         letter.event.reason == f"{HandlerError.__name__}: the handler returned a Number; it publishes squares (Square)"
     )
+
+
+async def test_a_subscriber_waits_while_the_channel_it_publishes_to_is_full(url: str) -> None:
+    app, other = Pipeline("app", url), Pipeline("other", url)
+    narrow = Channel("narrow", Square, capacity=20)
+    source = Channel("numbers", Number, frame=5)
+
+    @app.subscriber(source, group="g", publishes=narrow)
+    async def square(event: Number) -> Square:
+        return Square(n=event.n, squared=event.n**2)
+
+    async with app, serving(app):
+        await app.publish(source, [Number(n=n) for n in range(500)])
+        await asyncio.sleep(0.5)
+        held = (await app.stats()).channels["narrow"].published
+        assert 20 <= held < 300
+
+        @other.subscriber(narrow, group="sink")
+        async def sink(event: Square) -> None:
+            """Makes room."""
+
+        async with serving(other):
+            ledger = await idle(app, "numbers")
+            assert (await idle(app, "narrow")).published == 500
+    assert ledger.groups["g"].handled == 500
+
+
+async def test_an_abandoned_group_expires_loudly(valkey_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    app = Pipeline("app", valkey_url)
+
+    @app.subscriber(numbers, group="gone")
+    async def work(event: Number) -> None:
+        """Nothing to do."""
+
+    async with app, serving(app):
+        await app.publish(numbers, Number(n=1))
+        await idle(app, "numbers")
+    async with app:
+        await app.publish(numbers, [Number(n=n) for n in range(10)])
+        streams: Any = app.backend.durable
+        streams.group_expires = 0.001
+        await asyncio.sleep(0.01)
+        await streams._trim(Keys.of("numbers"), 600.0)
+        assert (await app.stats()).channels["numbers"].groups == {}
+    assert "group 'gone' of pipeline:{numbers} was served by nobody" in caplog.text
+    assert "10 unsettled events" in caplog.text
+
+
+async def test_handled_events_go_when_they_are_old_and_unhandled_ones_stay(valkey_url: str) -> None:
+    app = Pipeline("app", valkey_url)
+    brief = Channel("brief", Number, frame=1, keep=0.0)
+
+    @app.subscriber(brief, group="g", concurrency=1)
+    async def work(event: Number) -> None:
+        if event.n == 3:
+            await asyncio.sleep(0.5)
+
+    async with app, serving(app):
+        await app.publish(brief, [Number(n=n) for n in range(6)])
+        await asyncio.sleep(0.2)
+        streams: Any = app.backend.durable
+        await streams._trim(Keys.of("brief"), 0.0)
+        assert (await app.stats()).channels["brief"].retained == 3
+        await idle(app, "brief")
+        await streams._trim(Keys.of("brief"), 0.0)
+        assert (await app.stats()).channels["brief"].retained == 1, "the newest always stays"
+
+
+async def test_fsync_waits_for_the_disk_or_says_what_the_server_lacks(redis7: Server, tmp_path: Path) -> None:
+    safe = Channel("safe", Number, fsync=True)
+    with Server(appendonly=True) as valkey:
+        async with Pipeline("app", valkey.url) as app:
+            await app.publish(safe, Number(n=1))
+    with Server(appendonly=True, appendfsync="always", binary=redis7.binary) as always:
+        async with Pipeline("app", always.url) as app:
+            await app.publish(safe, Number(n=1))
+    async with Pipeline("app", redis7.url) as app:
+        with pytest.raises(ConfigurationError, match="--appendonly yes --appendfsync always"):
+            await app.publish(safe, Number(n=1))

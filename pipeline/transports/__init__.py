@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from ..channel import Channel
 
@@ -129,7 +129,7 @@ class Retried:
 class Output:
     """A frame a handler's results make on another channel."""
 
-    channel: Channel[object]
+    channel: Channel[Any]
     partition: int
     body: bytes
     count: int
@@ -211,17 +211,21 @@ class Transport(Protocol):
     @property
     def guarantees(self) -> Guarantees: ...
 
-    async def publish(self, channel: Channel[object], partition: int, frames: Sequence[Outgoing]) -> None:
+    async def publish(self, channel: Channel[Any], partition: int, frames: Sequence[Outgoing]) -> None:
         """Resolves when all frames are taken, in order, each once.
 
         Raises ChannelFull, PublishUncertain, ServerUnavailable."""
         ...
 
-    async def join(self, channel: Channel[object], partition: int, group: Group) -> Reader:
+    async def outstanding(self, channel: Channel[Any], partition: int) -> int:
+        """Events that the group furthest behind has not settled; a subscriber whose outputs fill a channel waits."""
+        ...
+
+    async def join(self, channel: Channel[Any], partition: int, group: Group) -> Reader:
         """Join a group, creating it where there is none."""
         ...
 
-    async def tail(self, channel: Channel[object], partition: int, since: str | None) -> Tail:
+    async def tail(self, channel: Channel[Any], partition: int, since: str | None) -> Tail:
         """Listen from now (since=None) or from a position; listening has begun when this returns."""
         ...
 

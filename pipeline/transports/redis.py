@@ -21,13 +21,13 @@ CHANNELS = "pipeline:channels"
 
 
 class RedisBackend:
-    def __init__(self, url: str, name: str, live_client: LiveClient = "redis") -> None:
+    def __init__(self, url: str, name: str, live_client: LiveClient = "redis", group_expires: float = 7 * 86400) -> None:
         connect: Any = connect_link
         if live_client == "asyncio-redis":
             from .asyncio_redis import connect_asyncio_redis  # only who asks for it pays for it
 
             connect = connect_asyncio_redis
-        self._streams = Streams(url, name)
+        self._streams = Streams(url, name, group_expires)
         self.durable = self._streams
         self.live = PubSub(self._streams, url, name, connect)
         self._client = self._streams.client

@@ -38,7 +38,8 @@ class Streams:
 
     guarantees = Guarantees(durable=True, replay=True, counts_gaps=True, survives_restart=True)
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, group_expires: float = 7 * 86400.0) -> None:
+        self.group_expires = group_expires
         self.scripts = load()
         self.client = Client(url, name, [script.text for script in self.scripts.values()])
         self.renewer = Renewer(url, self.scripts["renew"])
@@ -165,11 +166,24 @@ class Streams:
             turn += 1
             with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError):
                 for keys, keep in list(self._known.items()):
-                    await self.run("trim", [keys.stream], int(keep * 1000))
+                    await self._trim(keys, keep)
                 if turn % 12 == 0:
                     for reader in list(self._readers):
                         idle = int(max(CONSUMER_IDLE, 10 * reader.group.lease) * 1000)
                         await self.run("reap", [reader.keys.stream], reader.group.name, "", idle)
+
+    async def _trim(self, keys: Keys, keep: float) -> None:
+        names = [keys.stream, keys.groups, keys.meta]
+        _, *expired = await self.run("trim", names, int(keep * 1000), int(self.group_expires * 1000))
+        for group, unsettled in expired:
+            logger.error(
+                "group %r of %s was served by nobody for %.0f s and has expired with %d unsettled events; PIPELINE_"
+                "GROUP_EXPIRES sets the time", group.decode(), keys.base, self.group_expires, unsettled,
+            )  # fmt: skip
+
+    async def outstanding(self, channel: Channel[Any], partition: int) -> int:
+        keys = Keys.of(channel.name, partition)
+        return int(await self.run("outstanding", [keys.meta, keys.groups]))
 
     def forget(self, reader: StreamReader) -> None:
         self._readers.discard(reader)

@@ -29,3 +29,19 @@ local function add(stream, meta, n, body)
   end
   return id
 end
+
+-- Events that the group furthest behind has not settled; without a group, all that were not dropped.
+local function outstanding(meta, groups)
+  local published = tonumber(redis.call('HGET', meta, 'published') or '0')
+  local names = redis.call('SMEMBERS', groups)
+  if #names == 0 then return published end
+  local most = 0
+  for _, group in ipairs(names) do
+    local h = redis.call('HMGET', groups .. ':' .. group .. ':h', 'before', 'handled', 'dead', 'dropped')
+    local left = published
+    for i = 1, 4 do left = left - tonumber(h[i] or '0') end
+    if left > most then most = left end
+  end
+  return most
+end
+

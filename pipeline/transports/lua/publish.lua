@@ -14,22 +14,6 @@ if last >= first + n - 1 then
 end
 if last + 1 ~= first and ARGV[5] ~= '1' then return {-1, last, epoch} end
 
-local function outstanding()
-  local published = tonumber(redis.call('HGET', meta, 'published') or '0')
-  local groups = redis.call('SMEMBERS', KEYS[4])
-  if #groups == 0 then
-    return published - tonumber(redis.call('HGET', meta, 'dropped') or '0')
-  end
-  local most = 0
-  for _, group in ipairs(groups) do
-    local h = redis.call('HMGET', KEYS[4] .. ':' .. group .. ':h', 'before', 'handled', 'dead', 'dropped')
-    local left = published
-    for i = 1, 4 do left = left - tonumber(h[i] or '0') end
-    if left > most then most = left end
-  end
-  return most
-end
-
 local function position(group)
   for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
     local name, id
@@ -61,7 +45,7 @@ if capacity > 0 then
   if ARGV[8] == '1' then
     for _, group in ipairs(redis.call('SMEMBERS', KEYS[4])) do drop_oldest(group) end
   else
-    local held = outstanding()
+    local held = outstanding(meta, KEYS[4])
     if held > 0 and held + n > capacity then return {-2, held, epoch} end
   end
 end

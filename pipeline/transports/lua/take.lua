@@ -4,6 +4,7 @@
 -- KEYS: due, bod, takes, h   ARGV: lease ms, most, suspicion (takes that make a suspect), 1 when nothing is in hand
 -- → {{rid, body, times taken}…, hand-backs so far, 1 when a suspect waits for an empty hand}
 local now = now_ms()
+redis.call('HSET', KEYS[4], 'seen', string.format('%.0f', now))
 local suspicion, empty = tonumber(ARGV[3]), ARGV[4] == '1'
 local taken, waiting = {}, 0
 for _, rid in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now), 'LIMIT', 0, ARGV[2])) do

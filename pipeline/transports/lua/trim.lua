@@ -1,6 +1,10 @@
--- TRIM what every group is past and what is older than `keep`; never the newest entry.  KEYS: stream   ARGV: keep ms
+-- TRIM what every group is past and what is older than `keep`; never the newest entry. A group that nobody has served for
+-- `expire` would hold everything for ever: it ends here, and what it had not settled with it.
+-- KEYS: stream, groups, meta   ARGV: keep ms, expire ms   → {entries removed, {group, unsettled}…}
 local stream = KEYS[1]
-if redis.call('EXISTS', stream) == 0 then return 0 end
+if redis.call('EXISTS', stream) == 0 then return {0} end
+local expired = {}
+local published = tonumber(redis.call('HGET', KEYS[3], 'published') or '0')
 local function parts(id)
   local ms, seq = string.match(id, '^(%d+)%-(%d+)$')
   return tonumber(ms), tonumber(seq)
@@ -21,7 +25,22 @@ for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
     if group[i] == 'name' then name = group[i + 1] end
     if group[i] == 'last-delivered-id' then last = group[i + 1] end
   end
-  local pending = redis.call('XPENDING', stream, name)
+  local h = KEYS[2] .. ':' .. name .. ':h'
+  local seen = tonumber(redis.call('HGET', h, 'seen') or '0')
+  if seen > 0 and now_ms() - seen > tonumber(ARGV[2]) then
+    local counts = redis.call('HMGET', h, 'before', 'handled', 'dead', 'dropped')
+    local left = published
+    for i = 1, 4 do left = left - tonumber(counts[i] or '0') end
+    expired[#expired + 1] = {name, left}
+    redis.call('XGROUP', 'DESTROY', stream, name)
+    redis.call('SREM', KEYS[2], name)
+    for _, part in ipairs({'h', 'prog', 'due', 'bod', 'takes', 'settled'}) do
+      redis.call('DEL', KEYS[2] .. ':' .. name .. ':' .. part)
+    end
+    last = low
+  end
+  local pending = redis.pcall('XPENDING', stream, name)
+  if pending.err then pending = {0} end
   if pending[1] > 0 then
     lower(parts(pending[2]))
   else
@@ -29,4 +48,4 @@ for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
     lower(m, s + 1)
   end
 end
-return redis.call('XTRIM', stream, 'MINID', string.format('%.0f-%.0f', ms, seq))
+return {redis.call('XTRIM', stream, 'MINID', string.format('%.0f-%.0f', ms, seq)), unpack(expired)}
