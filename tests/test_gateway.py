@@ -1,0 +1,370 @@
+"""The gateway: events over HTTP, and a status with a reason for everything that can go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from sklearn.datasets import load_digits
+
+from pipeline import Batch, Channel, Event, Pipeline, Reject, Tensor, catalog
+from pipeline.catalog import Digit, Prediction
+from pipeline.server import Server
+from pipeline.settings import settings
+from publishers import gateway as gateway_module
+from publishers.gateway.app import Gateway, create
+from subscribers import inference
+
+from .apps import serving, until
+from .processes import line_with
+from .programs import collect, events, finished, program, served
+
+
+class Song(Event):
+    title: str
+    plays: int = 0
+    samples: Tensor | None = None
+
+
+songs = Channel("songs", Song)
+ragas = Channel("music/ragas", str, durable=False)
+
+
+@asynccontextmanager
+async def client_of(url: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a gateway in this process, once that is ready."""
+    app = create(Pipeline("gateway", url))
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client,
+    ):
+        async with asyncio.timeout(5):
+            while (await client.get("/readyz")).status_code != 200:
+                await asyncio.sleep(0.01)
+        yield client
+
+
+@contextmanager
+def running(url: str, **environment: str) -> Iterator[str]:
+    """The base URL of a gateway in a process of its own."""
+    with program("-m", "publishers.gateway", "--port", "0", url=url, **environment) as process:
+        yield line_with("gateway: http", process).split()[-1]
+
+
+@pytest.fixture
+async def app(valkey_url: str) -> AsyncIterator[Pipeline]:
+    async with Pipeline("t", valkey_url) as app:
+        yield app
+
+
+@pytest.fixture
+async def client(valkey_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(valkey_url) as client:
+        yield client
+
+
+def pixels(number: int = 0) -> list[list[float]]:
+    data: Any = load_digits()
+    rows: list[list[float]] = data.images[number].tolist()
+    return rows
+
+
+# -- publish -------------------------------------------------------------------------------------------------------
+
+
+async def test_an_event_posted_is_an_event_published(app: Pipeline, client: httpx.AsyncClient) -> None:
+    async with app.watch(songs) as stream:
+        response = await client.post("/channels/songs?key=k", json={"title": "Yaman", "samples": [1.5, 2.5]})
+        message = await anext(aiter(stream))
+    assert (response.status_code, response.json()) == (202, {"id": message.id})
+    assert message.event.title == "Yaman"
+    assert message.event.samples.tolist() == [1.5, 2.5]
+    assert message.key == "k"
+
+
+async def test_many_events_posted_at_once_all_arrive_with_ids_of_their_own(
+    app: Pipeline, client: httpx.AsyncClient
+) -> None:
+    async with app.watch(songs):
+        responses = await asyncio.gather(
+            *(client.post("/channels/songs", json={"title": str(number)}) for number in range(200))
+        )
+    assert len({response.json()["id"] for response in responses}) == 200
+    arrived = events(await collect(app, songs, 200))
+    assert {song.title for song in arrived} == {str(number) for number in range(200)}
+
+
+async def test_a_channel_of_the_catalog_takes_events_before_any_process_declared_it(
+    app: Pipeline, client: httpx.AsyncClient
+) -> None:
+    body = {"source": "curl", "row": 1, "values": {"x": 1.5, "y": None}}
+    assert (await client.post("/channels/records", json=body)).status_code == 202
+    [record] = events(await collect(app, catalog.records, 1))
+    assert record == catalog.Record(source="curl", row=1, values={"x": 1.5, "y": None})
+
+
+async def test_raw_text_goes_out_as_text_on_live_channels(app: Pipeline, client: httpx.AsyncClient) -> None:
+    async with app.watch(ragas) as stream:
+        assert (await client.post("/channels/music/ragas", json="Vairabi")).status_code == 202
+        assert (await anext(aiter(stream))).event == "Vairabi"
+
+
+@pytest.mark.parametrize(
+    ("channel", "body", "status", "reasons"),
+    [
+        ("songs", b"{", 400, ["not JSON"]),
+        ("songs", b"", 400, ["not JSON"]),
+        ("songs", b"[" * 100_000, 400, ["not JSON"]),
+        ("songs", b'{"plays": "many", "extra": 1}', 422, ["'title' is a required property", "plays", "extra"]),
+        ("songs", b"[]", 422, ["is not of type 'object'"]),
+        ("digits", b'{"image": [[1, 2], [3]]}', 422, ["image: Value error, a tensor given as nested lists must be"]),
+        ("digits", b'{"image": {"dtype": "object", "shape": [1], "data": ""}}', 422, ["unknown tensor dtype 'object'"]),
+        ("digits", b"nonsense", 400, ["Invalid JSON"]),
+        ("sogns", b"{}", 404, ["no channel 'sogns' is registered (known: ", "songs"]),
+        ("pipeline.metrics", b"{}", 403, ["the framework's own"]),
+    ],
+)
+async def test_what_cannot_be_published_is_answered_with_every_reason(
+    channel: str, body: bytes, status: int, reasons: list[str], app: Pipeline, client: httpx.AsyncClient
+) -> None:
+    async with app.watch(songs):
+        response = await client.post(f"/channels/{channel}", content=body)
+    assert response.status_code == status
+    for reason in reasons:
+        assert reason in response.json()["error"]
+    assert (await app.stats()).channels["songs"].published == 0
+
+
+async def test_a_body_beyond_the_limit_is_refused_unread(app: Pipeline, client: httpx.AsyncClient) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while sent < 1 << 30:
+            sent += 1 << 20
+            yield bytes(1 << 20)
+
+    declared = await client.post("/channels/records", content=b"x", headers={"content-length": str(1 << 40)})
+    streamed = await client.post("/channels/records", content=endless())
+    assert (declared.status_code, streamed.status_code) == (413, 413)
+    assert "limit" in streamed.json()["error"]
+    assert sent < 16 << 20
+
+
+async def test_a_channel_that_changes_its_schema_is_validated_by_the_new_one(
+    app: Pipeline, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("publishers.directory.FRESH", 0.0)
+
+    class Other(Event):
+        name: str
+
+    async with app.watch(songs):
+        assert (await client.post("/channels/songs", json={"title": "a"})).status_code == 202
+    async with Pipeline("u", app.url) as later, later.watch(Channel("songs", Other)):
+        assert (await client.post("/channels/songs", json={"title": "a"})).status_code == 422
+        assert (await client.post("/channels/songs", json={"name": "a"})).status_code == 202
+    assert (await app.stats()).channels["songs"].published == 2
+
+
+# -- watch ---------------------------------------------------------------------------------------------------------
+
+
+async def heard(response: httpx.Response, count: int) -> list[tuple[str, Any]]:
+    """(id, data) of the next events of a stream."""
+    found, id_ = [], ""
+    async with asyncio.timeout(10):
+        async for line in response.aiter_lines():
+            if line.startswith("id: "):
+                id_ = line[4:]
+            elif line.startswith("data: "):
+                found.append((id_, json.loads(line[6:])))
+                if len(found) == count:
+                    break
+    return found
+
+
+async def test_events_are_streamed_as_they_come_and_from_the_past_and_resumed(app: Pipeline) -> None:
+    with running(app.url) as base:
+        async with httpx.AsyncClient(base_url=base, timeout=10) as client:
+            ids = list((await app.publish(songs, [Song(title="a"), Song(title="b", samples=Tensor([1.0]))])).ids)
+            async with client.stream("GET", "/channels/songs/events?since=5m") as response:
+                assert response.headers["content-type"].startswith("text/event-stream")
+                first, second = await heard(response, 2)
+            assert first == (ids[0], {"title": "a", "plays": 0, "samples": None})
+            assert second[1]["samples"] == {"dtype": "float64", "shape": [1], "data": "AAAAAAAA8D8="}
+            resume = {"last-event-id": ids[0]}
+            async with client.stream("GET", "/channels/songs/events", headers=resume) as response:
+                assert [id_ for id_, _ in await heard(response, 1)] == ids[1:]
+            async with client.stream("GET", "/channels/songs/events") as response:
+                await anext(response.aiter_raw())
+                receipt = await app.publish(songs, Song(title="c"))
+                assert await heard(response, 1) == [(receipt.id, {"title": "c", "plays": 0, "samples": None})]
+
+
+async def test_a_gateway_with_open_streams_stops_promptly(app: Pipeline) -> None:
+    async with app.watch(songs):
+        pass
+    with program("-m", "publishers.gateway", "--port", "0", url=app.url) as process:
+        base = line_with("gateway: http", process).split()[-1]
+        async with httpx.AsyncClient(base_url=base) as client:
+            await until_ready(client)
+            async with client.stream("GET", "/channels/songs/events") as response:
+                await anext(response.aiter_raw())
+                process.terminate()
+                assert await asyncio.to_thread(process.wait, 4) is not None
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "reason"),
+    [
+        ("sogns/events", 404, "no channel 'sogns'"),
+        ("songs/events?since=yesterday", 400, "since='yesterday': use"),
+        ("music/ragas/events?since=5m", 400, "is live: it has no past"),
+    ],
+)
+async def test_what_cannot_be_watched_is_answered_with_the_reason(
+    path: str, status: int, reason: str, app: Pipeline, client: httpx.AsyncClient
+) -> None:
+    async with app.watch(songs), app.watch(ragas):
+        response = await client.get(f"/channels/{path}")
+    assert response.status_code == status
+    assert reason in response.json()["error"]
+
+
+# -- predict -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_digit_is_classified_by_the_inference_subscriber(
+    client: httpx.AsyncClient, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "served", inference.Served())
+    async with served(inference.app, valkey_url):
+        answers = await asyncio.gather(
+            *(client.post("/models/digits/predict", json={"pixels": pixels(number)}) for number in range(50))
+        )
+    for response in answers:
+        body = response.json()
+        assert (response.status_code, body["success"], body["version"]) == (200, True, 0)
+        probabilities = [one["probability"] for one in body["predictions"]]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        assert sorted(one["label"] for one in body["predictions"]) == list("0123456789")
+    assert len({tuple(map(str, response.json()["predictions"])) for response in answers}) > 1
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        (b"{", 400, "Invalid JSON"),
+        (b"{}", 422, "pixels: Field required"),
+        (b'{"pixels": [[1, 2], [3, 4]]}', 422, "pixels: expected 8 rows of 8 numbers each"),
+        (json.dumps({"pixels": [[0] * 8] * 7 + [[255] * 8]}).encode(), 422, "pixels: expected numbers from 0 to 16"),
+        (b'{"pixels": [["NaN"]]}', 422, "pixels"),
+        (b'{"pixels": "abc"}', 422, "pixels"),
+        (b" " * 100_000, 413, "limit"),
+    ],
+)
+async def test_what_is_no_digit_is_answered_with_what_one_is(
+    body: bytes, status: int, reason: str, client: httpx.AsyncClient
+) -> None:
+    response = await client.post("/models/digits/predict", content=body)
+    assert (response.status_code, response.json()["success"]) == (status, False)
+    assert reason in response.json()["error"]
+
+
+async def test_no_answer_in_time_is_a_504(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("publishers.gateway.app.PREDICT_SECONDS", 0.2)
+    response = await client.post("/models/digits/predict", json={"pixels": pixels()})
+    assert (response.status_code, response.json()["success"]) == (504, False)
+    assert "is a subscriber of it running?" in response.json()["error"]
+
+
+async def test_a_model_that_refuses_is_a_422_with_its_reason(client: httpx.AsyncClient, valkey_url: str) -> None:
+    app = Pipeline("picky", valkey_url)
+
+    @app.subscriber(catalog.digits, group="inference", batch=Batch(8), run_in="thread")
+    def refuse(batch: list[Digit]) -> list[Prediction | Reject]:
+        return [Reject("not my day") for _ in batch]
+
+    async with serving(app):
+        response = await client.post("/models/digits/predict", json={"pixels": pixels()})
+    assert (response.status_code, response.json()["success"]) == (422, False)
+    assert "not my day" in response.json()["error"]
+
+
+# -- health and safety ---------------------------------------------------------------------------------------------
+
+
+async def until_ready(client: httpx.AsyncClient) -> None:
+    async with asyncio.timeout(10):
+        while (await client.get("/readyz")).status_code != 200:
+            await asyncio.sleep(0.02)
+
+
+async def test_without_redis_the_gateway_lives_says_so_and_recovers() -> None:
+    with Server() as server:
+        port, url = int(server.url.rsplit(":", 1)[1].removesuffix("/0")), server.url
+    with running(url) as base:
+        async with httpx.AsyncClient(base_url=base, timeout=10) as client:
+            assert (await client.get("/healthz")).status_code == 200
+            for _ in range(2):
+                responses = [
+                    await client.get("/readyz"),
+                    await client.get("/channels"),
+                    await client.post("/models/digits/predict", json={"pixels": pixels()}),
+                ]
+                assert [response.status_code for response in responses] == [503] * 3
+                assert responses[2].json()["success"] is False
+                assert responses[0].headers["retry-after"] == "1"
+                with Server(port=port):
+                    await until_ready(client)
+                    body = {"source": "s", "row": 0}
+                    assert (await client.post("/channels/records", json=body)).status_code == 202
+                async with asyncio.timeout(5):
+                    while (await client.get("/readyz")).status_code != 503:
+                        await asyncio.sleep(0.02)
+
+
+async def test_with_a_token_everything_but_health_asks_for_it(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_TOKEN", "s3cret")
+    settings.cache_clear()
+    try:
+        async with client_of(valkey_url) as client:
+            assert (await client.get("/healthz")).status_code == 200
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret"}):
+                refused = await client.get("/channels", headers=headers)
+                assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+                assert "s3cret" not in refused.text
+            assert (await client.get("/channels", headers={"authorization": "Bearer s3cret"})).status_code == 200
+    finally:
+        monkeypatch.undo()
+        settings.cache_clear()
+
+
+async def test_the_channels_and_the_api_describe_themselves(app: Pipeline, client: httpx.AsyncClient) -> None:
+    async with app.watch(songs):
+        listed = (await client.get("/channels")).json()
+    assert listed["songs"]["type"] == "Song"
+    assert "title" in listed["songs"]["schema"]["properties"]
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    assert {"/channels/{name}", "/channels/{name}/events", "/models/digits/predict", "/healthz", "/readyz"} <= {*paths}
+
+
+def test_a_port_that_is_taken_is_an_error_that_says_what_to_do(valkey_url: str) -> None:
+    with running(valkey_url) as base:
+        port = base.rsplit(":", 1)[1]
+        result = finished("-m", "publishers.gateway", url=valkey_url, GATEWAY_PORT=port)
+    assert result.returncode == 2
+    assert result.stderr == f"error: cannot listen on 127.0.0.1:{port}: Address already in use; set GATEWAY_PORT\n"
+
+
+async def test_a_gateway_that_never_saw_redis_stops_at_once() -> None:
+    gateway = Gateway(Pipeline("gateway", "redis://127.0.0.1:1"))
+    async with asyncio.timeout(2), gateway.lifespan(gateway_module.create(gateway.pipeline)):
+        await until(lambda: not gateway._open)
