@@ -186,6 +186,7 @@ class Router:
             for entry in entries:
                 await self._accept(entry, reader, partition)
             self._count_overwritten(reader)
+            await asyncio.sleep(0)  # handlers begin before the next read is written
 
     async def _outputs_full(self) -> bool:
         """Backpressure goes upstream: while a channel we publish to is full, nothing new is taken."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -44,24 +45,32 @@ class Directory:
 
     def __init__(self, app: Pipeline) -> None:
         self._app = app
-        self._known: dict[str, tuple[float, Record | None, Known]] = {}
+        self._looking = asyncio.Lock()
+        self._found: dict[str, Known] = {}
+        self._fresh: dict[str, float] = {}
+        self._records: dict[str, Record] = {}
 
     async def find(self, name: str) -> Known:
         """Raises UnknownChannel, naming those there are."""
-        until, record, known = self._known.get(name, (0.0, None, None))
-        if known is not None and time.monotonic() < until:
-            return known
+        if time.monotonic() < self._fresh.get(name, 0.0):
+            return self._found[name]
         if name in DECLARED:
-            until, known = float("inf"), self._declared(DECLARED[name])
-        else:
-            now, before = await self._app.registry.record(name), record
-            if known is None or before is None or now.limits != before.limits or now.durable != before.durable:
-                known = _registered(now, now.channel())
-            elif now.fingerprint != before.fingerprint:
-                known = _registered(now, known.channel)
-            until, record = time.monotonic() + FRESH, now
-        self._known[name] = (until, record, known)
-        return known
+            self._found[name] = self._declared(DECLARED[name])
+            self._fresh[name] = float("inf")
+            return self._found[name]
+        async with self._looking:  # one at a time, or two would make two channels of one name
+            if time.monotonic() >= self._fresh.get(name, 0.0):
+                await self._look(name)
+        return self._found[name]
+
+    async def _look(self, name: str) -> None:
+        record, before = await self._app.registry.record(name), self._records.get(name)
+        if before is None or (record.durable, record.limits) != (before.durable, before.limits):
+            self._found[name] = _registered(record, record.channel())
+        elif record.fingerprint != before.fingerprint:
+            self._found[name] = _registered(record, self._found[name].channel)
+        self._records[name] = record
+        self._fresh[name] = time.monotonic() + FRESH
 
     def _declared(self, channel: Channel[Any]) -> Known:
         codec = self._app.codec(channel)

@@ -175,36 +175,52 @@ async def test_a_channel_that_changes_its_schema_is_validated_by_the_new_one(
 # -- watch ---------------------------------------------------------------------------------------------------------
 
 
-async def heard(response: httpx.Response, count: int) -> list[tuple[str, Any]]:
+async def heard(lines: AsyncIterator[str], count: int) -> list[tuple[str, Any]]:
     """(id, data) of the next events of a stream."""
     found, id_ = [], ""
     async with asyncio.timeout(10):
-        async for line in response.aiter_lines():
+        while len(found) < count:
+            line = await anext(lines)
             if line.startswith("id: "):
                 id_ = line[4:]
             elif line.startswith("data: "):
                 found.append((id_, json.loads(line[6:])))
-                if len(found) == count:
-                    break
     return found
 
 
+@asynccontextmanager
+async def streamed(base: str, path: str, **headers: str) -> AsyncIterator[AsyncIterator[str]]:
+    """The lines of a stream of events, from after its greeting: from then on nothing is missed."""
+    async with httpx.AsyncClient(base_url=base, timeout=10) as client:
+        await until_ready(client)
+        async with client.stream("GET", f"/channels/{path}", headers=headers) as response:
+            assert response.headers["content-type"].startswith("text/event-stream")
+            lines = response.aiter_lines()
+            assert await anext(lines) == ": connected"
+            yield lines
+
+
 async def test_events_are_streamed_as_they_come_and_from_the_past_and_resumed(app: Pipeline) -> None:
+    def song(title: str) -> dict[str, Any]:
+        return {"title": title, "plays": 0, "samples": None}
+
+    first, second = (await app.publish(songs, [Song(title="a"), Song(title="b")])).ids
     with running(app.url) as base:
-        async with httpx.AsyncClient(base_url=base, timeout=10) as client:
-            ids = list((await app.publish(songs, [Song(title="a"), Song(title="b", samples=Tensor([1.0]))])).ids)
-            async with client.stream("GET", "/channels/songs/events?since=5m") as response:
-                assert response.headers["content-type"].startswith("text/event-stream")
-                first, second = await heard(response, 2)
-            assert first == (ids[0], {"title": "a", "plays": 0, "samples": None})
-            assert second[1]["samples"] == {"dtype": "float64", "shape": [1], "data": "AAAAAAAA8D8="}
-            resume = {"last-event-id": ids[0]}
-            async with client.stream("GET", "/channels/songs/events", headers=resume) as response:
-                assert [id_ for id_, _ in await heard(response, 1)] == ids[1:]
-            async with client.stream("GET", "/channels/songs/events") as response:
-                await anext(response.aiter_raw())
-                receipt = await app.publish(songs, Song(title="c"))
-                assert await heard(response, 1) == [(receipt.id, {"title": "c", "plays": 0, "samples": None})]
+        async with streamed(base, "songs/events?since=5m") as lines:
+            assert await heard(lines, 2) == [(first, song("a")), (second, song("b"))]
+        async with streamed(base, "songs/events", **{"last-event-id": first}) as lines:
+            assert await heard(lines, 1) == [(second, song("b"))]
+        async with streamed(base, "songs/events") as lines:
+            receipt = await app.publish(songs, Song(title="c"))
+            assert await heard(lines, 1) == [(receipt.id, song("c"))]
+
+
+async def test_tensors_are_streamed_as_dtype_shape_and_base64(app: Pipeline) -> None:
+    await app.publish(catalog.records, catalog.Record(source="s", row=0, tensor=Tensor([1.0])))
+    with running(app.url) as base:
+        async with streamed(base, "records/events?since=5m") as lines:
+            [(_, record)] = await heard(lines, 1)
+    assert record["tensor"] == {"dtype": "float64", "shape": [1], "data": "AAAAAAAA8D8="}
 
 
 async def test_a_gateway_with_open_streams_stops_promptly(app: Pipeline) -> None:
@@ -212,12 +228,9 @@ async def test_a_gateway_with_open_streams_stops_promptly(app: Pipeline) -> None
         pass
     with program("-m", "publishers.gateway", "--port", "0", url=app.url) as process:
         base = line_with("gateway: http", process).split()[-1]
-        async with httpx.AsyncClient(base_url=base) as client:
-            await until_ready(client)
-            async with client.stream("GET", "/channels/songs/events") as response:
-                await anext(response.aiter_raw())
-                process.terminate()
-                assert await asyncio.to_thread(process.wait, 4) is not None
+        async with streamed(base, "songs/events"):
+            process.terminate()
+            assert await asyncio.to_thread(process.wait, 4) is not None
 
 
 @pytest.mark.parametrize(

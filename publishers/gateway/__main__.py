@@ -10,6 +10,7 @@ Settings: GATEWAY_PORT, PIPELINE_GATEWAY_HOST, PIPELINE_TOKEN, PIPELINE_REDIS_UR
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import sys
 
@@ -32,7 +33,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror}; set GATEWAY_PORT") from None
+        raise ConfigurationError(
+            f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; set GATEWAY_PORT"
+        ) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,9 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     host, port = listener.getsockname()[:2]
     print(f"gateway: http://{host}:{port}", flush=True)
     # loop="asyncio": the pipeline's connections do not accept uvloop's transports
-    config = uvicorn.Config(
-        app, loop="asyncio", log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE
-    )
+    config = uvicorn.Config(app, loop="asyncio", log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
     with listener:
         uvicorn.Server(config).run(sockets=[listener])
     return 0

@@ -172,4 +172,3 @@ def _arguments() -> argparse.ArgumentParser:
         "rounds between weights for inference, which are published if no worse than the last (default: %(default)s)"
     ))  # fmt: skip
     return parser
-
