@@ -78,6 +78,7 @@ class Pipeline:
         self._middleware = list(middleware)
         self._live_client = live_client
         self._hooks: list[Hook] = []
+        self._stop_hooks: list[Hook] = []
         self._codecs: dict[Channel[Any], Codec[Any]] = {}
         self._outboxes: dict[tuple[Channel[Any], int], Outbox] = {}
         self._turns: dict[Channel[Any], int] = {}
@@ -149,6 +150,11 @@ class Pipeline:
     def on_start(self, hook: Hook) -> Hook:
         """Declare an async function that `serve` awaits before the first event is handled."""
         self._hooks.append(hook)
+        return hook
+
+    def on_stop(self, hook: Hook) -> Hook:
+        """Declare an async function that `serve` awaits when it begins to drain: let go of what handlers wait for."""
+        self._stop_hooks.append(hook)
         return hook
 
     def spawn(self, work: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
@@ -362,6 +368,8 @@ class Pipeline:
             await first_failure(tasks, stop)
         finally:
             self.ready.clear()
+            for hook in self._stop_hooks:
+                await hook()
             await drain([router for router, _ in self._routers], self.settings.drain_seconds)
             await self._close()
             self._stop = None

@@ -1,7 +1,8 @@
 """The order in which an app starts and stops, written once.
 
 start:  connect → register channels → on_start hooks → join groups → report
-stop:   1. stop reading            nothing new comes in
+stop:   0. on_stop hooks           handlers that wait for each other are let go
+        1. stop reading            nothing new comes in
         2. hand back               what no handler has begun goes to other workers at once, not when its lease ends
         3. finish                  running handlers end, within the deadline, and their outcomes are committed
         4. hand back the rest      frames that were under way and did not end
