@@ -225,9 +225,7 @@ class Pipeline:
             return MemoryBackend.at(self.url)
         from .transports.redis import RedisBackend
 
-        return RedisBackend(
-            self.url, f"pipeline-{self.name}", self._live_client, self.settings.group_expires
-        )
+        return RedisBackend(self.url, f"pipeline-{self.name}", self._live_client, self.settings.group_expires)
 
     def _need_backend(self) -> Backend:
         if self._backend is None:

@@ -12,10 +12,12 @@ import random
 import signal
 import time
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from pipeline import Pipeline
 from pipeline.server import Server
 from pipeline.transports.client import ReplyError
+from pipeline.transports.scripts import Keys
 
 from .workers import Number, Worker, inputs, outputs
 
@@ -48,6 +50,19 @@ class Report:
     unbalanced: list[str] = field(default_factory=list)
     seconds: float = 0.0
     drained_after: float = 0.0
+    claims: int = 0
+    """Entries that other workers took over from the dead."""
+    recovery: list[float] = field(default_factory=list)
+    """Seconds from a kill until all that the dead worker held was with others."""
+
+    def summary(self) -> str:
+        """As JSON, with quantiles in place of the list."""
+        fields = asdict(self)
+        recovery = sorted(fields.pop("recovery"))
+        if recovery:
+            fields["recovery_p50"] = round(recovery[len(recovery) // 2], 3)
+            fields["recovery_p99"] = round(recovery[int(len(recovery) * 0.99)], 3)
+        return json.dumps(fields)
 
 
 class Chaos:
@@ -61,6 +76,8 @@ class Chaos:
         self._published = 0
         self._seen: dict[int, int] = {}
         self._over = False
+        self._recovering: set[asyncio.Task[None]] = set()
+        self._restarted_at: list[float] = []
 
     async def run(self) -> Report:
         began = time.monotonic()
@@ -100,9 +117,41 @@ class Chaos:
         while not self._over:
             await asyncio.sleep(self._random.uniform(0.5, 1.5) * self.plan.kill_every)
             index = self._random.randrange(len(self._workers))
+            pid = self._workers[index].pid
             await asyncio.to_thread(self._workers[index].__exit__, None, None, None)
+            recovering = asyncio.create_task(self._recover(pid, time.monotonic()))
+            self._recovering.add(recovering)
+            recovering.add_done_callback(self._recovering.discard)
             self._workers[index] = Worker("square", self._server.url)
             self.report.kills += 1
+
+    async def _recover(self, pid: int, killed: float) -> None:
+        """Watch what a dead worker held until others have it."""
+        held = None
+        while (left := await self._held_by(pid)) is not None:
+            held = max(held or 0, left)
+            if left == 0:
+                break
+            await asyncio.sleep(0.02)
+        if held and left == 0 and self.report.restarts == self._restarts_seen(killed):
+            self.report.claims += held
+            self.report.recovery.append(time.monotonic() - killed)
+
+    def _restarts_seen(self, moment: float) -> int:
+        return sum(1 for when in self._restarted_at if when < moment)
+
+    async def _held_by(self, pid: int) -> int | None:
+        """Entries pending for a process; None when the server is down or has forgotten it."""
+        try:
+            backend: Any = self._app.backend
+            rows = await backend._client.call("XINFO", "CONSUMERS", Keys.of("in").stream, "square")
+        except (ConnectionError, ReplyError):
+            return None
+        for row in rows:
+            consumer = dict(zip(row[::2], row[1::2], strict=True))
+            if f"-{pid}-".encode() in consumer[b"name"]:
+                return int(consumer[b"pending"])
+        return None
 
     async def _pause(self) -> None:
         while not self._over:
@@ -121,6 +170,7 @@ class Chaos:
             await asyncio.to_thread(self._server.kill)
             await asyncio.sleep(0.1)
             await asyncio.to_thread(self._server.start)
+            self._restarted_at.append(time.monotonic())
             self.report.restarts += 1
 
     async def _check(self) -> None:
@@ -180,4 +230,4 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--events", type=int, default=100_000)
     options = parser.parse_args()
-    print(json.dumps(asdict(asyncio.run(run(Plan(seconds=options.seconds, events=options.events))))))
+    print(asyncio.run(run(Plan(seconds=options.seconds, events=options.events))).summary())

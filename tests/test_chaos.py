@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-
 import pytest
 
 from . import chaos
@@ -25,7 +22,7 @@ async def test_ten_minutes_of_chaos() -> None:
 
 
 def judge(report: chaos.Report) -> None:
-    print(json.dumps(asdict(report)))
+    print(report.summary())
     assert (report.lost, report.doubled) == (0, 0)
     assert report.unbalanced == []
     assert report.ledger_checks > 10

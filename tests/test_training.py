@@ -109,6 +109,16 @@ async def test_only_the_first_of_two_rounds_with_one_number_is_applied(aggregato
     assert await states(aggregator, Plan("t", runs=1, rounds=5)) == [reported]
 
 
+async def test_a_round_of_another_shape_is_left_out(aggregator: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with Pipeline("t", aggregator) as app:
+        odd = Round(run="t.1", round=0, ranks=[0], gradient=Tensor([1.0, 2.0]), loss=0, accuracy=0, seconds=0)
+        await app.publish(catalog.rounds, odd)
+    aggregation.rounds = aggregation.Rounds()  # one that has not seen it
+    [[(run, _)]] = await states(aggregator, Plan("t", runs=1, rounds=1, patience=0.2))
+    assert run == "t.1"
+    assert "is left out; expected float32 [2410]" in caplog.text
+
+
 async def test_training_outlives_a_killed_aggregator(valkey_url: str) -> None:
     plans = team(2, rounds=120, rate=60, patience=0.5)
     async with Pipeline("t", valkey_url) as app:

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from types import TracebackType
 
 from pipeline import Channel, Event, Message, Pipeline, Retry, RetryPolicy
@@ -29,6 +31,7 @@ inputs = Channel("in", Number)
 outputs = Channel("out", Square)
 ordered = Channel("ordered", Number, partitions=6, frame=4)
 written = Channel("written", Number)
+hogs = Channel("hogs", Number, frame=1)
 
 
 class Worker:
@@ -38,6 +41,10 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.workers", name, url], stdout=subprocess.PIPE, text=True
         )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def wait_for(self, line: str) -> None:
         line_with(line, self._process)
@@ -108,7 +115,30 @@ def in_order(app: Pipeline) -> None:
         return event
 
 
-APPS = {"holds": holds, "finishes": finishes, "deadly": kills_itself, "square": square, "ordered": in_order}
+def holds_the_gil(lease: float, seconds: float) -> Callable[[Pipeline], None]:
+    def declare(app: Pipeline) -> None:
+        @app.subscriber(hogs, group="g", lease=lease, run_in="thread")
+        def hog(message: Message[Number]) -> None:
+            print("begins", message.event.n, flush=True)
+            began, size = time.monotonic(), 1_000_000
+            while time.monotonic() - began < seconds:
+                started = time.monotonic()
+                sum(range(size))  # one C call: no other thread runs meanwhile
+                size = int(size * min(2.0, float(message.headers["stretch"]) / max(1e-3, time.monotonic() - started)))
+            print("ends", message.event.n, flush=True)
+
+    return declare
+
+
+APPS = {
+    "holds": holds,
+    "finishes": finishes,
+    "deadly": kills_itself,
+    "square": square,
+    "ordered": in_order,
+    "hogs": holds_the_gil(1.5, 6.0),
+    "hogs-long": holds_the_gil(6.0, 60.0),
+}
 
 if __name__ == "__main__":
     app = Pipeline(sys.argv[1], sys.argv[2])

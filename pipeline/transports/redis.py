@@ -21,7 +21,9 @@ CHANNELS = "pipeline:channels"
 
 
 class RedisBackend:
-    def __init__(self, url: str, name: str, live_client: LiveClient = "redis", group_expires: float = 7 * 86400) -> None:
+    def __init__(
+        self, url: str, name: str, live_client: LiveClient = "redis", group_expires: float = 7 * 86400
+    ) -> None:
         connect: Any = connect_link
         if live_client == "asyncio-redis":
             from .asyncio_redis import connect_asyncio_redis  # only who asks for it pays for it

@@ -37,6 +37,8 @@ logger = logging.getLogger("publishers.training")
 
 T = TypeVar("T")
 
+SIZE = sum(math.prod(shape) for shape in DIGIT_PARAMETERS.values())
+"""Parameters of the model."""
 QUIET = 0.3
 """Seconds without a further event after which history is taken as read."""
 
@@ -139,7 +141,8 @@ class Champion:
         if weights.model != DIGIT_MODEL:
             return
         parameters = {name: torch.as_tensor(tensor) for name, tensor in weights.parameters.items()}
-        if {name: tuple(tensor.shape) for name, tensor in parameters.items()} == DIGIT_PARAMETERS:
+        shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items() if tensor.dtype == torch.float32}
+        if shapes == DIGIT_PARAMETERS and len(parameters) == len(shapes):
             self.weights, self._score, self._published = weights, self.score(parameters), time.monotonic()
 
     def score(self, parameters: dict[str, torch.Tensor]) -> float:
@@ -172,7 +175,11 @@ class RoundLog:
 
     def add(self, round_: Round) -> None:
         number = round_.run.removeprefix(self._prefix)
-        if round_.run.startswith(self._prefix) and number.isdecimal():
+        if not round_.run.startswith(self._prefix) or not number.isdecimal():
+            return
+        if round_.gradient.dtype != "float32" or round_.gradient.shape != (SIZE,):
+            logger.error("run %s: a round of %r is left out; expected float32 [%d]", round_.run, round_.gradient, SIZE)
+        else:
             self._rounds.setdefault((int(number), round_.round), round_)
             self._arrived.set()
 
@@ -262,8 +269,8 @@ async def _train(app: Pipeline, plan: Plan, number: int, trainer: Trainer, log: 
                 continue
             closed = await _exchange(app, plan, number, trainer, log, champion)
             trainer.apply(closed.gradient)
-            if plan.rate:
-                await asyncio.sleep(max(0.0, 1 / plan.rate - (time.perf_counter() - started)))
+            if plan.rate:  # counted from the round, which reaches all workers at the same moment
+                await asyncio.sleep(1 / plan.rate)
             if metrics is not None:
                 seconds = time.perf_counter() - started
                 metrics.log(

@@ -1,0 +1,191 @@
+"""Leases: what is held is renewed while its worker lives, whatever it does, and only what is abandoned is claimed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import redis
+
+from pipeline import Batch, Channel, Pipeline
+from pipeline.transports import Group, client
+from pipeline.transports.streams import Streams
+
+from .apps import idle, serving, until
+from .workers import Number, Worker, hogs
+
+jobs = Channel("jobs", Number, frame=1)
+
+
+@pytest.fixture
+async def streams(url: str) -> AsyncIterator[Streams]:
+    streams = Streams(url, "test")
+    yield streams
+    await streams.close()
+
+
+async def test_a_long_handler_that_holds_the_gil_is_delivered_once(url: str) -> None:
+    """Six leases long; C code keeps the interpreter for more than a quarter of a lease at a time."""
+    await _delivered_once(url, "hogs", stretch=0.4)
+
+
+@pytest.mark.soak
+async def test_a_minute_long_handler_that_holds_the_gil_is_delivered_once(url: str) -> None:
+    await _delivered_once(url, "hogs-long", stretch=2.0)
+
+
+async def _delivered_once(url: str, name: str, stretch: float) -> None:
+    app = Pipeline("app", url)
+    async with app:
+        with Worker(name, url) as first:
+            await app.publish(hogs, Number(n=1), headers={"stretch": str(stretch)})
+            first.wait_for("begins 1")
+            with Worker(name, url):
+                await asyncio.to_thread(first.wait_for, "ends 1")
+                ledger = (await idle(app, "hogs", 30)).groups["g"]
+    assert (ledger.handled, ledger.duplicates_suppressed, ledger.retried) == (1, 0, 0)
+
+
+def holds_the_gil_throughout(event: Number) -> None:
+    """For four leases, in a process of its own."""
+    deadline = time.monotonic() + 4.0
+    while time.monotonic() < deadline:
+        sum(range(60_000_000))
+
+
+async def test_in_a_process_a_handler_may_hold_the_gil_throughout(valkey_url: str) -> None:
+    app = Pipeline("app", valkey_url)
+    other = Pipeline("other", valkey_url)
+    taken = []
+    app.subscriber(jobs, group="g", lease=1.0, run_in="process")(holds_the_gil_throughout)
+
+    @other.subscriber(jobs, group="g", lease=1.0)
+    async def take(event: Number) -> None:
+        taken.append(event)
+
+    async with app, serving(app):
+        await app.publish(jobs, Number(n=1))
+        await until(lambda: app._routers[0][0].flow.events == 1)
+        async with serving(other):
+            ledger = (await idle(app, "jobs", 30)).groups["g"]
+    assert (ledger.handled, ledger.duplicates_suppressed, taken) == (1, 0, [])
+
+
+async def test_what_waits_in_a_buffer_or_a_batch_is_renewed_too(url: str) -> None:
+    app, other, calls, taken = Pipeline("app", url), Pipeline("other", url), [], []
+
+    @app.subscriber(jobs, group="g", lease=0.5, batch=Batch(10, wait=2.0))
+    async def gather(batch: list[Number]) -> None:
+        calls.append(len(batch))
+
+    @other.subscriber(jobs, group="g", lease=0.5)
+    async def take(event: Number) -> None:
+        taken.append(event)
+
+    async with app, serving(app):
+        await app.publish(jobs, [Number(n=n) for n in range(5)])
+        await until(lambda: app._routers[0][0].flow.events == 5)
+        async with serving(other):
+            ledger = (await idle(app, "jobs")).groups["g"]
+    assert (calls, taken, ledger.handled) == ([5], [], 5)
+
+
+async def test_a_hundred_stale_entries_behind_thousands_of_live_ones_are_found(streams: Streams, url: str) -> None:
+    lease = 1.0
+    holder = await streams.join(jobs, 0, Group("g", "holder", lease))
+    streams.renewer.discard(holder)
+    app = Pipeline("app", url)
+    async with app:
+        await app.publish(jobs, [Number(n=n) for n in range(3000)])
+    held: list[str] = []
+    while len(held) < 3000:
+        held += [entry.id for entry in await holder.read(500, 1.0)]
+    stale, live = set(held[-100:]), held[:-100]
+    finder = await streams.join(jobs, 0, Group("g", "finder", lease))
+    began = time.monotonic()
+    found: set[str] = set()
+    keys = holder.keys
+    while found != stale:
+        names = [keys.stream, keys.group("g", "due"), ""]
+        await streams.run("renew", names, "g", "holder", int(lease * 1000), len(live), *live)
+        found |= {entry.id for entry in await finder.read(64, 0.1)}
+        assert found <= stale, "a live entry was claimed"
+        assert time.monotonic() - began < lease + 3 * lease / 2, "three sweeps are enough"
+
+
+async def test_a_connection_that_falls_silent_is_given_up_and_nothing_is_lost(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half open: the network swallows everything and nobody is told."""
+    monkeypatch.setattr(client, "SILENCE", 0.6)
+    proxy = await Proxy.start(valkey_url)
+    app, publisher, handled = Pipeline("app", proxy.url), Pipeline("publisher", proxy.url), set()
+
+    @app.subscriber(jobs, group="g", lease=2.0)
+    async def work(event: Number) -> None:
+        handled.add(event.n)
+
+    async with publisher, serving(app):
+        for n in range(60):
+            if n in (20, 40):
+                proxy.swallow()
+            await publisher.publish(jobs, Number(n=n))
+        await until(lambda: len(handled) == 60)
+        ledger = await idle(publisher, "jobs", 20)
+    await proxy.stop()
+    assert ledger.published == ledger.groups["g"].handled == 60
+
+
+class Proxy:
+    """Forwards to a Redis, until it swallows: then what is open stays open, and silent; new connections work."""
+
+    def __init__(self, port: int, database: str) -> None:
+        self._port = port
+        self._database = database
+        self._silent: list[asyncio.Event] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: Any = None
+
+    @classmethod
+    async def start(cls, url: str) -> Proxy:
+        where = redis.connection.parse_url(url)
+        self = cls(where["port"], str(where["db"]))
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return self
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/{self._database}"
+
+    def swallow(self) -> None:
+        for silent in self._silent:
+            silent.set()
+        self._silent.clear()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        silent = asyncio.Event()
+        self._silent.append(silent)
+        for one, other in ((reader, there_writer), (there_reader, writer)):
+            task = asyncio.create_task(self._pump(one, other, silent))
+            self._tasks.add(task)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, silent: asyncio.Event) -> None:
+        try:
+            while data := await reader.read(65536):
+                if not silent.is_set():
+                    writer.write(data)
+                    await writer.drain()
+        except ConnectionError:
+            """The other side is gone."""
+        finally:
+            writer.close()
+
+    async def stop(self) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
