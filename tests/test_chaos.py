@@ -27,3 +27,4 @@ def judge(report: chaos.Report) -> None:
     assert report.unbalanced == []
     assert report.ledger_checks > 10
     assert report.retried > 0
+    assert report.claims > 0

@@ -1,7 +1,7 @@
 """The delivery protocol as a small model, explored exhaustively: 2 workers, 3 events in 2 frames, up to 3 crashes.
 
-A state is what Redis holds and what each worker believes. Every interleaving of reading, computing, committing (whole or
-in part), crashing, stalling past a lease, and claiming is visited. In none is an output lost or doubled, and the ledger
+A state is what Redis holds and what each worker believes. Every interleaving of reading, computing, committing (whole
+or in part), crashing, stalling past a lease, and claiming is visited. In none is an output lost or doubled, and the ledger
 balances in each. The same search finds the fault at once when commit's check is left out: it can fail.
 """
 
@@ -140,5 +140,5 @@ def test_no_interleaving_loses_or_doubles_an_output() -> None:
 
 
 def test_the_search_finds_the_fault_when_the_check_is_left_out() -> None:
-    with pytest.raises(AssertionError, match="doubled|balance"):
+    with pytest.raises(AssertionError, match=r"doubled|balance"):
         explore(checked=False)

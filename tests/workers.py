@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -98,11 +99,12 @@ def kills_itself(app: Pipeline) -> None:
 
 
 def square(app: Pipeline) -> None:
-    @app.subscriber(
-        inputs, group="square", publishes=outputs, lease=1.0, run_in="loop", retry=RetryPolicy(8, 0.02, 0.2)
-    )
-    def compute(message: Message[Number]) -> Square:
+    policy = RetryPolicy(attempts=50, base=0.02, cap=0.2)
+
+    @app.subscriber(inputs, group="square", publishes=outputs, lease=1.0, concurrency=8, retry=policy)
+    async def compute(message: Message[Number]) -> Square:
         n = message.event.n
+        await asyncio.sleep(random.expovariate(500))  # 2 ms: a kill finds frames half done
         if n % 997 == 0 and message.attempt == 1:
             raise Retry(delay=0.05)
         return Square(n=n, squared=n * n)
