@@ -68,6 +68,9 @@ class Settings(BaseSettings):
     metrics_interval: float = Field(default=1.0, gt=0)
     """Seconds between two publications of a process's counters."""
 
+    model_file: Path | None = None
+    """Safetensors file that inference starts from."""
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @field_validator("redis_url")
