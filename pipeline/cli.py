@@ -1,0 +1,405 @@
+"""The command line. Each verb is short: what it does is elsewhere; here it is asked for, and shown.
+
+Exit status: 0 done · 1 it failed (one line says why) · 2 wrong usage or bad input · 3 `watch` saw too few in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic_core import from_json
+
+from . import render
+from .app import Pipeline
+from .channel import Channel
+from .errors import ConfigurationError, EventTypeError, PipelineError, UnknownChannel
+from .message import Receipt
+from .registry import Record
+from .server import supervise
+from .settings import redact, settings
+from .supervisor import up as supervise_processes
+from .watchdog import watchdog
+
+__all__ = ["cli", "main"]
+
+BAD_INPUT = 2
+TOO_FEW = 3
+
+
+class _Verbs(click.Group):
+    """Verbs in the order of the documentation, and those that other packages add; a broken one harms no other."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self.commands, *(point.name for point in entry_points(group="pipeline.commands"))]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in self.commands:
+            return self.commands[name]
+        for point in entry_points(group="pipeline.commands"):
+            if point.name == name:
+                try:
+                    command = point.load()
+                except Exception as error:  # somebody else's code
+                    raise click.ClickException(f"verb {name!r} of {point.value} cannot be loaded: {error}") from error
+                return command if isinstance(command, click.Command) else None
+        return None
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--url", metavar="URL", help="Redis; else PIPELINE_REDIS_URL, else redis://127.0.0.1:6379/0.")
+@click.version_option(package_name="redis-ml-pipeline", prog_name="pipeline")
+@click.pass_context
+def cli(ctx: click.Context, url: str | None) -> None:
+    """Event-driven pipelines for machine learning, on Redis and Valkey."""
+    if url:
+        os.environ["PIPELINE_REDIS_URL"] = url
+        settings.cache_clear()
+    ctx.obj = url
+
+
+def main() -> None:
+    """The entry point: an error of ours is one line, never a traceback."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (EventTypeError, ConfigurationError) as error:
+        _complain(error)
+        sys.exit(BAD_INPUT)
+    except PipelineError as error:
+        _complain(error)
+        sys.exit(1)
+
+
+def _complain(error: Exception) -> None:
+    click.secho(f"pipeline: {error}", fg="red", err=True)
+
+
+def _run(work: Callable[[Pipeline], Coroutine[Any, Any, Any]]) -> Any:
+    async def opened() -> Any:
+        async with Pipeline("cli") as app:
+            return await work(app)
+
+    return asyncio.run(opened())
+
+
+# -- processes ---------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--only", metavar="A,B", default="", help="Only these processes.")
+@click.option("--scale", metavar="NAME=N", multiple=True, help="Run N of a process, e.g. --scale inference=2.")
+@click.option("-f", "--procfile", type=click.Path(path_type=Path), default=Path("Procfile"), show_default=True)
+def up(only: str, scale: tuple[str, ...], procfile: Path) -> None:
+    """Run the Procfile's processes; a crashed one is restarted with backoff. Ctrl-C stops all.
+
+    Example: pipeline up --only redis,dashboard,inference --scale inference=2
+    """
+    scales = {}
+    for item in (part for one in scale for part in one.split(",")):
+        name, _, count = item.partition("=")
+        if not count.isdigit():
+            raise click.BadParameter(f"{item!r}: use NAME=N", param_hint="--scale")
+        scales[name] = int(count)
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    sys.exit(supervise_processes(procfile, names, scales))
+
+
+@cli.command()
+@click.option("--data", type=click.Path(path_type=Path), help="Directory of the append-only file (PIPELINE_DATA_DIR).")
+def server(data: Path | None) -> None:
+    """Run the embedded Valkey in the foreground; idle while a Redis already answers at the URL.
+
+    Example: pipeline server
+    """
+    config = settings()
+    sys.exit(supervise(config.redis_url, data or config.data_dir))
+
+
+@cli.command()
+@click.argument("target", metavar="MODULE:APP")
+@click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes.")
+@click.option("--reload", is_flag=True, help="Restart when a Python file below the current directory changes.")
+def serve(target: str, workers: int, reload: bool) -> None:
+    """Run one app's subscribers until stopped. SIGTERM and Ctrl-C drain; a second one stops now.
+
+    Example: pipeline serve subscribers.inference:app --workers 2
+    """
+    logging.basicConfig(level=settings().log_level, format="%(levelname)s %(name)s: %(message)s")
+    sys.path.insert(0, str(Path.cwd()))
+    app = _load(target)
+    if workers == 1 and not reload:
+        app.run()
+        return
+    command = [sys.executable, "-m", "pipeline", "serve", target]
+    sys.exit(_Workers(command, workers, reload).run())
+
+
+def _load(target: str) -> Pipeline:
+    module, colon, name = target.partition(":")
+    if not colon:
+        raise ConfigurationError(f"{target!r}: say MODULE:APP, e.g. subscribers.inference:app")
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"{target!r}: {error}; is the current directory the right one?") from None
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, Pipeline):
+        raise ConfigurationError(f"{target!r}: {name!r} in {module} is {type(found).__name__}, not a Pipeline")
+    return found
+
+
+class _Workers:
+    """Several processes of one command. A dead one is started again; signals reach all; files may be watched."""
+
+    def __init__(self, command: list[str], count: int, reload: bool) -> None:
+        self._command = command
+        self._children = [self._start() for _ in range(count)]
+        self._reload = reload
+        self._stop = False
+        self._backoff = 0.2
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        child = subprocess.Popen(self._command)
+        watchdog().watch(child.pid)
+        return child
+
+    def run(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        seen = _newest_change() if self._reload else 0.0
+        while not self._stop:
+            time.sleep(0.2)
+            if self._reload and (now := _newest_change()) > seen:
+                seen = now
+                click.echo("reloading", err=True)
+                self._signal_all(signal.SIGTERM)
+                self._wait()
+            self._revive()
+        self._wait()
+        return 0
+
+    def _revive(self) -> None:
+        for index, child in enumerate(self._children):
+            if child.poll() is not None and not self._stop:
+                watchdog().forget(child.pid)
+                if child.returncode not in (0, -signal.SIGTERM):
+                    click.echo(f"worker {child.pid} ended with status {child.returncode}; starting another", err=True)
+                    time.sleep(self._backoff)
+                    self._backoff = min(5.0, self._backoff * 2)
+                self._children[index] = self._start()
+
+    def _on_signal(self, number: int, _: object) -> None:
+        again, self._stop = self._stop, True
+        self._signal_all(signal.SIGKILL if again else signal.Signals(number))
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        for child in self._children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    def _wait(self) -> None:
+        for child in self._children:
+            child.wait()
+
+
+def _newest_change() -> float:
+    hidden = {".venv", ".git", "__pycache__", "node_modules"}
+    newest = 0.0
+    for folder, folders, names in os.walk("."):
+        folders[:] = [name for name in folders if name not in hidden]
+        for name in names:
+            if name.endswith(".py"):
+                newest = max(newest, (Path(folder) / name).stat().st_mtime)
+    return newest
+
+
+# -- events ------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("channel")
+@click.argument("event", metavar="JSON")
+@click.option("--key", help="Orders events of one key, and chooses the partition.")
+@click.option("--delay", type=click.FloatRange(min=0), help="Seconds before any subscriber sees it.")
+def publish(channel: str, event: str, key: str | None, delay: float | None) -> None:
+    """Publish a JSON event, validated against the channel's registered schema; '-' reads one JSON a line from stdin.
+
+    Example: pipeline publish readings '{"sensor": "attic", "value": 21.5}' --key attic
+    """
+
+    async def work(app: Pipeline) -> int:
+        record = await app.registry.record(channel)
+        target = record.channel()
+        refused = 0
+        for number, line in _lines(event):
+            try:
+                value = _parse(record, line)
+                receipt: Receipt = await app.publish(target, value, key=key, delay=delay)
+            except (EventTypeError, ValueError) as error:
+                if event != "-":
+                    raise EventTypeError(str(error)) from None
+                refused += 1
+                _complain(EventTypeError(f"line {number} is left out: {error}"))
+                continue
+            click.echo(receipt.id)
+        return refused
+
+    if _run(work):
+        sys.exit(BAD_INPUT)
+
+
+def _lines(event: str) -> Iterator[tuple[int, str]]:
+    if event != "-":
+        yield 1, event
+        return
+    for number, line in enumerate(sys.stdin, 1):
+        if line.strip():
+            yield number, line
+
+
+def _parse(record: Record, text: str) -> Any:
+    if record.type in ("str", "bytes"):
+        return text.rstrip("\n") if record.type == "str" else text.rstrip("\n").encode()
+    try:
+        value = from_json(text)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"an event is a JSON object, not {text.strip()[:40]!r}")
+    return record.validate(value)
+
+
+@cli.command()
+@click.argument("channel")
+@click.option("--since", help='Begin in the past: "30s", "5m", "2h", or a message id (durable channels).')
+@click.option("--count", type=click.IntRange(1), help="End after so many events.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), help="End after so many seconds; status 3 if --count is unmet."
+)
+@click.option("--json", "as_json", is_flag=True, help="JSON lines (the default when the output is no terminal).")
+def watch(channel: str, since: str | None, count: int | None, timeout: float | None, as_json: bool) -> None:
+    """Print events as they come, beside the channel's groups; never disturbs them.
+
+    Example: pipeline watch readings --since 5m --json | jq .data
+    """
+    show = render.json_line if as_json or not sys.stdout.isatty() else render.line
+
+    async def work(app: Pipeline) -> int:
+        target = await _watchable(app, channel)
+        codec = app.codec(target)
+        seen = 0
+        async with app.watch(target, since) as stream:
+            click.echo(f"watching {channel}", err=True)
+            async for message in stream:
+                click.echo(show(message, codec.to_json(message.event)))
+                sys.stdout.flush()
+                seen += 1
+                if seen == count:
+                    return seen
+        return seen
+
+    async def bounded(app: Pipeline) -> bool:
+        try:
+            async with asyncio.timeout(timeout):
+                await work(app)
+        except TimeoutError:
+            return count is None
+        return True
+
+    if not _run(bounded):
+        sys.exit(TOO_FEW)
+
+
+async def _watchable(app: Pipeline, name: str) -> Channel[Any]:
+    """A registered channel; else the text that plain clients may publish under that name."""
+    try:
+        return (await app.registry.record(name)).channel()
+    except UnknownChannel as error:
+        click.echo(f"{error}; showing what anyone publishes there as text", err=True)
+        return Channel(name, str, durable=False)
+
+
+# -- state -------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
+@click.option("--all", "everything", is_flag=True, help="In the table, the framework's own channels too.")
+def stats(as_json: bool, everything: bool) -> None:
+    """The ledger: published = before + handled + dead + pending + lag (+ dropped), per channel and group.
+
+    Example: pipeline stats --json | jq .channels.readings
+    """
+
+    async def work(app: Pipeline) -> str:
+        ledger = await app.stats()
+        if as_json:
+            return json.dumps(ledger.model_dump(mode="json"))
+        await asyncio.sleep(1.0)
+        return render.ledger(ledger, await app.stats(), everything)
+
+    click.echo(_run(work))
+
+
+@cli.command()
+@click.argument("channel")
+@click.option("--group", help="Only this group's.")
+@click.option("--replay", is_flag=True, help="Hand them to their group again, with their ids; each once.")
+@click.option("--drop", is_flag=True, help="Give them up for good; they stay counted as dead.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines.")
+def dead(channel: str, group: str | None, replay: bool, drop: bool, as_json: bool) -> None:
+    """Look at, replay or drop dead letters.
+
+    Example: pipeline dead readings --group detectors --replay
+    """
+    if replay and drop:
+        raise click.UsageError("--replay and --drop exclude each other")
+
+    async def work(app: Pipeline) -> None:
+        await app.registry.record(channel)
+        letters = await app.dead_letters(channel, group)
+        for letter in letters:
+            click.echo(render.letter_json(letter) if as_json else render.letter(letter))
+        if replay or drop:
+            settled = await app.settle_dead(letters, replay=replay)
+            click.echo(f"{'replayed' if replay else 'dropped'} {settled}", err=as_json)
+        elif not letters and not as_json:
+            click.echo(f"no dead letters on {channel}")
+
+    _run(work)
+
+
+@cli.command("replay")
+@click.argument("channel")
+@click.option("--group", required=True, help="The group that is to read again.")
+@click.option("--since", required=True, help='From when: "30s", "5m", "2h".')
+def rewind(channel: str, group: str, since: str) -> None:
+    """Rewind a group: it reads again what was published since then.
+
+    Example: pipeline replay readings --group detectors --since 1h
+    """
+    unread = _run(lambda app: app.rewind(channel, group, since))
+    click.echo(f"group {group} of {channel} on {redact(settings().redis_url)} has {unread} events to read again")

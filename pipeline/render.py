@@ -1,0 +1,102 @@
+"""How the command line shows things: JSON lines for pipes, tables for people."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .deadletters import DeadLetter
+from .frame import preview
+from .ledger import Ledger
+from .message import Message
+
+__all__ = ["json_line", "ledger", "letter", "letter_json", "line"]
+
+MOST_TEXT = 400
+
+
+def json_line(message: Message[Any], data: Any) -> str:
+    """One JSON object; names follow CloudEvents, beside `channel`, `attempt` and `headers`."""
+    return json.dumps(
+        {
+            "specversion": "1.0",
+            "id": message.id,
+            "source": message.source,
+            "type": type(message.event).__name__,
+            "time": message.time.isoformat(),
+            "subject": message.key,
+            "channel": message.channel,
+            "attempt": message.attempt,
+            "headers": dict(message.headers),
+            "data": data,
+        }
+    )
+
+
+def line(message: Message[Any], data: Any) -> str:
+    text = data if isinstance(data, str) else json.dumps(_short(data))
+    if len(text) > MOST_TEXT:
+        text = f"{text[:MOST_TEXT]} …"
+    key = f" [{message.key}]" if message.key else ""
+    return f"{message.time.astimezone():%H:%M:%S.%f} {message.source}{key} {text}"
+
+
+def _short(data: Any) -> Any:
+    """Tensors by dtype and shape: nobody reads base64."""
+    if isinstance(data, dict):
+        if set(data) == {"dtype", "shape", "data"}:
+            return f"<{data['dtype']} {data['shape']}>"
+        return {name: _short(value) for name, value in data.items()}
+    return [_short(item) for item in data] if isinstance(data, list) else data
+
+
+def ledger(before: Ledger, now: Ledger, everything: bool) -> str:
+    """Two looks make rates."""
+    seconds = max(1e-3, now.time - before.time)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    columns = ("channel", "group", "published", "/s", "handled", "/s", "dead", "retried", "pending", "lag", "oldest")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("channel", "group") else "right", no_wrap=True)
+    table.add_column("workers", justify="right")
+    table.add_column("ledger")
+    for name, channel in now.channels.items():
+        if name.startswith("pipeline.") and not everything:
+            continue
+        if not everything and name.endswith(".dead") and not channel.published:
+            continue
+        old = before.channels.get(name, channel)
+        rate = f"{(channel.published - old.published) / seconds:,.0f}"
+        if not channel.groups:
+            table.add_row(name, "", f"{channel.published:,}", rate)
+        for group, one in channel.groups.items():
+            handled = (one.handled - old.groups.get(group, one).handled) / seconds
+            difference = one.difference(channel.published)
+            balance = "" if not channel.durable else "balances" if difference == 0 else f"off by {difference:+,}"
+            numbers = (one.handled, handled, one.dead, one.retried, one.pending, one.lag)
+            table.add_row(
+                name, group, f"{channel.published:,}", rate, *(f"{number:,.0f}" for number in numbers),
+                f"{one.oldest:.1f} s", str(one.consumers), balance,
+            )  # fmt: skip
+    out = io.StringIO()
+    Console(file=out, width=180).print(table)
+    return "\n".join(text.rstrip() for text in out.getvalue().splitlines())
+
+
+def letter(message: Message[DeadLetter]) -> str:
+    one = message.event
+    events = preview(one.original)
+    text = json.dumps(_short(events[0] if isinstance(events, list) and len(events) == 1 else events))
+    head = f"{message.time.astimezone():%Y-%m-%d %H:%M:%S} {one.group} {one.event_id} after {one.attempts} attempts"
+    trace = "".join(f"\n    {row}" for row in one.traceback.rstrip().splitlines()[-6:])
+    return f"{head}: {one.reason}\n    {text[:MOST_TEXT]}{trace}"
+
+
+def letter_json(message: Message[DeadLetter]) -> str:
+    fields = message.event.model_dump(mode="json", exclude={"original"})
+    return json.dumps(
+        {"id": message.id, "time": message.time.isoformat(), **fields, "events": preview(message.event.original)}
+    )
