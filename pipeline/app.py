@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
@@ -43,6 +43,8 @@ T = TypeVar("T")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 Hook = Callable[[], Awaitable[None]]
 
+QUIET = 0.3
+"""Seconds without another event after which what a channel holds counts as read."""
 OPEN_PATIENCE = 3.0
 """Seconds `async with app` waits for a Redis before it says that there is none. `serve` waits for ever."""
 
@@ -455,20 +457,36 @@ class Pipeline:
         return settled
 
     async def rewind(self, channel: str, group: str, since: str | float | datetime) -> int:
-        """Let a group read again what was published since then. Returns the events now unread.
+        """Let a group read again what was published since a time, or since a message (from its frame on).
 
-        Raises UnknownChannel, ConfigurationError.
+        Returns the events now unread. Raises UnknownChannel, ConfigurationError.
         """
         record = await self.registry.record(channel)
-        at = position(since)
-        if at is None:
-            raise ConfigurationError("a rewind begins at a time, not at a message id")
         if not record.durable:
             raise UnknownChannel(f"channel {channel!r} is live: it keeps nothing to replay")
+        at = position(since)
+        partitions = range(int(record.limits["partitions"]))
         unread = 0
-        for partition in range(int(record.limits["partitions"])):
-            unread += await self._need_backend().rewind(channel, partition, group, at)
+        for partition in partitions:
+            start = at or await self._before_message(record.channel(), partition, str(since))
+            if start is not None:
+                unread += await self._need_backend().rewind(channel, partition, group, start)
         return unread
+
+    async def _before_message(self, channel: Channel[Any], partition: int, id_: str) -> str | None:
+        """The position before the frame that holds a message; None when this partition has it not."""
+        codec = self.codec(channel)
+        tail = await self._need_backend().durable.tail(channel, partition, "0-0")
+        before = "0-0"
+        try:
+            async for entry in until_quiet(tail):
+                frame = codec.decode(entry.body, count=entry.count, position=entry.position)
+                if any(frame.id(index) == id_ for index in range(len(frame.events))):
+                    return before
+                before = entry.id
+        finally:
+            await tail.close()
+        return None
 
     # -- report --------------------------------------------------------------------------------------------------
 
@@ -502,14 +520,20 @@ async def _nothing() -> None:
     """Nothing to prepare."""
 
 
-async def read_all(watch: Watch[T]) -> Any:
+async def read_all(watch: Watch[T]) -> AsyncIterator[Message[T]]:
     """What a durable channel holds now, without waiting for more."""
     async with watch as stream:
-        messages = aiter(stream)
-        while True:
-            try:
-                async with asyncio.timeout(0.3):
-                    message = await anext(messages)
-            except (TimeoutError, StopAsyncIteration):
-                return
+        async for message in until_quiet(stream):
             yield message
+
+
+async def until_quiet(stream: AsyncIterable[T]) -> AsyncIterator[T]:
+    """Items until none comes for a moment."""
+    items = aiter(stream)
+    while True:
+        try:
+            async with asyncio.timeout(QUIET):
+                item = await anext(items)
+        except (TimeoutError, StopAsyncIteration):
+            return
+        yield item

@@ -308,13 +308,13 @@ def watch(channel: str, since: str | None, count: int | None, timeout: float | N
     show = render.json_line if as_json or not sys.stdout.isatty() else render.line
 
     async def work(app: Pipeline) -> int:
-        target = await _watchable(app, channel)
+        target, kind = await _watchable(app, channel)
         codec = app.codec(target)
         seen = 0
         async with app.watch(target, since) as stream:
             click.echo(f"watching {channel}", err=True)
             async for message in stream:
-                click.echo(show(message, codec.to_json(message.event)))
+                click.echo(show(message, codec.to_json(message.event), kind))
                 sys.stdout.flush()
                 seen += 1
                 if seen == count:
@@ -333,13 +333,14 @@ def watch(channel: str, since: str | None, count: int | None, timeout: float | N
         sys.exit(TOO_FEW)
 
 
-async def _watchable(app: Pipeline, name: str) -> Channel[Any]:
-    """A registered channel; else the text that plain clients may publish under that name."""
+async def _watchable(app: Pipeline, name: str) -> tuple[Channel[Any], str]:
+    """A registered channel and its type's name; else the text that plain clients may publish under that name."""
     try:
-        return (await app.registry.record(name)).channel()
+        record = await app.registry.record(name)
     except UnknownChannel as error:
         click.echo(f"{error}; showing what anyone publishes there as text", err=True)
-        return Channel(name, str, durable=False)
+        return Channel(name, str, durable=False), "str"
+    return record.channel(), record.type
 
 
 # -- state -------------------------------------------------------------------------------------------------------

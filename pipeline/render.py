@@ -19,14 +19,14 @@ __all__ = ["json_line", "ledger", "letter", "letter_json", "line"]
 MOST_TEXT = 400
 
 
-def json_line(message: Message[Any], data: Any) -> str:
+def json_line(message: Message[Any], data: Any, kind: str) -> str:
     """One JSON object; names follow CloudEvents, beside `channel`, `attempt` and `headers`."""
     return json.dumps(
         {
             "specversion": "1.0",
             "id": message.id,
             "source": message.source,
-            "type": type(message.event).__name__,
+            "type": kind,
             "time": message.time.isoformat(),
             "subject": message.key,
             "channel": message.channel,
@@ -37,12 +37,12 @@ def json_line(message: Message[Any], data: Any) -> str:
     )
 
 
-def line(message: Message[Any], data: Any) -> str:
+def line(message: Message[Any], data: Any, kind: str) -> str:
     text = data if isinstance(data, str) else json.dumps(_short(data))
     if len(text) > MOST_TEXT:
         text = f"{text[:MOST_TEXT]} …"
     key = f" [{message.key}]" if message.key else ""
-    return f"{message.time.astimezone():%H:%M:%S.%f} {message.source}{key} {text}"
+    return f"{message.time.astimezone():%H:%M:%S.%f} {kind} {message.source}{key} {text}"
 
 
 def _short(data: Any) -> Any:

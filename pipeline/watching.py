@@ -88,7 +88,7 @@ class Watch(Generic[T]):
     async def __aenter__(self) -> Watch[T]:
         await self._prepare()
         for partition in range(self._channel.partitions):
-            self._tails.append(await self._transport.tail(self._channel, partition, self._since))  # type: ignore[arg-type]
+            self._tails.append(await self._transport.tail(self._channel, partition, self._since))
         return self
 
     async def __aexit__(self, *_: object) -> None:

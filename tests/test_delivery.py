@@ -407,10 +407,12 @@ async def test_a_rewound_group_handles_again_and_the_ledger_balances(url: str) -
             await app.publish(numbers, Number(n=n))
         await idle(app, "numbers")
         assert await app.rewind("numbers", "g", since="1h") == 10
+        await idle(app, "numbers")
+        assert await app.rewind("numbers", "g", since=f"{app.source}:8") == 3
         ledger = await idle(app, "numbers")
         with pytest.raises(ConfigurationError, match="no group 'nobody'"):
             await app.rewind("numbers", "nobody", since="1h")
-    assert seen == [*range(10), *range(10)]
+    assert seen == [*range(10), *range(10), 7, 8, 9]
     assert ledger.groups["g"].handled + ledger.groups["g"].dead == 10
 
 
