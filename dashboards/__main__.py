@@ -1,0 +1,52 @@
+"""Serves the dashboard: `python -m dashboards`. Settings: DASHBOARD_PORT, PIPELINE_DASHBOARD_HOST, PIPELINE_TOKEN."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+
+import uvicorn
+
+from pipeline.errors import ConfigurationError
+from pipeline.settings import settings
+
+from .app import create
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m dashboards", description="Serve the live dashboard. Settings: DASHBOARD_PORT, PIPELINE_TOKEN."
+    )
+    parser.add_argument("--host", metavar="HOST", help="default: PIPELINE_DASHBOARD_HOST, or 127.0.0.1")
+    parser.add_argument("--port", type=int, metavar="N", help="default: DASHBOARD_PORT, or 8050; 0 takes a free one")
+    parser.add_argument("--url", metavar="URL", help="Redis (default: PIPELINE_REDIS_URL)")
+    options = parser.parse_args(arguments)
+    try:
+        config = settings()
+        host = options.host or config.dashboard_host
+        port = config.dashboard_port if options.port is None else options.port
+        app = create(options.url)
+    except ConfigurationError as error:
+        print(f"dashboard: {error}", file=sys.stderr)
+        return 1
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+        print(f"dashboard: cannot listen on {host}:{port}: {reason}; set DASHBOARD_PORT", file=sys.stderr)
+        return 1
+    print(f"dashboard: http://{host}:{listener.getsockname()[1]}", flush=True)
+    with listener:
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)).run(
+            sockets=[listener]
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Viewers: a snapshot first, then the same delta bytes to all, and a fresh snapshot for whoever could not keep up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from .feed import Feed
+
+__all__ = ["Hub", "Viewer"]
+
+TICK = 0.5
+
+
+@dataclass(eq=False)
+class Viewer:
+    """A mailbox of one frame. A frame that is not fetched in time is replaced by a snapshot."""
+
+    frame: bytes | None = None
+    behind: bool = False
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def put(self, frame: bytes) -> None:
+        if self.frame is not None:
+            self.behind = True
+        self.frame = frame
+        self.arrived.set()
+
+    async def take(self) -> tuple[bytes, bool]:
+        await self.arrived.wait()
+        self.arrived.clear()
+        frame, self.frame = self.frame, None
+        behind, self.behind = self.behind, False
+        assert frame is not None
+        return frame, behind
+
+
+class Hub:
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        self._viewers: set[Viewer] = set()
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            self._feed.state.close_seconds(time.time())
+            delta = self._frame("delta", {name: chart.delta() for name, chart in self._feed.state.charts.items()})
+            for viewer in self._viewers:
+                viewer.put(delta)
+
+    def join(self) -> Viewer:
+        viewer = Viewer()
+        viewer.put(self.snapshot())
+        self._viewers.add(viewer)
+        return viewer
+
+    def leave(self, viewer: Viewer) -> None:
+        self._viewers.discard(viewer)
+
+    def snapshot(self) -> bytes:
+        return self._frame("snapshot", {name: chart.snapshot() for name, chart in self._feed.state.charts.items()})
+
+    def _frame(self, kind: str, charts: dict[str, Any]) -> bytes:
+        return json.dumps(
+            {"kind": kind, **self.facts(), "charts": {name: one for name, one in charts.items() if one}},
+            separators=(",", ":"),
+        ).encode()
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that is small enough to be sent whole each time."""
+        now, state = time.time(), self._feed.state
+        return {
+            "now": now,
+            "live": self._feed.live,
+            "trouble": None if self._feed.live else self._feed.trouble,
+            "tiles": state.tiles(now),
+            "workers": state.workers(now),
+            "channels": state.channels(),
+            "reasons": state.reasons(),
+            "base": state.base,
+        }
