@@ -60,7 +60,7 @@ def create(url: str | None = None) -> FastAPI:
     app = FastAPI(title="Pipeline dashboard", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     _routes(app, hub)
     dash = Dash(
-        "dashboards", server=app, backend="fastapi", assets_folder=str(HERE / "assets"), title="Pipeline",
+        "dashboards", server=cast(Any, app), backend="fastapi", assets_folder=str(HERE / "assets"), title="Pipeline",
         index_string=PAGE, update_title="", serve_locally=True,
     )  # fmt: skip
     dash.layout = overview.layout

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from pipeline.catalog import MatmulResult, Prediction, Round, TrainingMetrics
-from pipeline.ledger import ChannelLedger, Ledger
+from pipeline.ledger import ChannelLedger, Ledger, ledger_channel
 from pipeline.metrics import WorkerSample, quantile
 
 from .series import Chart
@@ -43,7 +43,10 @@ class State:
 
     def on_ledger(self, ledger: Ledger) -> None:
         """Rates are differences between two ledgers, so what is drawn adds up to what was published."""
-        first = self.ledger is None
+        own = ledger.channels.get(ledger_channel.name)
+        # The very first ledger that was ever written: nothing was published before its bucket.
+        whole = own is None or own.published <= 1
+        first = self.ledger is None and not whole
         for name, channel in ledger.channels.items():
             before = self._last.get(name)
             if before is None or channel.published < before[1]:  # new, or the server lost its data
@@ -156,7 +159,7 @@ class State:
         """A row a channel and group, for the ledger's table."""
         rows: list[dict[str, Any]] = []
         for name, one in (self.ledger.channels if self.ledger else {}).items():
-            if name.startswith("pipeline.") or (name.endswith(".dead") and not one.published):
+            if name.startswith("pipeline.") or not (one.published or one.groups):
                 continue
             row = {
                 "channel": name,
