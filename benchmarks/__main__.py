@@ -1,0 +1,26 @@
+"""`python -m benchmarks NAME [--json] [--repeats N] [--seconds S]`."""
+
+from __future__ import annotations
+
+import argparse
+
+from . import events, latency
+from .report import show
+
+BENCHMARKS = {"events": events.run, "latency": latency.run}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks", description="Measure; peers and limits in the same run.")
+    parser.add_argument("name", choices=sorted(BENCHMARKS))
+    parser.add_argument("--json", action="store_true", help="one JSON line a figure")
+    parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="aimed at for each measurement (default: %(default)s)"
+    )
+    options = parser.parse_args()
+    show(BENCHMARKS[options.name](options.repeats, options.seconds), options.json)
+
+
+if __name__ == "__main__":
+    main()
