@@ -89,7 +89,7 @@ def work(role: str, url: str, events: int) -> dict[str, Any]:
 
 
 def produce(role: str, url: str, events: int) -> dict[str, Any]:
-    """Lists of events, one after the other. On a live channel a little ahead of the reader at most: nobody waits there."""
+    """Lists of events, one after the other; on a live channel with short rests, since nobody is held back there."""
     channel = live if role == "live" else readings
     many = [sample(n) for n in range(LIST)]
 

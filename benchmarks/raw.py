@@ -1,4 +1,4 @@
-"""Raw redis-py, used well: one event an entry, 64 commands a pipeline. `python -m benchmarks.raw SIDE ROLE URL EVENTS`."""
+"""Raw redis-py, used well: one event an entry, 64 commands a pipeline: `… benchmarks.raw SIDE ROLE URL EVENTS`."""
 
 from __future__ import annotations
 

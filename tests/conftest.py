@@ -55,6 +55,14 @@ def url(server: Server) -> str:
     return _empty_database(server)
 
 
+@pytest.fixture(params=["valkey", "redis7", "memory"])
+def anywhere(request: pytest.FixtureRequest) -> str:
+    """Empty: a database on each of the two servers, and the in-memory transport. One suite for all."""
+    if request.param == "memory":
+        return f"memory://test-{next(_turns)}"
+    return _empty_database(request.getfixturevalue(request.param))
+
+
 @pytest.fixture
 def valkey_url(valkey: Server) -> str:
     """An empty database on the embedded Valkey alone, for what does not depend on the server."""

@@ -130,7 +130,9 @@ async def test_what_is_drawn_is_what_was_published_and_a_late_viewer_sees_it_too
             await late.goto(address)
             await shows(late, "readings", 30 * 37)
             assert (await app.stats()).channels["readings"].published == 30 * 37
-            assert "balances" in (await late.locator("#channels tbody tr", has_text="readings").first.text_content() or "")
+            assert "balances" in (
+                await late.locator("#channels tbody tr", has_text="readings").first.text_content() or ""
+            )
             await late.close()
 
 
@@ -205,7 +207,11 @@ def test_a_taken_port_is_one_clear_line(server: Server) -> None:
     with dashboard(server.url) as address:
         port = address.rpartition(":")[2]
         second = subprocess.run(
-            [sys.executable, "-m", "dashboards", "--port", port], capture_output=True, text=True, timeout=30, check=False
+            [sys.executable, "-m", "dashboards", "--port", port],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
         )
     assert second.returncode == 1
     assert second.stderr.startswith(f"dashboard: cannot listen on 127.0.0.1:{port}: Address already in use")

@@ -52,8 +52,8 @@ squares = Channel("squares", Square)
 QUICK = RetryPolicy(attempts=3, base=0.01, cap=0.05)
 
 
-async def test_events_are_handled_once_each_and_outputs_follow(url: str) -> None:
-    app, seen = Pipeline("app", url), []
+async def test_events_are_handled_once_each_and_outputs_follow(anywhere: str) -> None:
+    app, seen = Pipeline("app", anywhere), []
 
     @app.subscriber(numbers, group="square", publishes=squares)
     async def square(event: Number) -> Square | None:
@@ -73,8 +73,8 @@ async def test_events_are_handled_once_each_and_outputs_follow(url: str) -> None
     assert {message.key for message in outputs} == {"k"}
 
 
-async def test_a_message_shows_its_envelope(url: str) -> None:
-    app, seen = Pipeline("app", url), []
+async def test_a_message_shows_its_envelope(anywhere: str) -> None:
+    app, seen = Pipeline("app", anywhere), []
 
     @app.subscriber(numbers, group="g")
     async def look(message: Message[Number]) -> None:
@@ -91,9 +91,9 @@ async def test_a_message_shows_its_envelope(url: str) -> None:
 
 
 @pytest.mark.parametrize("run_in", ["loop", "thread"])
-async def test_every_group_receives_everything_and_consumers_share_it(url: str, run_in: Any) -> None:
+async def test_every_group_receives_everything_and_consumers_share_it(anywhere: str, run_in: Any) -> None:
     seen: dict[str, list[int]] = {"one": [], "two": []}
-    apps = [Pipeline(f"app{n}", url) for n in range(3)]
+    apps = [Pipeline(f"app{n}", anywhere) for n in range(3)]
     for app, group in zip(apps, ("one", "one", "two"), strict=True):
 
         @app.subscriber(Channel("numbers", Number, frame=4), group=group, run_in=run_in, concurrency=2)
@@ -106,8 +106,8 @@ async def test_every_group_receives_everything_and_consumers_share_it(url: str, 
     assert sorted(seen["one"]) == sorted(seen["two"]) == list(range(400))
 
 
-async def test_a_retry_keeps_its_id_and_counts_attempts(url: str) -> None:
-    app, seen = Pipeline("app", url), []
+async def test_a_retry_keeps_its_id_and_counts_attempts(anywhere: str) -> None:
+    app, seen = Pipeline("app", anywhere), []
 
     @app.subscriber(numbers, group="g", retry=QUICK)
     async def flaky(message: Message[Number]) -> None:
@@ -127,8 +127,8 @@ async def test_a_retry_keeps_its_id_and_counts_attempts(url: str) -> None:
     assert (ledger.published, group.handled, group.retried, group.dead) == (10, 10, 3, 0)
 
 
-async def test_what_is_rejected_or_keeps_failing_becomes_a_dead_letter_that_can_be_replayed_once(url: str) -> None:
-    app, broken, handled = Pipeline("app", url), True, []
+async def test_what_is_rejected_or_keeps_failing_becomes_a_dead_letter_that_can_be_replayed_once(anywhere: str) -> None:
+    app, broken, handled = Pipeline("app", anywhere), True, []
 
     @app.subscriber(numbers, group="g", retry=QUICK)
     async def picky(event: Number) -> None:
@@ -159,8 +159,8 @@ async def test_what_is_rejected_or_keeps_failing_becomes_a_dead_letter_that_can_
         assert (await idle(app, "numbers")).groups["g"].dead == 1, "a dropped letter stays counted as dead"
 
 
-async def test_a_poison_event_in_a_batch_is_found_by_halving_and_the_others_are_handled(url: str) -> None:
-    app, calls, handled = Pipeline("app", url), 0, []
+async def test_a_poison_event_in_a_batch_is_found_by_halving_and_the_others_are_handled(anywhere: str) -> None:
+    app, calls, handled = Pipeline("app", anywhere), 0, []
 
     @app.subscriber(numbers, group="g", batch=Batch(256, wait=0.5), retry=RetryPolicy(attempts=1))
     def work(batch: list[Number]) -> None:
@@ -180,8 +180,8 @@ async def test_a_poison_event_in_a_batch_is_found_by_halving_and_the_others_are_
     assert calls <= 1 + 16
 
 
-async def test_a_batch_answers_slot_by_slot(url: str) -> None:
-    app = Pipeline("app", url)
+async def test_a_batch_answers_slot_by_slot(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
     attempts: dict[int, int] = {}
 
     @app.subscriber(numbers, group="g", batch=Batch(8), publishes=squares, retry=QUICK)
@@ -209,8 +209,8 @@ async def test_a_batch_answers_slot_by_slot(url: str) -> None:
     assert outputs == sum(n % 3 for n in range(8) if n != 2)
 
 
-async def test_a_batch_result_of_the_wrong_length_is_an_error_that_says_so(url: str) -> None:
-    app = Pipeline("app", url)
+async def test_a_batch_result_of_the_wrong_length_is_an_error_that_says_so(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
 
     @app.subscriber(numbers, group="g", batch=Batch(4), retry=RetryPolicy(attempts=1))
     def work(batch: list[Number]) -> list[None]:
@@ -224,8 +224,8 @@ async def test_a_batch_result_of_the_wrong_length_is_an_error_that_says_so(url: 
     assert "the batch had 4 events and the handler returned 5 results" in letters[0].event.reason
 
 
-async def test_batches_say_why_they_were_released(url: str) -> None:
-    app = Pipeline("app", url)
+async def test_batches_say_why_they_were_released(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
     sizes = []
 
     @app.subscriber(numbers, group="g", batch=Batch(10, wait=0.05))
@@ -239,8 +239,8 @@ async def test_batches_say_why_they_were_released(url: str) -> None:
         assert (sizes, reasons) == ([10, 10, 4], {"size": 2, "timeout": 1})
 
 
-async def test_a_delayed_event_waits_on_the_server_and_counts_as_pending(url: str) -> None:
-    app, at = Pipeline("app", url), []
+async def test_a_delayed_event_waits_on_the_server_and_counts_as_pending(anywhere: str) -> None:
+    app, at = Pipeline("app", anywhere), []
 
     @app.subscriber(numbers, group="g")
     async def work(message: Message[Number]) -> None:
@@ -284,8 +284,8 @@ async def test_a_request_is_answered_rejected_or_times_out(url: str) -> None:
         assert client.keys("pipeline:reply:*") == [], "answers must not stay"
 
 
-async def test_events_of_a_key_stay_in_order_even_when_one_is_retried(url: str) -> None:
-    app = Pipeline("app", url)
+async def test_events_of_a_key_stay_in_order_even_when_one_is_retried(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
     seen: dict[str, list[int]] = {"a": [], "b": [], "c": []}
 
     @app.subscriber(numbers, group="g", ordered=True, concurrency=4, retry=QUICK)
@@ -305,20 +305,20 @@ async def test_events_of_a_key_stay_in_order_even_when_one_is_retried(url: str) 
     assert ledger.groups["g"].handled == 60
 
 
-async def test_a_bad_event_in_a_good_frame_is_buried_alone(url: str) -> None:
+async def test_a_bad_event_in_a_good_frame_is_buried_alone(anywhere: str) -> None:
     class Strict(Event):
         n: int
 
     class Loose(Event):
         n: int | str
 
-    app, seen = Pipeline("app", url), []
+    app, seen = Pipeline("app", anywhere), []
 
     @app.subscriber(Channel("mixed", Strict), group="g")
     async def work(event: Strict) -> None:
         seen.append(event.n)
 
-    other = Pipeline("other", url)
+    other = Pipeline("other", anywhere)
     async with app, other, serving(app):
         await other.publish(Channel("mixed", Loose), [Loose(n=1), Loose(n="x"), Loose(n=3)])
         ledger = await idle(app, "mixed")
@@ -356,8 +356,8 @@ def _ms(client: redis.Redis) -> str:
     return str(seconds * 1000 + micros // 1000)
 
 
-async def test_tensors_arrive_read_only_and_equal(url: str) -> None:
-    app, seen = Pipeline("app", url), []
+async def test_tensors_arrive_read_only_and_equal(anywhere: str) -> None:
+    app, seen = Pipeline("app", anywhere), []
     windows = Channel("windows", Window)
 
     @app.subscriber(windows, group="g")
@@ -372,11 +372,11 @@ async def test_tensors_arrive_read_only_and_equal(url: str) -> None:
     assert not np.asarray(seen[2].values).flags.writeable
 
 
-async def test_a_new_group_begins_at_the_oldest_or_at_the_latest(url: str) -> None:
-    first, seen = Pipeline("first", url), {"old": 0, "new": 0}
+async def test_a_new_group_begins_at_the_oldest_or_at_the_latest(anywhere: str) -> None:
+    first, seen = Pipeline("first", anywhere), {"old": 0, "new": 0}
     async with first:
         await first.publish(numbers, [Number(n=n) for n in range(10)])
-        app = Pipeline("app", url)
+        app = Pipeline("app", anywhere)
 
         @app.subscriber(numbers, group="old")
         async def old(event: Number) -> None:
@@ -393,8 +393,8 @@ async def test_a_new_group_begins_at_the_oldest_or_at_the_latest(url: str) -> No
     assert (ledger.groups["old"].before, ledger.groups["new"].before) == (0, 10)
 
 
-async def test_a_rewound_group_handles_again_and_the_ledger_balances(url: str) -> None:
-    app, seen = Pipeline("app", url), []
+async def test_a_rewound_group_handles_again_and_the_ledger_balances(anywhere: str) -> None:
+    app, seen = Pipeline("app", anywhere), []
 
     @app.subscriber(Channel("numbers", Number, frame=3), group="g", retry=RetryPolicy(attempts=1))
     async def work(event: Number) -> None:
@@ -416,8 +416,8 @@ async def test_a_rewound_group_handles_again_and_the_ledger_balances(url: str) -
     assert ledger.groups["g"].handled + ledger.groups["g"].dead == 10
 
 
-async def test_watching_begins_in_the_past_now_or_after_a_message(url: str) -> None:
-    app = Pipeline("app", url)
+async def test_watching_begins_in_the_past_now_or_after_a_message(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
     async with app:
         receipt = await app.publish(numbers, [Number(n=n) for n in range(10)])
         await asyncio.sleep(0.01)
@@ -434,8 +434,8 @@ async def test_watching_begins_in_the_past_now_or_after_a_message(url: str) -> N
             app.watch(numbers, since="yesterday")
 
 
-async def test_a_full_channel_makes_publishers_wait_or_tells_them_or_drops_the_oldest(url: str) -> None:
-    app = Pipeline("app", url)
+async def test_a_full_channel_makes_publishers_wait_or_tells_them_or_drops_the_oldest(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
     waits = Channel("waits", Number, capacity=10, frame=1)
     raises = Channel("raises", Number, capacity=10, overflow="raise")
     drops = Channel("drops", Number, capacity=10, overflow="drop_oldest", frame=1)
@@ -469,8 +469,8 @@ async def test_a_full_channel_makes_publishers_wait_or_tells_them_or_drops_the_o
     assert seen[-9:] == list(range(16, 25)), "the newest stay; what a worker holds is its own"
 
 
-async def test_draining_hands_unstarted_work_to_another_worker_at_once(url: str) -> None:
-    slow, other = Pipeline("slow", url), Pipeline("other", url)
+async def test_draining_hands_unstarted_work_to_another_worker_at_once(anywhere: str) -> None:
+    slow, other = Pipeline("slow", anywhere), Pipeline("other", anywhere)
     started, taken = asyncio.Event(), []
 
     @slow.subscriber(numbers, group="g", lease=30.0, batch=Batch(100, wait=30.0))
@@ -498,8 +498,8 @@ async def test_draining_hands_unstarted_work_to_another_worker_at_once(url: str)
         await idle(slow, "numbers")
 
 
-async def test_an_idle_app_stops_within_a_second(url: str) -> None:
-    app = Pipeline("app", url)
+async def test_an_idle_app_stops_within_a_second(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
 
     @app.subscriber(numbers, group="g")
     async def work(event: Number) -> None:
@@ -570,8 +570,8 @@ async def test_a_handler_that_returns_what_it_does_not_publish_fails_that_event_
     )
 
 
-async def test_a_subscriber_waits_while_the_channel_it_publishes_to_is_full(url: str) -> None:
-    app, other = Pipeline("app", url), Pipeline("other", url)
+async def test_a_subscriber_waits_while_the_channel_it_publishes_to_is_full(anywhere: str) -> None:
+    app, other = Pipeline("app", anywhere), Pipeline("other", anywhere)
     narrow = Channel("narrow", Square, capacity=20)
     source = Channel("numbers", Number, frame=5)
 
