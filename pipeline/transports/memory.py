@@ -1,7 +1,8 @@
 """The in-memory backend, `memory://NAME`: real, for tests and for trying things out in one process.
 
-The same URL is the same store for all of a process's pipelines, whatever loop or thread they run in; it is forgotten
 The same URL is the same store for all pipelines of a process, whatever loop or thread they run in; it is forgotten
+when the last of them closes. Leases, due times and ages go by the store's clock, which tests move on; see
+pipeline.testing.
 """
 
 from __future__ import annotations

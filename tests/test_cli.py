@@ -1,0 +1,208 @@
+"""The command line, as a person and as a script uses it: real processes, a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import redis
+
+from pipeline import Channel, Event, Pipeline, Reject, RetryPolicy, Tensor
+
+from .apps import idle, serving, until
+from .processes import ended, line_with
+
+
+class Reading(Event):
+    sensor: str
+    value: float
+    window: Tensor | None = None
+
+
+readings = Channel("readings", Reading)
+alerts = Channel("alerts", Reading, durable=False)
+
+
+def pipeline(url: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", "--url", url, *arguments],
+        input=stdin, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+
+
+async def ask(url: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return await asyncio.to_thread(lambda: pipeline(url, *arguments, stdin=stdin))
+
+
+@contextmanager
+def running(url: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "--url", url, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+async def test_events_published_by_hand_reach_typed_subscribers_tensors_too(url: str) -> None:
+    app, seen = Pipeline("app", url), []
+
+    @app.subscriber(readings, group="g")
+    async def work(event: Reading) -> None:
+        seen.append(event)
+
+    async with app, serving(app):
+        done = await ask(url, "publish", "readings", '{"sensor": "a", "value": 1.5, "window": [[1, 2]]}', "--key", "k")
+        assert (done.returncode, done.stderr) == (0, "")
+        base64 = json.dumps({"sensor": "b", "value": "NaN", "window": Tensor(np.arange(2)).to_json()})
+        lines = f'{{"sensor": "c", "value": 2}}\nnot json\n\n{{"sensor": 5}}\n{base64.replace(chr(34) + "NaN" + chr(34), "2")}\n'
+        many = await ask(url, "publish", "readings", "-", stdin=lines)
+        await idle(app, "readings")
+    assert [event.sensor for event in seen] == ["a", "c", "b"]
+    assert np.asarray(seen[0].window).tolist() == [[1, 2]]
+    assert seen[2].window == Tensor(np.arange(2))
+    assert many.returncode == 2
+    assert len(many.stdout.split()) == 2, "the ids of the good lines"
+    assert "line 2 is left out: not JSON" in many.stderr
+    assert "line 4 is left out" in many.stderr
+    assert "sensor: 5 is not of type 'string'" in many.stderr
+
+
+async def test_bad_input_is_one_clear_line(url: str) -> None:
+    async with Pipeline("app", url) as app:
+        await app.publish(readings, Reading(sensor="a", value=1))
+        cases = [
+            (("publish", "readings", '{"sensor": 1}'), 2, "'value' is a required property"),
+            (("publish", "nowhere", "{}"), 2, "no channel 'nowhere' is registered (known: readings)"),
+            (("replay", "readings", "--group", "x", "--since", "1h"), 2, "no group 'x'"),
+            (("watch", "readings", "--since", "yesterday"), 2, "since="),
+            (("dead", "readings", "--replay", "--drop"), 2, "exclude each other"),
+            (("serve", "nosuch:app"), 2, "No module named 'nosuch'"),
+            (("serve", "json:dumps"), 2, "not a Pipeline"),
+        ]
+        for arguments, status, text in cases:
+            done = await ask(url, *arguments)
+            assert (done.returncode, text in done.stderr) == (status, True), (arguments, done)
+            assert "Traceback" not in done.stderr
+
+
+def test_without_redis_every_verb_says_what_to_do() -> None:
+    done = pipeline("redis://127.0.0.1:9/0", "stats")
+    assert done.returncode == 1
+    assert "`pipeline server`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+async def test_watching_prints_json_lines_and_ends_as_asked(url: str) -> None:
+    async with Pipeline("app", url) as app:
+        receipt = await app.publish(readings, Reading(sensor="a", value=1, window=Tensor(np.arange(2))), key="k")
+        done = await ask(url, "watch", "readings", "--since", "5m", "--count", "1", "--json")
+        (line,) = done.stdout.splitlines()
+        event = json.loads(line)
+        assert (event["specversion"], event["id"], event["subject"], event["type"]) == (
+            "1.0",
+            receipt.id,
+            "k",
+            "Reading",
+        )
+        assert event["data"]["sensor"] == "a"
+        assert event["data"]["window"] == Tensor(np.arange(2)).to_json()
+        short = await ask(url, "watch", "readings", "--count", "1", "--timeout", "0.2")
+        assert (short.returncode, short.stdout) == (3, "")
+
+
+async def test_watching_shows_what_a_bare_client_publishes(url: str) -> None:
+    with running(url, "watch", "classical_music", "--count", "1") as process, redis.Redis.from_url(url) as client:
+        await asyncio.to_thread(line_with, "watching classical_music", process)
+        client.publish("classical_music", "Raga Vairabi")
+        assert json.loads(await asyncio.to_thread(line_with, "Raga", process))["data"] == "Raga Vairabi"
+        assert process.wait(5) == 0
+
+
+async def test_dead_letters_are_shown_replayed_and_counted(url: str) -> None:
+    app, broken = Pipeline("app", url), True
+
+    @app.subscriber(readings, group="g", retry=RetryPolicy(attempts=1))
+    async def work(event: Reading) -> None:
+        if broken:
+            raise Reject("no calibration")
+
+    async with app, serving(app):
+        await app.publish(readings, [Reading(sensor=s, value=1) for s in "ab"])
+        await until(lambda: app._routers[0][1].dead == 2 or app._routers[0][0].flow.events == 0)
+        await idle(app, "readings")
+        shown = await ask(url, "dead", "readings")
+        assert shown.stdout.count("no calibration") >= 2
+        letters = [json.loads(line) for line in (await ask(url, "dead", "readings", "--json")).stdout.splitlines()]
+        assert [letter["events"][0]["sensor"] for letter in letters] == ["a", "b"]
+        broken = False
+        assert "replayed 2" in (await ask(url, "dead", "readings", "--group", "g", "--replay")).stdout
+        await idle(app, "readings")
+        stats = json.loads((await ask(url, "stats", "--json")).stdout)
+        group: dict[str, Any] = stats["channels"]["readings"]["groups"]["g"]
+        assert (group["handled"], group["dead"], group["pending"], group["lag"], group["before"]) == (2, 0, 0, 0, 0)
+        assert "balances" in (await ask(url, "stats")).stdout
+        rewound = await ask(url, "replay", "readings", "--group", "g", "--since", "1h")
+        assert "2 events to read again" in rewound.stdout
+
+
+async def test_serving_in_several_processes_survives_a_kill_and_stops_at_once(url: str) -> None:
+    with running(url, "serve", "tests.served:app", "--workers", "2") as process:
+        parent = psutil.Process(process.pid)
+        async with Pipeline("app", url) as app:
+            async with asyncio.timeout(15):
+                while len(workers := served_by(app_workers(parent))) < 2:
+                    await asyncio.sleep(0.1)
+            workers[0].send_signal(signal.SIGKILL)
+            await app.publish(Channel("served", Reading), [Reading(sensor="a", value=n) for n in range(50)])
+            ledger = await idle(app, "served")
+            async with asyncio.timeout(15):
+                while len(again := served_by(app_workers(parent))) < 2 or workers[0] in again:
+                    await asyncio.sleep(0.1)
+        assert ledger.groups["g"].handled == 50
+        await asyncio.sleep(1.0)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 10) == 0
+        assert time.monotonic() - began < 3.0
+        assert ended(*again)
+
+
+def app_workers(parent: psutil.Process) -> list[psutil.Process]:
+    return [child for child in parent.children() if child.is_running()]
+
+
+def served_by(children: list[psutil.Process]) -> list[psutil.Process]:
+    found = []
+    for child in children:
+        try:
+            if "tests.served:app" in child.cmdline():
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("verb", ["up", "server", "serve", "publish", "watch", "stats", "dead", "replay"])
+def test_every_verb_has_help_with_an_example(verb: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", verb, "--help"],
+        capture_output=True, text=True, timeout=30, check=True, env={**os.environ, "COLUMNS": "120"},
+    )  # fmt: skip
+    assert "Example: pipeline" in done.stdout
