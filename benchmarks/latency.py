@@ -46,7 +46,7 @@ def run(repeats: int, seconds: float) -> list[Figure]:
 async def _latency(side: str, url: str, events: int) -> tuple[float, float]:
     async with redis.Redis.from_url(url) as client:
         await client.flushall()
-        worker = subprocess.Popen(
+        worker = subprocess.Popen(  # noqa: ASYNC220  # starting one does not take long
             [sys.executable, "-m", "benchmarks.latency", side, url, str(events)], stdout=subprocess.PIPE, text=True
         )
         assert worker.stdout is not None

@@ -169,7 +169,7 @@ class Record(Event):
     source: str
     row: int
     """From 0."""
-    values: dict[str, bool | int | float | str | None] = {}
+    values: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
     """Column → value."""
     tensor: Tensor | None = None
     """Rows of a `.npy` file: the row itself, with the file's dtype."""

@@ -172,7 +172,6 @@ rounds = Rounds()
 @app.on_start
 async def start() -> None:
     app.spawn(follow_rounds(), name="rounds")
-    app.spawn(stop_with_app(), name="stop")
 
 
 async def follow_rounds() -> None:
@@ -181,10 +180,9 @@ async def follow_rounds() -> None:
             rounds.learn(message.event)
 
 
-async def stop_with_app() -> None:
+@app.on_stop
+async def stop() -> None:
     """A round may wait for its deadline longer than a stopping process should."""
-    assert app._stop is not None  # the app has no public word for it yet
-    await app._stop.wait()
     rounds.stop()
 
 

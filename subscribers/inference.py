@@ -56,7 +56,7 @@ served = Served()
 async def load() -> None:
     """Before the first digit: the model file, if one is named, and then whatever weights are or will be published."""
     torch.set_num_threads(1)
-    if (path := getattr(settings(), "model_file", None)) is not None:
+    if (path := settings().model_file) is not None:
         served.current = DigitClassifier.load(path)
         logger.info("model %r from %s", DIGIT_MODEL, path)
     app.spawn(follow_weights(), name="weights")

@@ -70,8 +70,8 @@ async def test_events_published_by_hand_reach_typed_subscribers_tensors_too(url:
     async with app, serving(app):
         done = await ask(url, "publish", "readings", '{"sensor": "a", "value": 1.5, "window": [[1, 2]]}', "--key", "k")
         assert (done.returncode, done.stderr) == (0, "")
-        base64 = json.dumps({"sensor": "b", "value": "NaN", "window": Tensor(np.arange(2)).to_json()})
-        lines = f'{{"sensor": "c", "value": 2}}\nnot json\n\n{{"sensor": 5}}\n{base64.replace(chr(34) + "NaN" + chr(34), "2")}\n'
+        base64 = json.dumps({"sensor": "b", "value": 2, "window": Tensor(np.arange(2)).to_json()})
+        lines = "\n".join(['{"sensor": "c", "value": 2}', "not json", "", '{"sensor": 5}', base64])
         many = await ask(url, "publish", "readings", "-", stdin=lines)
         await idle(app, "readings")
     assert [event.sensor for event in seen] == ["a", "c", "b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline import Channel, Event, EventTypeError, Tensor
 from pipeline.errors import ConfigurationError, FrameError, FrameInvalid, FrameTruncated, FrameVersionError
@@ -24,7 +25,7 @@ class Rich(Event):
     name: str
     value: float
     raw: bytes = b""
-    tags: list[str] = []
+    tags: list[str] = Field(default_factory=list)
     window: Tensor | None = None
 
 
@@ -69,10 +70,8 @@ def test_damage_is_a_named_error_or_another_readable_frame(many: list[Rich], dat
     else:
         for _ in range(data.draw(st.integers(1, 4))):
             frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(FrameError):
         codec.decode(bytes(frame), count=len(many))
-    except FrameError as error:
-        assert str(error)
 
 
 @given(st.binary(max_size=200))
@@ -214,7 +213,7 @@ def test_events_are_frozen_exact_and_compared_by_value() -> None:
 )  # fmt: skip
 def test_a_channel_that_cannot_work_says_why(bad: dict[str, Any]) -> None:
     name, kind = bad.pop("name", "a"), bad.pop("type", Rich)
-    with pytest.raises(ConfigurationError, match="channel|Channel"):
+    with pytest.raises(ConfigurationError, match=r"channel|Channel"):
         Channel(name, kind, **bad)
 
 

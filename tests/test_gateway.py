@@ -267,7 +267,7 @@ async def test_a_digit_is_classified_by_the_inference_subscriber(
         probabilities = [one["probability"] for one in body["predictions"]]
         assert probabilities == sorted(probabilities, reverse=True)
         assert sum(probabilities) == pytest.approx(1, abs=1e-5)
-        assert sorted(one["label"] for one in body["predictions"]) == list("0123456789")
+        assert sorted(one["label"] for one in body["predictions"]) == list(range(10))
     assert len({tuple(map(str, response.json()["predictions"])) for response in answers}) > 1
 
 

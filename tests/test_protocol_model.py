@@ -1,8 +1,8 @@
 """The delivery protocol as a small model, explored exhaustively: 2 workers, 3 events in 2 frames, up to 3 crashes.
 
-A state is what Redis holds and what each worker believes. Every interleaving of reading, computing, committing (whole
-or in part), crashing, stalling past a lease, and claiming is visited. In none is an output lost or doubled, and the ledger
-balances in each. The same search finds the fault at once when commit's check is left out: it can fail.
+A state is what Redis holds and what each worker believes. Every interleaving of reading, computing, committing
+(whole or in part), crashing, stalling past a lease, and claiming is visited. In none is an output lost or doubled, and
+the ledger balances in each. The same search finds the fault at once when commit's check is left out: it can fail.
 """
 
 from __future__ import annotations

@@ -93,7 +93,9 @@ async def test_a_worker_that_joins_late_becomes_identical(aggregator: str) -> No
 
 async def test_a_run_whose_beginning_is_gone_cannot_be_joined_and_says_so(valkey_url: str) -> None:
     async with Pipeline("t", valkey_url) as app:
-        orphan = Round(run="t.4", round=9, ranks=[0], gradient=Tensor([0.0]), loss=0, accuracy=0, seconds=0)
+        orphan = Round(
+            run="t.4", round=9, ranks=[0], gradient=Tensor(np.zeros(2410, np.float32)), loss=0, accuracy=0, seconds=0
+        )
         await app.publish(catalog.rounds, orphan)
     with pytest.raises(LogIncomplete, match=r"run t\.4 cannot be joined: round 0 is not on channel 'training\.rounds'"):
         await states(valkey_url, Plan("t"))

@@ -54,8 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(error)
     host, port = listener.getsockname()[:2]
     print(f"gateway: http://{host}:{port}", flush=True)
-    # loop="asyncio": the pipeline's connections do not accept uvloop's transports
-    config = uvicorn.Config(app, loop="asyncio", log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
     with listener:
         uvicorn.Server(config).run(sockets=[listener])
     return 0

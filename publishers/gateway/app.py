@@ -135,7 +135,7 @@ class Gateway:
                 "success": True,
                 "model": answer.model,
                 "version": answer.version,
-                "predictions": [{"label": str(label), "probability": probability} for label, probability in ranked],
+                "predictions": [{"label": label, "probability": probability} for label, probability in ranked],
             }
         )
 
