@@ -4,11 +4,11 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=igno
 
 WORKDIR /app
 
-# The lock first: it changes seldom, and its layer is the big one. The extra index has torch without CUDA;
-# build with --build-arg TORCH_INDEX=https://pypi.org/simple for one with it.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# The lock first: it changes seldom, and its layer is the big one. torch comes with CUDA; for a smaller image give
+# --build-arg PIP_EXTRA_INDEX_URL= an index that has its CPU build.
+ARG PIP_EXTRA_INDEX_URL=
 COPY requirements.txt ./
-RUN pip install --quiet --extra-index-url "$TORCH_INDEX" -r requirements.txt
+RUN pip install --quiet -r requirements.txt
 
 COPY pyproject.toml README.md LICENSE ./
 COPY pipeline pipeline

@@ -70,7 +70,12 @@ def _one(figure: Figure) -> dict[str, Any]:
         font={"family": "system-ui, sans-serif", "size": 11},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        xaxis={"type": "date" if figure.time else "linear", "showgrid": False, "title": None},
+        xaxis={
+            "type": "date" if figure.time else "linear",
+            "showgrid": False,
+            "tickformat": "%H:%M:%S" if figure.time else "",
+            "nticks": 6,
+        },
         yaxis={
             "type": "log" if figure.log else "linear",
             "rangemode": "tozero" if figure.zero else "normal",

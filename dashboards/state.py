@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 from pipeline.catalog import MatmulResult, Prediction, Round, TrainingMetrics
@@ -15,6 +15,7 @@ from .series import Chart
 __all__ = ["CHARTS", "State"]
 
 CHARTS = ("rate", "latency", "lag", "loss", "accuracy", "inference", "batches", "matmul")
+RECENT = "last 10 s"
 GONE_AFTER = 5.0
 """Seconds without a report after which a worker is shown as gone; it is forgotten after ten times that."""
 
@@ -34,6 +35,7 @@ class State:
         self._latency_second = 0
         self._verdicts: Counter[bool] = Counter()
         self._second_verdicts: dict[int, Counter[bool]] = {}
+        self._recent_verdicts: deque[Counter[bool]] = deque(maxlen=10)
         self._reasons: Counter[str] = Counter()
         self._version = 0
         self._kernels: dict[tuple[int, str], list[float]] = {}
@@ -110,8 +112,9 @@ class State:
     def close_seconds(self, now: float) -> None:
         """Draw the seconds that are over; the unfinished one never."""
         for second in sorted(second for second in self._second_verdicts if second < int(now) - 1):
-            verdicts = self._second_verdicts.pop(second)
-            self.charts["inference"].add("each second", second, 100 * verdicts[True] / verdicts.total())
+            self._recent_verdicts.append(self._second_verdicts.pop(second))
+            recent = sum(self._recent_verdicts, Counter[bool]())
+            self.charts["inference"].add(RECENT, second, 100 * recent[True] / recent.total())
             self.charts["inference"].add("all so far", second, 100 * self._verdicts[True] / self._verdicts.total())
         for second, kernel in sorted(key for key in self._kernels if key[0] < int(now) - 1):
             values = self._kernels.pop((second, kernel))
@@ -130,7 +133,7 @@ class State:
             "waiting": sum(group.lag + group.pending for group in groups),
             "dead": sum(group.dead for group in groups),
             "accuracy": 100 * self._verdicts[True] / checked if checked else None,
-            "recent": _last_value(self.charts["inference"], "each second"),
+            "recent": _last_value(self.charts["inference"], RECENT),
             "version": self._version,
             "workers": sum(1 for seen, _ in self._workers.values() if now - seen < GONE_AFTER),
             "round_ms": None if math.isnan(self._round_seconds) else 1000 * self._round_seconds,

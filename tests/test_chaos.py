@@ -7,11 +7,12 @@ import pytest
 from . import chaos
 
 
-@pytest.mark.timeout(180)
-async def test_outputs_are_committed_exactly_once_while_workers_and_server_are_killed() -> None:
-    report = await chaos.run(chaos.Plan(seconds=25, events=100_000, restarts=2, kill_every=1.0, pause_every=6.0))
+@pytest.mark.timeout(300)
+async def test_two_minutes_of_chaos() -> None:
+    """Workers killed and paused, the server killed and restarted, all the while."""
+    report = await chaos.run(chaos.Plan(seconds=110, events=200_000, restarts=3, kill_every=1.2))
     judge(report)
-    assert report.kills >= 15
+    assert report.kills >= 50
 
 
 @pytest.mark.soak

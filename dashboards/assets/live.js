@@ -96,7 +96,15 @@
     }));
   }
 
+  /* Why batches were released, in shares of all. */
+  function showReasons(reasons) {
+    const all = Object.values(reasons).reduce((sum, n) => sum + n, 0);
+    byId("reasons").textContent = all === 0 ? "" : "released by " + Object.entries(reasons).sort((a, b) => b[1] - a[1])
+      .map(([why, n]) => `${why} ${(100 * n / all).toFixed(0)} %`).join(" · ");
+  }
+
   function showFacts(f) {
+    showReasons(f.reasons);
     const t = f.tiles, set = (name, text, kind) => {
       const node = byId("tile-" + name);
       node.textContent = text; node.className = "value " + (kind || "");

@@ -70,6 +70,7 @@ def _chart(figure: Figure) -> Any:
             html.Div(figure.empty, className="empty", id=f"empty-{figure.name}"),
             html.Div(id=f"chart-{figure.name}", className="plot", role="img", **_aria(label=figure.title)),
             html.Div(id=f"legend-{figure.name}", className="legend"),
+            html.Div(id="reasons", className="legend") if figure.name == "batches" else None,
         ],
         className="chart",
     )
