@@ -58,18 +58,19 @@ async def serving(*apps: Pipeline, seconds: float = 10.0) -> AsyncIterator[None]
             await asyncio.gather(*tasks)
 
 
-async def settled(app: Pipeline, channel: Channel[Any], seconds: float = 10.0) -> ChannelLedger:
+async def settled(app: Pipeline, channel: Channel[Any] | str, seconds: float = 20.0) -> ChannelLedger:
     """Wait until every group of a channel has nothing unread and nothing pending.
 
     Returns its ledger. Raises AssertionError when that does not balance, TimeoutError after `seconds`.
     """
+    name = channel if isinstance(channel, str) else channel.name
     async with asyncio.timeout(seconds):
         while True:
-            ledger = (await app.stats()).channels[channel.name]
-            for name, group in ledger.groups.items():
-                assert not channel.durable or group.difference(ledger.published) == 0, (
-                    f"{name} does not balance: {group}"
-                )
+            await app.registry.keep()  # the server may have been flushed
+            ledger = (await app.stats()).channels[name]
+            for group_name, group in ledger.groups.items():
+                balances = not ledger.durable or group.difference(ledger.published) == 0
+                assert balances, f"group {group_name!r} of {name!r} does not balance: {group!r}"
             if ledger.groups and all(group.lag == group.pending == 0 for group in ledger.groups.values()):
                 return ledger
             await asyncio.sleep(0.005)
