@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,20 +14,21 @@ with warnings.catch_warnings():
     from asyncio_redis.encoders import BytesEncoder
     from asyncio_redis.exceptions import Error as AsyncioRedisError
 
-from .client import LinkLost, address
+from .client import Link, LinkLost, address
 
 __all__ = ["connect_asyncio_redis"]
 
 
 class _Subscription:
-    def __init__(self, connection: Any, subscriber: Any, sink: Callable[[bytes], None]) -> None:
+    def __init__(self, connection: Any, subscriber: Any, channel: bytes, sink: Callable[[bytes], None]) -> None:
         self._connection = connection
-        self._drain = asyncio.create_task(self._run(subscriber, sink), name="asyncio-redis")
+        self._drain = asyncio.create_task(self._run(subscriber, channel, sink), name="asyncio-redis")
 
-    async def _run(self, subscriber: Any, sink: Callable[[bytes], None]) -> None:
+    async def _run(self, subscriber: Any, channel: bytes, sink: Callable[[bytes], None]) -> None:
         while True:
             reply = await subscriber.next_published()
-            sink(reply.value)
+            if reply.channel == channel:
+                sink(reply.value)
 
     async def lost(self) -> None:
         """The client neither tells nor fails a waiting reader, so look at its connection as well."""
@@ -57,5 +59,24 @@ async def connect_asyncio_redis(url: str, name: str, channel: str, sink: Callabl
     except (OSError, AsyncioRedisError) as error:
         raise LinkLost(str(error) or type(error).__name__) from None
     subscriber = await connection.start_subscribe()
-    await subscriber.subscribe([channel.encode()])
-    return _Subscription(connection, subscriber, sink)
+    probe = f"pipeline:probe:{secrets.token_hex(8)}"
+    await subscriber.subscribe([channel.encode(), probe.encode()])
+    subscription = _Subscription(connection, subscriber, channel.encode(), sink)
+    try:
+        await _confirmed(url, name, probe)
+        await subscriber.unsubscribe([probe.encode()])
+    except BaseException:
+        await subscription.close()
+        raise
+    return subscription
+
+
+async def _confirmed(url: str, name: str, probe: str) -> None:
+    """Wait until Redis knows of the subscription: this client swallows the confirmation, so ask from beside it."""
+    link = await Link.open(url, name)
+    try:
+        async with asyncio.timeout(5):
+            while not await link.call("PUBLISH", probe, b""):  # noqa: ASYNC110  # only Redis knows
+                await asyncio.sleep(0.002)
+    finally:
+        link.close()
