@@ -19,8 +19,8 @@ async def feed(app: Pipeline, rounds: int, pause: float) -> None:
         await asyncio.sleep(pause)
 
 
-async def test_order_by_key_holds_while_workers_join_and_leave(url: str) -> None:
-    publisher, apps = Pipeline("publisher", url), [Pipeline(f"app{n}", url) for n in range(3)]
+async def test_order_by_key_holds_while_workers_join_and_leave(anywhere: str) -> None:
+    publisher, apps = Pipeline("publisher", anywhere), [Pipeline(f"app{n}", anywhere) for n in range(3)]
     seen: dict[str, list[int]] = {key: [] for key in KEYS}
     by_app = [0, 0, 0]
     for index, app in enumerate(apps):

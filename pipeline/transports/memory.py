@@ -8,6 +8,7 @@ pipeline.testing.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import deque
@@ -169,8 +170,7 @@ class _Durable:
                 place.add(output.count, output.body)
             else:
                 place.published += output.count
-                for listener in self._store.listeners.get(output.channel.name, []):
-                    listener.append(output.body)
+                self._store.tell(output.channel.name, output.body)
         for reply in commit.replies:
             self._store.replies.setdefault(reply.address, deque()).append(reply.body)
 
@@ -184,6 +184,7 @@ class _Reader:
         self._store = store
         self._where = (channel.name, partition)
         self._keep = channel.keep
+        self._partitions = channel.partitions
         self._group = group
         self._held: dict[str, None] = {}
         self._lost: list[str] = []
@@ -214,6 +215,8 @@ class _Reader:
 
     def _look(self, entries: int) -> list[Entry]:
         place, group = self._place, self._group
+        if group.exclusive and not self._may_read():
+            return []
         self._lost += (lost := place.renew(group.name, group.consumer, group.lease, list(self._held)))
         for id_ in lost:
             self._held.pop(id_, None)
@@ -228,6 +231,24 @@ class _Reader:
         found = [entry for entry in found if entry.id not in self._held]
         self._held.update((entry.id, None) for entry in found)
         return found
+
+    def _may_read(self) -> bool:
+        """Own the partition, or come to own it; give it up when this process has more than its share."""
+        (channel, partition), group = self._where, self._group
+        owners = self._store.owners.setdefault((channel, group.name), {})
+        members = self._store.partition(channel).groups[group.name].consumers
+        most = math.ceil(self._partitions / max(1, len(members)))
+        mine = sorted(part for part, owner in owners.items() if owner == group.consumer)
+        if partition in mine:
+            if partition not in mine[most:]:
+                return True
+            if not self._held:
+                del owners[partition]
+            return False
+        if partition in owners or len(mine) >= most:
+            return False
+        owners[partition] = group.consumer
+        return True
 
     async def commit(self, commit: Commit) -> list[str | None]:
         return await self._durable.commit(self._place, self._group.name, commit)
@@ -254,6 +275,9 @@ class _Reader:
             place.trim(self._keep)
             if (group := place.groups.get(self._group.name)) is not None:
                 group.consumers.discard(self._group.consumer)
+            owners = self._store.owners.get((self._where[0], self._group.name), {})
+            if owners.get(self._where[1]) == self._group.consumer:
+                del owners[self._where[1]]
 
 
 class _Tail:
@@ -281,13 +305,13 @@ class _Live:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.ring_frames = RING_FRAMES
 
     async def publish(self, channel: Channel[Any], partition: int, frames: Sequence[Outgoing]) -> None:
         with self._store.lock:
             for frame in frames:
                 self._store.partition(channel.name).published += frame.count
-                for listener in self._store.listeners.get(channel.name, []):
-                    listener.append(frame.body)
+                self._store.tell(channel.name, frame.body)
 
     async def outstanding(self, channel: Channel[Any], partition: int) -> int:
         return 0
@@ -295,10 +319,10 @@ class _Live:
     async def join(self, channel: Channel[Any], partition: int, group: Group) -> _LiveReader:
         with self._store.lock:
             self._store.partition(channel.name).join(group.name, "latest", group.consumer)
-        return _LiveReader(self._store, channel, group)
+        return _LiveReader(self, self._store, channel, group)
 
     async def tail(self, channel: Channel[Any], partition: int, since: str | None) -> _Listener:
-        return _Listener(self._store, channel.name)
+        return _Listener(self, self._store, channel.name)
 
     async def close(self) -> None:
         """Nothing is open."""
@@ -307,13 +331,18 @@ class _Live:
 class _Listener:
     """A ring of one listener; also the tail of a live channel."""
 
-    def __init__(self, store: Store, channel: str) -> None:
+    def __init__(self, live: _Live, store: Store, channel: str) -> None:
         self.dropped = 0
+        """Frames the ring lost."""
         self._store = store
         self._channel = channel
         self._number = 0
-        self._ring: deque[bytes] = deque(maxlen=RING_FRAMES)
-        store.listeners.setdefault(channel, []).append(self._ring)
+        self._ring: deque[bytes] = deque(maxlen=live.ring_frames)
+        store.listeners.setdefault(channel, []).append(self.put)
+
+    def put(self, body: bytes) -> None:
+        self.dropped += len(self._ring) == self._ring.maxlen
+        self._ring.append(body)
 
     def take(self, most: int) -> list[Entry]:
         with self._store.lock:
@@ -329,16 +358,16 @@ class _Listener:
 
     async def close(self) -> None:
         with self._store.lock:
-            listeners = self._store.listeners.get(self._channel, [])
-            listeners[:] = [ring for ring in listeners if ring is not self._ring]
+            self._store.listeners[self._channel].remove(self.put)
 
 
 class _LiveReader:
-    def __init__(self, store: Store, channel: Channel[Any], group: Group) -> None:
+    def __init__(self, live: _Live, store: Store, channel: Channel[Any], group: Group) -> None:
         self._store = store
         self._channel = channel
         self._group = group
-        self._listener = _Listener(store, channel.name)
+        self._listener = _Listener(live, store, channel.name)
+        self._overwritten = 0
         self._waiting: list[tuple[float, Retried]] = []
         self._retries = 0
         self._stopping = False
@@ -374,6 +403,11 @@ class _LiveReader:
 
     def lost(self) -> list[str]:
         return []
+
+    def overwritten(self) -> int:
+        """Frames the ring lost since the last call."""
+        lost, self._overwritten = self._listener.dropped - self._overwritten, self._listener.dropped
+        return lost
 
     async def release(self, entries: Sequence[str]) -> None:
         """A live entry cannot be handed back."""

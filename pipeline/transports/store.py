@@ -359,13 +359,19 @@ class Store:
         self.lock = threading.RLock()
         self.channels: dict[str, bytes] = {}
         self.replies: dict[str, deque[bytes]] = {}
-        self.listeners: dict[str, list[deque[bytes]]] = {}
+        self.listeners: dict[str, list[Callable[[bytes], None]]] = {}
+        self.owners: dict[tuple[str, str], dict[int, str]] = {}
+        """Of an ordered group, by channel and name: who reads which partition."""
         self.turns: dict[str, float] = {}
         self.users = 0
         self._partitions: dict[tuple[str, int], Partition] = {}
 
     def partition(self, channel: str, partition: int = 0) -> Partition:
         return self._partitions.setdefault((channel, partition), Partition(self.clock))
+
+    def tell(self, channel: str, body: bytes) -> None:
+        for put in self.listeners.get(channel, []):
+            put(body)
 
     def expire_leases(self) -> None:
         """Every lease ends now, as if all workers had stalled."""
@@ -380,6 +386,7 @@ class Store:
         with self.lock:
             self._partitions.clear()
             self.channels.clear()
+            self.owners.clear()
 
 
 def parse(id_: str) -> Position:
