@@ -32,7 +32,7 @@ from .retries import RetryPolicy
 from .router import Context, Router
 from .settings import Settings, settings
 from .subscriber import Subscriber, declare
-from .transports import Backend, Transport
+from .transports import Backend, Retried, Transport
 from .watching import Since, Watch, position
 
 __all__ = ["Pipeline"]
@@ -449,11 +449,11 @@ class Pipeline:
         settled = 0
         for message in letters:
             letter = message.event
-            body = letter.original if replay else b""
+            again = Retried(0.0, letter.original, letter.count, origin=letter.origin) if replay else None
+            ttl = dead_channel(letter.channel).keep * 2
             settled += await self._need_backend().settle_letter(
-                letter.channel, letter.partition, letter.group, message.id, body, letter.count,
-                dead_channel(letter.channel).keep * 2,
-            )  # fmt: skip
+                letter.channel, letter.partition, letter.group, message.id, again, ttl
+            )
         return settled
 
     async def rewind(self, channel: str, group: str, since: str | float | datetime) -> int:

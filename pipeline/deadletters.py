@@ -21,6 +21,8 @@ class DeadLetter(Event):
     channel: str
     group: str
     partition: int = 0
+    origin: int = 0
+    """Events in the stream up to and including the frame it came in; 0 on a live channel."""
     event_id: str
     """`source:sequence`; of the frame's entry when the frame could not be read."""
     key: str | None = None

@@ -148,25 +148,27 @@ class Draft:
         self._mark(held, index)
         self._commit.retried += 1
         body = self._codec.reencode(held.frame, index, attempt=held.attempt + 1)
-        self._commit.retries.append(Retried(delay, body))
+        self._commit.retries.append(Retried(delay, body, origin=held.entry.origin))
 
     def fail(self, held: Held, index: int, error: BaseException) -> None:
         self._mark(held, index)
         frame = held.frame
         original = self._codec.reencode(frame, index, attempt=1)
         self.bury(
-            frame.key(index), frame.id(index), held.partition, error, attempts=held.attempt, original=original, count=1
-        )
+            held.entry, held.partition, error,
+            key=frame.key(index), event_id=frame.id(index), attempts=held.attempt, original=original, count=1,
+        )  # fmt: skip
         if frame.header.reply is not None:
             self._refuse(frame.header.reply, self._request(held, index), reason_of(error))
 
     def bury(
         self,
-        key: str | None,
-        event_id: str,
+        entry: Entry,
         partition: int,
         error: BaseException,
         *,
+        key: str | None,
+        event_id: str,
         attempts: int,
         original: bytes,
         count: int,
@@ -176,6 +178,7 @@ class Draft:
             channel=self._subscriber.channel.name,
             group=self._subscriber.group,
             partition=partition,
+            origin=entry.origin,
             event_id=event_id,
             key=key,
             attempts=attempts,

@@ -248,7 +248,7 @@ class Router:
         indexes = held.indexes()
         bodies = [self._codec.reencode(held.frame, index, attempt=held.frame.header.attempt) for index in indexes]
         deliveries = 0 if delay else held.entry.deliveries - 1
-        retries = [Retried(delay, body, deliveries=deliveries) for body in bodies]
+        retries = [Retried(delay, body, deliveries=deliveries, origin=held.entry.origin) for body in bodies]
         commit = Commit(segments=held.segments(indexes), retries=retries)
         await held.reader.commit(commit)
         self._forget(held, held.open)
@@ -258,7 +258,10 @@ class Router:
         logger.error("%s: frame %s cannot be read: %s", self._name, entry.id, error)
         count = max(1, entry.count)
         draft = self._draft()
-        draft.bury(None, entry.id, partition, error, attempts=entry.deliveries, original=entry.body, count=count)
+        draft.bury(
+            entry, partition, error,
+            key=None, event_id=entry.id, attempts=entry.deliveries, original=entry.body, count=count,
+        )  # fmt: skip
         commit = draft.commit()
         if self.subscriber.channel.durable or entry.apart:
             commit.segments.append(Segment(entry.id, count, 0, count - 1))

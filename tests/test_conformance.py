@@ -297,8 +297,8 @@ async def test_a_dead_letter_is_settled_once(durable: Place) -> None:
     (entry,) = await take(reader, 1)
     await reader.commit(Commit([whole(entry)], handled=3, dead=1))
     settle = durable.backend.settle_letter
-    assert await settle("c", 0, "g", "letter:1", b"again", 1, 60.0)
-    assert not await settle("c", 0, "g", "letter:1", b"again", 1, 60.0)
+    assert await settle("c", 0, "g", "letter:1", Retried(0.0, b"again"), 60.0)
+    assert not await settle("c", 0, "g", "letter:1", Retried(0.0, b"again"), 60.0)
     stats = await durable.stats()
     assert (stats.dead, stats.pending) == (0, 1)
     assert (await take(reader, 1))[0].body == b"again"

@@ -101,6 +101,11 @@ class Entry:
     def apart(self) -> bool:
         return self.id.startswith("r")
 
+    @property
+    def origin(self) -> int:
+        """The position of the frame its events came in first; 0 where there is no stream."""
+        return int(self.id.partition("@")[2] or 0) if self.position is None else self.position
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -116,13 +121,15 @@ class Segment:
 class Retried:
     """An event to hand out again after `delay` seconds, to this group alone. `body` is a frame of it.
 
-    `deliveries` it has had without being settled; from SUSPICION on it is handed out alone.
+    `deliveries` it has had without being settled; from SUSPICION on it is handed out alone. `origin` is Entry.origin of
+    where it comes from: a rewind to before that takes it back.
     """
 
     delay: float
     body: bytes
     count: int = 1
     deliveries: int = 0
+    origin: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,9 +293,9 @@ class Backend(Protocol):
         ...
 
     async def settle_letter(
-        self, channel: str, partition: int, group: str, letter: str, body: bytes, count: int, ttl: float
+        self, channel: str, partition: int, group: str, letter: str, again: Retried | None, ttl: float
     ) -> bool:
-        """Replay a dead letter, or drop it when `body` is empty. False when it was settled before."""
+        """Hand a dead letter out `again`, or (None) drop it. False when it was settled before."""
         ...
 
     async def settled_letters(self, channel: str, partition: int, group: str) -> set[str]:

@@ -75,10 +75,10 @@ class MemoryBackend:
         return self.store.partition(name, part).stats()
 
     async def settle_letter(
-        self, channel: str, partition: int, group: str, letter: str, body: bytes, count: int, ttl: float
+        self, channel: str, partition: int, group: str, letter: str, again: Retried | None, ttl: float
     ) -> bool:
         with self.store.lock:
-            return self.store.partition(channel, partition).settle_letter(group, letter, body, count)
+            return self.store.partition(channel, partition).settle_letter(group, letter, again)
 
     async def settled_letters(self, channel: str, partition: int, group: str) -> set[str]:
         found = self.store.partition(channel, partition).groups.get(group)

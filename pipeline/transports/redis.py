@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..errors import ServerTooOld
-from . import GroupStats, PartitionStats
+from . import GroupStats, PartitionStats, Retried
 from .client import Client, LinkLost, ReplyError
 from .pubsub import PubSub, connect_link
 from .scripts import Keys
@@ -73,9 +73,9 @@ class RedisBackend:
         return int(clock[0]) + int(clock[1]) / 1e6, found
 
     async def settle_letter(
-        self, channel: str, partition: int, group: str, letter: str, body: bytes, count: int, ttl: float
+        self, channel: str, partition: int, group: str, letter: str, again: Retried | None, ttl: float
     ) -> bool:
-        return await self._streams.settle_letter(channel, partition, group, letter, body, count, ttl)
+        return await self._streams.settle_letter(channel, partition, group, letter, again, ttl)
 
     async def settled_letters(self, channel: str, partition: int, group: str) -> set[str]:
         reply = await self._client.call("SMEMBERS", Keys.of(channel, partition).group(group, "settled"))

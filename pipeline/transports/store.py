@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ChannelFull, ConfigurationError
-from . import SUSPICION, Commit, Entry, GroupStats, Outgoing, PartitionStats, Segment
+from . import SUSPICION, Commit, Entry, GroupStats, Outgoing, PartitionStats, Retried, Segment
 from .client import LinkLost
 
 __all__ = ["Clock", "Faults", "Partition", "Position", "Store", "parse"]
@@ -76,6 +76,7 @@ class _Due:
     body: bytes
     count: int
     taken: int
+    origin: int
 
 
 @dataclass
@@ -97,9 +98,10 @@ class _Group:
     def behind(self, published: int) -> int:
         return published - self.before - self.handled - self.dead - self.dropped
 
-    def wait(self, at: float, body: bytes, count: int, taken: int = 0) -> None:
+    def wait(self, now: float, retry: Retried) -> None:
         self.rid += 1
-        self.due[f"r{self.rid}" if count == 1 else f"r{self.rid}x{count}"] = _Due(at, body, count, taken)
+        due = _Due(now + retry.delay, retry.body, retry.count, retry.deliveries, retry.origin)
+        self.due[f"r{self.rid}x{retry.count}@{retry.origin}"] = due
 
 
 class Partition:
@@ -264,7 +266,7 @@ class Partition:
                 del group.progress[position]
         self.count(name, commit)
         for retry in commit.retries:
-            group.wait(now + retry.delay, retry.body, retry.count, retry.deliveries)
+            group.wait(now, retry)
 
     def count(self, name: str, commit: Commit) -> None:
         group = self.groups[name]
@@ -274,14 +276,21 @@ class Partition:
 
     # -- looking after -------------------------------------------------------------------------------------------
 
-    def settle_letter(self, name: str, letter: str, body: bytes, count: int) -> bool:
+    def settle_letter(self, name: str, letter: str, again: Retried | None) -> bool:
+        """See replay.lua."""
         group = self.groups[name]
         if letter in group.settled:
             return False
         group.settled.add(letter)
-        if body:
-            group.dead -= count
-            group.wait(self._clock.now(), body, count)
+        if again is None:
+            return True
+        if group.dead >= again.count:
+            group.dead -= again.count
+        elif group.handled >= again.count:
+            group.handled -= again.count
+        else:
+            return False
+        group.wait(self._clock.now(), again)
         return True
 
     def rewind(self, name: str, to: Position) -> int:
@@ -292,11 +301,15 @@ class Partition:
         later = [(position, count) for position, count, _ in self.entries if position > to]
         target = later[0][0][1] - later[0][1] if later else self.published
         current = max(group.before, group.last[1])
+        if target >= current:
+            return self.published - current
         undone = 0
         counts = {position: count for position, count, _ in self.entries}
         for position in [position for position in group.pending if position > to]:
             undone += counts[position] - group.progress.pop(position, "").count("1")
             del group.pending[position]
+        for rid in [rid for rid, due in group.due.items() if due.origin > target]:
+            undone += group.due.pop(rid).count
         earlier = [position for position, _, _ in self.entries if position <= to]
         group.last = earlier[-1] if earlier else (0, target)
         back = current - max(group.before, target) - undone

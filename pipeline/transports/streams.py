@@ -13,7 +13,7 @@ from typing import Any
 
 from ..channel import Channel
 from ..errors import ChannelFull, ConfigurationError, PublishUncertain, ServerUnavailable
-from . import SUSPICION, Commit, Entry, Group, Guarantees, Outgoing
+from . import SUSPICION, Commit, Entry, Group, Guarantees, Outgoing, Retried
 from .client import Argument, Client, Link, LinkLost, ReplyError, transient
 from .partitions import Share
 from .renewal import Renewer
@@ -142,16 +142,16 @@ class Streams:
         return list(await self.run("stats", [keys.stream, keys.meta, keys.groups]))
 
     async def settle_letter(
-        self, channel: str, partition: int, group: str, letter: str, body: bytes, count: int, ttl: float
+        self, channel: str, partition: int, group: str, letter: str, again: Retried | None, ttl: float
     ) -> bool:
-        """Replay (or, with an empty body, drop) a dead letter; False when that was done before."""
         keys = Keys.of(channel, partition)
-        names = [keys.group(group, part) for part in ("h", "due", "bod", "settled")]
-        return bool(await self.run("replay", names, letter, body, count, int(ttl * 1000)))
+        names = [keys.group(group, part) for part in ("h", "due", "bod", "takes", "settled")]
+        again = again or Retried(0.0, b"")
+        return bool(await self.run("replay", names, letter, int(ttl * 1000), again.count, again.origin, again.body))
 
     async def rewind(self, channel: str, partition: int, group: str, position: str) -> int:
         keys = Keys.of(channel, partition)
-        names = [keys.stream, keys.meta, keys.group(group, "h"), keys.group(group, "prog")]
+        names = [keys.stream, keys.meta, *(keys.group(group, part) for part in ("h", "prog", "due", "bod", "takes"))]
         try:
             return int(await self.run("rewind", names, group, position))
         except ReplyError as error:
@@ -592,7 +592,7 @@ def commit_arguments(keys: Keys, group: str, commit: Commit, token: str) -> tupl
         arguments += (segment.entry, segment.count, "" if apart else segment.low, segment.high)
     arguments += (commit.handled, commit.dead, commit.retried, len(commit.retries))
     for retry in commit.retries:
-        arguments += (int(retry.delay * 1000), retry.count, retry.deliveries, retry.body)
+        arguments += (int(retry.delay * 1000), retry.count, retry.deliveries, retry.origin, retry.body)
     arguments.append(len(commit.outputs))
     for output in commit.outputs:
         where = Keys.of(output.channel.name, output.partition)
@@ -611,6 +611,5 @@ def _entry(id_: bytes, count: int, body: bytes, done: str = "", deliveries: int 
 
 
 def _weight(rid: str) -> int:
-    """Events behind a retry id: "r12" is one, "r12x5" a frame of five that nobody could read."""
-    _, _, count = rid.partition("x")
-    return int(count or 1)
+    """Events behind a retry id: 5 of "r12x5@700", a frame that nobody could read."""
+    return int(rid[rid.index("x") + 1 : rid.index("@")])

@@ -30,6 +30,26 @@ local function add(stream, meta, n, body)
   return id
 end
 
+-- Let `count` events wait apart, as one frame: retries, replayed dead letters. The id tells all that others must know:
+-- r<number>x<events>@<offset of the frame they came in, which a rewind goes by>.
+local function set_apart(h, due, bod, takes, delay, count, taken, origin, body)
+  local rid = string.format('r%.0fx%.0f@%.0f', redis.call('HINCRBY', h, 'rid', 1), count, origin)
+  redis.call('ZADD', due, string.format('%.0f', now_ms() + delay), rid)
+  redis.call('HSET', bod, rid, body)
+  if taken > 0 then redis.call('HSET', takes, rid, taken) end
+  if count > 1 then redis.call('HINCRBY', h, 'extra', count - 1) end
+end
+
+-- They are settled, or undone.
+local function forget(h, due, bod, takes, rid)
+  redis.call('ZREM', due, rid)
+  redis.call('HDEL', bod, rid)
+  redis.call('HDEL', takes, rid)
+  local count = tonumber(string.match(rid, 'x(%d+)@'))
+  if count > 1 then redis.call('HINCRBY', h, 'extra', 1 - count) end
+  return count
+end
+
 -- Events that the group furthest behind has not settled; without a group, all that were not dropped.
 local function outstanding(meta, groups)
   local published = tonumber(redis.call('HGET', meta, 'published') or '0')

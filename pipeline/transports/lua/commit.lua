@@ -3,7 +3,7 @@
 -- ARGV: group, fencing token ('' none: this group's partitions have no owner),
 --       #segments, (id, n, low, high)…          low = '' settles an entry apart (a retry id)
 --       handled, dead, retried,
---       #retries, (delay ms, count, times taken, body)…
+--       #retries, (delay ms, count, times taken, origin, body)…
 --       #outputs, (kind, n, body)…              kind: s stream · p Pub/Sub
 --       #replies, (address, ttl ms, body)…
 -- → {} when applied, else {status a segment}: 'ok', 'gone', or the progress string. Scripts do not roll back, so every
@@ -48,7 +48,7 @@ end
 
 local handled, dead, retried = tonumber(take()), tonumber(take()), tonumber(take())
 local retries_at = at
-at = at + 1 + 4 * tonumber(ARGV[at])
+at = at + 1 + 5 * tonumber(ARGV[at])
 local outputs_at = at
 for i = 1, tonumber(take()) do
   local kind = take()
@@ -61,10 +61,7 @@ end
 
 for _, s in ipairs(segments) do
   if s.low == '' then
-    redis.call('ZREM', due, s.id)
-    redis.call('HDEL', bod, s.id)
-    redis.call('HDEL', takes, s.id)
-    if s.n > 1 then redis.call('HINCRBY', h, 'extra', 1 - s.n) end
+    forget(h, due, bod, takes, s.id)
   else
     local done = redis.call('HGET', prog, s.id)
     if not done and s.low == 0 and s.high == s.n - 1 then
@@ -87,12 +84,8 @@ if retried ~= 0 then redis.call('HINCRBY', h, 'retried', retried) end
 
 at = retries_at
 for _ = 1, tonumber(take()) do
-  local delay, count, taken, body = tonumber(take()), tonumber(take()), tonumber(take()), take()
-  local rid = string.format(count > 1 and 'r%.0fx%.0f' or 'r%.0f', redis.call('HINCRBY', h, 'rid', 1), count)
-  redis.call('ZADD', due, string.format('%.0f', now_ms() + delay), rid)
-  redis.call('HSET', bod, rid, body)
-  if taken > 0 then redis.call('HSET', takes, rid, taken) end
-  if count > 1 then redis.call('HINCRBY', h, 'extra', count - 1) end
+  local delay, count, taken, origin = tonumber(take()), tonumber(take()), tonumber(take()), tonumber(take())
+  set_apart(h, due, bod, takes, delay, count, taken, origin, take())
 end
 
 at = outputs_at

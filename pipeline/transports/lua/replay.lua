@@ -1,13 +1,19 @@
--- REPLAY or DROP a dead letter, once.  KEYS: h, due, bod, settled   ARGV: letter id, body ('' = drop), count, ttl ms
--- → 1 when this call settled it
-if redis.call('SADD', KEYS[4], ARGV[1]) == 0 then return 0 end
-redis.call('PEXPIRE', KEYS[4], ARGV[4])
-if ARGV[2] ~= '' then
-  local count = tonumber(ARGV[3])
-  redis.call('HINCRBY', KEYS[1], 'dead', -count)
-  local rid = string.format(count > 1 and 'r%.0fx%.0f' or 'r%.0f', redis.call('HINCRBY', KEYS[1], 'rid', 1), count)
-  redis.call('ZADD', KEYS[2], string.format('%.0f', now_ms()), rid)
-  redis.call('HSET', KEYS[3], rid, ARGV[2])
-  if count > 1 then redis.call('HINCRBY', KEYS[1], 'extra', count - 1) end
+-- REPLAY or DROP a dead letter, once.
+-- KEYS: h, due, bod, takes, settled   ARGV: letter id, ttl ms, count, origin, body ('' = drop)   → 1 when this call settled it
+if redis.call('SADD', KEYS[5], ARGV[1]) == 0 then return 0 end
+redis.call('PEXPIRE', KEYS[5], ARGV[2])
+if ARGV[5] == '' then return 1 end
+local count = tonumber(ARGV[3])
+-- A rewind may have undone this death: then the event was, or will be, handled again, and a replay repeats that.
+local counts = redis.call('HMGET', KEYS[1], 'dead', 'handled')
+local from
+if tonumber(counts[1] or '0') >= count then
+  from = 'dead'
+elseif tonumber(counts[2] or '0') >= count then
+  from = 'handled'
+else
+  return 0
 end
+redis.call('HINCRBY', KEYS[1], from, -count)
+set_apart(KEYS[1], KEYS[2], KEYS[3], KEYS[4], 0, count, 0, tonumber(ARGV[4]), ARGV[5])
 return 1

@@ -1,5 +1,5 @@
 -- REWIND a group to a position: what it handled since then is unread again.
--- KEYS: stream, meta, h, prog   ARGV: group, position id (entries after it are read again)   → events now unread
+-- KEYS: stream, meta, h, prog, due, bod, takes   ARGV: group, position id (entries after it are read again)   → events now unread
 local stream, h, prog = KEYS[1], KEYS[3], KEYS[4]
 local published = tonumber(redis.call('HGET', KEYS[2], 'published') or '0')
 local last
@@ -18,6 +18,8 @@ local target = published
 if entry then target = offset_of(entry[1]) - tonumber(entry[2][2]) end
 local before = tonumber(redis.call('HGET', h, 'before') or '0')
 local current = math.max(before, offset_of(last))
+-- Never forwards: what is unread stays so.
+if target >= current then return published - current end
 -- Held frames in the range are read again whole: forget who holds them and how far they came.
 local undone = 0
 while true do
@@ -37,6 +39,12 @@ while true do
   end
   if #held < 500 then break end
 end
+-- So do those of its events that wait apart.
+for _, rid in ipairs(redis.call('ZRANGE', KEYS[5], 0, -1)) do
+  if tonumber(string.match(rid, '@(%d+)$')) > target then
+    undone = undone + forget(h, KEYS[5], KEYS[6], KEYS[7], rid)
+  end
+end
 local previous = redis.call('XREVRANGE', stream, ARGV[2], '-', 'COUNT', 1)[1]
 redis.call('XGROUP', 'SETID', stream, ARGV[1], previous and previous[1] or string.format('0-%.0f', target))
 local back = current - math.max(before, target) - undone
@@ -44,6 +52,6 @@ if target < before then redis.call('HSET', h, 'before', target) end
 -- Take from `handled` first, then from `dead`: an event that died is tried again too.
 local handled = tonumber(redis.call('HGET', h, 'handled') or '0')
 local from_handled = math.min(back, handled)
-redis.call('HINCRBY', h, 'handled', -from_handled)
+if from_handled > 0 then redis.call('HINCRBY', h, 'handled', -from_handled) end
 if back > from_handled then redis.call('HINCRBY', h, 'dead', from_handled - back) end
 return published - target
