@@ -24,6 +24,7 @@ from .lifecycle import drain, first_failure, on_signals
 from .message import Message, Receipt
 from .metrics import GroupMetrics, WorkerSample, metrics_channel
 from .middleware import Middleware
+from .payloads import Payloads
 from .publishing import Outbox, check_delay
 from .registry import Registry
 from .reporting import Reporter, read_ledger
@@ -89,6 +90,7 @@ class Pipeline:
         self._backend: Backend | None = None
         self._registry: Registry | None = None
         self._replies: Replies | None = None
+        self._payloads: Payloads | None = None
         self._reporter: Reporter | None = None
         self._reporting: asyncio.Task[None] | None = None
         self._opened = 0
@@ -190,6 +192,10 @@ class Pipeline:
                 raise
             self._backend = backend
             self._registry = Registry(backend)
+            self._payloads = Payloads(
+                backend.payloads, self.settings.payloads, self.settings.inline_bytes, self.settings.max_frame_bytes,
+                self.settings.shm_bytes,
+            )  # fmt: skip
             self._replies = Replies(backend, self.source)
             self._reporter = Reporter(
                 self.name, self.consumer, self.settings.metrics_interval,
@@ -215,10 +221,12 @@ class Pipeline:
                     await self._send_last_report()
         if self._replies is not None:
             await self._replies.close()
+        assert self._payloads is not None
+        await self._payloads.close()
         await self._backend.close()
         self._routers.clear()
         self._outboxes.clear()
-        self._backend = self._registry = self._replies = None
+        self._backend = self._registry = self._replies = self._payloads = None
 
     def _make_backend(self) -> Backend:
         if self.url.startswith("memory:"):
@@ -247,6 +255,13 @@ class Pipeline:
         self._need_backend()
         assert self._registry is not None
         return self._registry
+
+    @property
+    def payloads(self) -> Payloads:
+        """How big tensors travel. Raises ConfigurationError when the pipeline is not open."""
+        self._need_backend()
+        assert self._payloads is not None
+        return self._payloads
 
     def codec(self, channel: Channel[Any]) -> Codec[Any]:
         """How a channel's frames are written and read."""
@@ -308,9 +323,10 @@ class Pipeline:
                 raise ConfigurationError(f"publish(channel, event): {channel!r} is not a Channel")
             codec = self.codec(channel)
             await self.registry.register(channel, codec)
+            limit = self.settings.max_frame_bytes
             outbox = self._outboxes.setdefault(
                 (channel, partition),
-                Outbox(channel, partition, codec, self._transport(channel), self.source, self.settings.max_frame_bytes),
+                Outbox(channel, partition, codec, self._transport(channel), self.payloads, self.source, limit),
             )
         return outbox
 
@@ -350,8 +366,10 @@ class Pipeline:
 
         async def prepare() -> None:
             await self.registry.register(channel, codec)
+            if codec.tensors:
+                await self.payloads.announce(channel, watched=True)
 
-        return Watch(channel, codec, transport, since, prepare)
+        return Watch(channel, codec, transport, self.payloads, since, prepare)
 
     # -- serve ---------------------------------------------------------------------------------------------------
 
@@ -392,6 +410,7 @@ class Pipeline:
                 codec=self.codec,
                 source=self.source,
                 consumer=self.consumer,
+                payloads=self.payloads,
                 prefetch_bytes=self.settings.prefetch_bytes,
                 middleware=self._middleware,
                 metrics=metrics,
@@ -432,7 +451,7 @@ class Pipeline:
         found: list[Message[DeadLetter]] = []
         codec, transport = self.codec(letters), self._need_backend().durable
         settled: dict[tuple[int, str], set[str]] = {}
-        async for message in read_all(Watch(letters, codec, transport, 10 * 365 * 86400.0, _nothing)):
+        async for message in read_all(Watch(letters, codec, transport, self.payloads, 10 * 365 * 86400.0, _nothing)):
             letter = message.event
             if group is not None and letter.group != group:
                 continue

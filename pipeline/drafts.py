@@ -11,9 +11,10 @@ from .channel import Channel
 from .deadletters import DeadLetter, dead_channel, reason_of, traceback_of
 from .errors import HandlerError
 from .events import Event
-from .frame import Codec, Frame
+from .frame import Codec, Frame, Placer
 from .message import Message
 from .metrics import GroupMetrics
+from .payloads import Flight, Oversized
 from .subscriber import Subscriber
 from .transports import Commit, Entry, Output, Reader, Reply, Retried, Segment
 
@@ -233,8 +234,8 @@ class Draft:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def commit(self) -> Commit:
-        """The commit. Raises EventTypeError when an output cannot be encoded."""
+    def commit(self, flight: Flight | None = None) -> Commit:
+        """The commit; big tensors of its outputs go with `flight`. Raises PublishError when one cannot be encoded."""
         commit, now = self._commit, time.time()
         self._close_run()
         self._run = [None, -1, -1]
@@ -243,11 +244,11 @@ class Draft:
                 Segment(held.entry.id, len(held.frame.events), low, high) for held, low, high in self._runs
             ]
         for (channel, partition), (events, keys) in self._outputs.items():
-            commit.outputs.extend(self._frames(channel, partition, events, keys, now))
+            commit.outputs.extend(self._frames(channel, partition, events, keys, now, flight))
         if self._letters:
             channel = dead_channel(self._subscriber.channel.name)
             letters, keys = [letter for letter, _ in self._letters], [key for _, key in self._letters]
-            commit.outputs.extend(self._frames(channel, 0, letters, keys, now))
+            commit.outputs.extend(self._frames(channel, 0, letters, keys, now, None))
         for address, (answers, ids) in self._answers.items():
             codec = reply_codec(self._subscriber.channel.reply)
             commit.replies.append(Reply(address, self._encode(codec, answers, ids, now)))
@@ -256,24 +257,41 @@ class Draft:
         return commit
 
     def _encode(
-        self, codec: Codec[Any], events: list[Any], keys: list[Any], now: float, sequence: int | None = None
+        self,
+        codec: Codec[Any],
+        events: list[Any],
+        keys: list[Any],
+        now: float,
+        sequence: int | None = None,
+        place: Placer | None = None,
     ) -> bytes:
         source = self._sources.durable if sequence is None else self._sources.live
-        return codec.encode(events, source=source, sequence=sequence, time=now, keys=keys)
+        return codec.encode(events, source=source, sequence=sequence, time=now, keys=keys, place=place)
 
     def _frames(
-        self, channel: Channel[Any], partition: int, events: list[Any], keys: list[Any], now: float
+        self,
+        channel: Channel[Any],
+        partition: int,
+        events: list[Any],
+        keys: list[Any],
+        now: float,
+        flight: Flight | None,
     ) -> list[Output]:
         if channel.raw:
             bodies = [event.encode() if isinstance(event, str) else event for event in events]
             return [Output(channel, 0, body, 1) for body in bodies]
         codec = self._codecs(channel)
         outputs: list[Output] = []
+        place = flight.placer(channel, partition) if flight is not None else None
         size, start = channel.frame, 0
         base = None if channel.durable else self._sources.published.get(channel.name, 0) + 1
         while start < len(events):
             part, names = events[start : start + size], keys[start : start + size]
-            body = self._encode(codec, part, names, now, None if base is None else base + start)
+            try:
+                body = self._encode(codec, part, names, now, None if base is None else base + start, place)
+            except Oversized as error:
+                size = max(1, len(part) * FRAME_BYTES // error.nbytes)
+                continue
             if len(body) > 2 * FRAME_BYTES and len(part) > 1:
                 size = max(1, len(part) * FRAME_BYTES // len(body))
                 continue

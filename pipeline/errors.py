@@ -14,7 +14,8 @@ PipelineError
 ├── FrameError                bytes that are no frame (also a ValueError)
 │   ├── FrameTruncated        the bytes end too early
 │   ├── FrameVersionError     a version this release does not read
-│   └── FrameInvalid          header, data or tensors break the rules
+│   ├── FrameInvalid          header, data or tensors break the rules
+│   └── PayloadGone           its tensors lay beside it, and do no longer
 ├── RequestError
 │   ├── RequestTimeout        no answer in time (also a TimeoutError)
 │   └── RequestFailed         the subscriber rejected the request or gave no answer
@@ -34,6 +35,7 @@ __all__ = [
     "FrameTruncated",
     "FrameVersionError",
     "HandlerError",
+    "PayloadGone",
     "PayloadTooLarge",
     "PipelineError",
     "PublishError",
@@ -107,6 +109,10 @@ class FrameVersionError(FrameError):
 
 class FrameInvalid(FrameError):
     """Raised when a frame's header, data or tensors break the rules of the format."""
+
+
+class PayloadGone(FrameError):
+    """Raised when the tensors of a frame lay beside it (shared memory, blobs) and are not there any more."""
 
 
 class RequestError(PipelineError):

@@ -5,7 +5,8 @@
 A frame without tensors is that JSON object and nothing else, so any client can read it. With tensors, a fixed
 20-byte prefix (magic, version, length of the JSON, length of the buffers), the JSON, and the raw buffers, each
 aligned to 64 bytes; the JSON refers to them by offset and they are decoded without copying. Header and data are
-validated in one pydantic-core call. Header names follow CloudEvents where it has one.
+validated in one pydantic-core call. Header names follow CloudEvents where it has one. Buffers of big tensors may lie
+beside the frame (see pipeline.payloads): then the magic differs, and a reference stands in their place.
 
 What a publisher does not know (the sequence of a handler's outputs) is left out and comes from the stream position.
 """
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -28,12 +30,16 @@ from .errors import EventTypeError, FrameError, FrameInvalid, FrameTruncated, Fr
 from .message import Message, utc
 from .tensors import ALIGNMENT, Buffers, Tensor, TensorBytes
 
-__all__ = ["Codec", "Frame", "Header", "Invalid"]
+__all__ = ["REFERENCE", "Codec", "Frame", "Header", "Invalid", "Placer", "reference_of"]
 
 VERSION = 1
 MAGIC = b"\x00PLF"
+REFERENCE = b"\x00PLR"
+Placer = Callable[[Buffers, int], bytes | None]
+"""Given the tensors of so many events, where it put them; None: they stay in the frame."""
 _PREFIX = struct.Struct("<4sB3xIQ")
 _JSON_START = b'{"pipeline":'
+_REFERENCE = re.compile(rb"shm [0-9a-f]{16} [0-9]{1,9} [0-9]{1,15}|blob [0-9a-f]{24} [0-9]{1,6}")
 
 T = TypeVar("T")
 
@@ -154,8 +160,10 @@ class Codec(Generic[T]):
         attempt: int = 1,
         due: float | None = None,
         reply: str | None = None,
+        place: Placer | None = None,
     ) -> bytes:
-        """The bytes of a frame. Raises EventTypeError when an event cannot be serialised as its type says."""
+        """The bytes of a frame. Raises EventTypeError when an event cannot be serialised as its type says, and whatever
+        `place` raises."""
         header: dict[str, Any] = {
             "pipeline": VERSION,
             "type": self.channel.type.__name__,
@@ -177,7 +185,7 @@ class Codec(Generic[T]):
             header["due"] = due
         if reply is not None:
             header["reply"] = reply
-        return self._join(header, events)
+        return self._join(header, events, place)
 
     def reencode(self, frame: Frame[T], index: int, *, attempt: int) -> bytes:
         """A frame of one event of another: same id, time, key and headers, with its attempt. For retries."""
@@ -194,7 +202,7 @@ class Codec(Generic[T]):
             reply=frame.header.reply,
         )
 
-    def _join(self, header: dict[str, Any], events: Sequence[Any]) -> bytes:
+    def _join(self, header: dict[str, Any], events: Sequence[Any], place: Placer | None) -> bytes:
         buffers = Buffers() if self.tensors else None
         try:
             data = self._list.dump_json(events, context=buffers, warnings="error")  # type: ignore[arg-type]
@@ -208,21 +216,32 @@ class Codec(Generic[T]):
         text = to_json(header)[:-1] + b',"data":' + data + b"}"
         if buffers is None or not buffers.parts:
             return text
+        if place is not None and (reference := place(buffers, len(events))) is not None:
+            return _PREFIX.pack(REFERENCE, VERSION, len(text), buffers.nbytes) + text + reference
         padding = -(_PREFIX.size + len(text)) % ALIGNMENT
         prefix = _PREFIX.pack(MAGIC, VERSION, len(text), buffers.nbytes)
         return b"".join((prefix, text, bytes(padding), *buffers.parts))
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def decode(self, payload: bytes, *, count: int | None = None, position: int | None = None) -> Frame[T]:
+    def decode(
+        self,
+        payload: bytes,
+        *,
+        count: int | None = None,
+        position: int | None = None,
+        beside: TensorBytes | None = None,
+    ) -> Frame[T]:
         """Read a frame.
 
         count     how many events its stream entry promises
         position  events in the stream up to and including this frame: where the sequence of outputs comes from
+        beside    the buffers, where they lie beside the frame
 
         Raises FrameError (truncated, another version, invalid); one bad event among good ones does not.
         """
         text, buffers = split(payload)
+        buffers = beside or buffers
         try:
             body = self._body.model_validate_json(text, context=buffers)
             events: list[Any] = body.data
@@ -242,7 +261,8 @@ class Codec(Generic[T]):
         sequence = body.sequence
         if sequence is None:
             sequence = (position if position is not None else len(events)) - len(events) + 1
-        return Frame(self.channel.name, body, events, sequence, len(payload), buffers, invalid)
+        nbytes = len(payload) + (len(beside.view) if beside is not None else 0)
+        return Frame(self.channel.name, body, events, sequence, nbytes, buffers, invalid)
 
     def decode_live(self, payload: bytes) -> Frame[T]:
         """Read what arrived on a live channel: a frame, or what a plain client wrote (object, array, raw text)."""
@@ -309,6 +329,9 @@ class Codec(Generic[T]):
 def split(payload: bytes) -> tuple[bytes, TensorBytes | None]:
     """The JSON and the buffers of a frame. Raises FrameError."""
     view = memoryview(payload)
+    if view[:4] == REFERENCE:
+        start, _ = _reference(view)
+        return bytes(view[_PREFIX.size : start]), None
     if view[:4] != MAGIC:
         if not view:
             raise FrameTruncated("an empty frame")
@@ -325,6 +348,26 @@ def split(payload: bytes) -> tuple[bytes, TensorBytes | None]:
         raise kind(f"the prefix promises {start + buffer_length} bytes, there are {len(view)}")
     text = view[_PREFIX.size : _PREFIX.size + text_length]
     return bytes(text), TensorBytes(view[start:])
+
+
+def reference_of(payload: bytes) -> tuple[str, int]:
+    """Where the buffers of a frame lie that begins with REFERENCE, and their size. Raises FrameError."""
+    start, nbytes = _reference(memoryview(payload))
+    reference = payload[start:]
+    if not _REFERENCE.fullmatch(reference):
+        raise FrameInvalid(f"not a reference to a payload: {reference[:80]!r}")
+    return reference.decode("ascii"), nbytes
+
+
+def _reference(view: memoryview) -> tuple[int, int]:
+    if len(view) < _PREFIX.size:
+        raise FrameTruncated(f"{len(view)} bytes; a frame with tensors begins with {_PREFIX.size}")
+    _, version, text_length, nbytes = _PREFIX.unpack_from(view)
+    if version != VERSION:
+        raise FrameVersionError(f"frame version {version}; this release reads version {VERSION}")
+    if _PREFIX.size + text_length >= len(view):
+        raise FrameTruncated(f"the prefix promises {text_length} bytes of JSON, there are {len(view)} in all")
+    return _PREFIX.size + text_length, nbytes
 
 
 def plain(value: Any, buffers: TensorBytes | None) -> Any:

@@ -13,6 +13,7 @@ from .channel import Channel
 from .errors import ConfigurationError, PayloadTooLarge
 from .frame import Codec
 from .message import Receipt
+from .payloads import Flight, Oversized, Payloads
 from .transports import Outgoing, Transport
 
 __all__ = ["Outbox"]
@@ -73,7 +74,14 @@ class Outbox:
     """One process's way to one partition of a channel. Writes are in order, one at a time, of one frame or more."""
 
     def __init__(
-        self, channel: Channel[Any], partition: int, codec: Codec[Any], transport: Transport, source: str, limit: int
+        self,
+        channel: Channel[Any],
+        partition: int,
+        codec: Codec[Any],
+        transport: Transport,
+        payloads: Payloads,
+        source: str,
+        limit: int,
     ) -> None:
         self.channel = channel
         self.source = source if partition == 0 else f"{source}.{partition}"
@@ -82,6 +90,7 @@ class Outbox:
         self._partition = partition
         self._codec = codec
         self._transport = transport
+        self._payloads = payloads if codec.tensors else None
         self._limit = limit
         self._next = 1
         self._queue: deque[_Parcel] = deque()
@@ -153,15 +162,24 @@ class Outbox:
     async def _write(self, parcels: list[_Parcel]) -> None:
         start = self._next
         frames: list[Outgoing] = []
+        flight = None
+        if self._payloads is not None:
+            await self._payloads.prepare(self.channel, self._partition)
+            flight = Flight(self._payloads)
         try:
             for group in _alike(parcels):
-                frames.extend(self._frames(group))
+                frames.extend(self._frames(group, flight))
+            if flight is not None:
+                await flight.upload()
             await self._send(frames)
         except BaseException as error:
             # Nothing was written, or it is unknown how much; a sequence that is reused would be taken for a repeat.
             if isinstance(error, (PayloadTooLarge, TypeError)):
                 self._next = start
             raise
+        finally:
+            if flight is not None:
+                flight.landed()
 
     async def _send(self, frames: list[Outgoing]) -> None:
         for index in range(0, len(frames), MOST_FRAMES):
@@ -169,7 +187,7 @@ class Outbox:
             await self._transport.publish(self.channel, self._partition, part)
             self.published += sum(frame.count for frame in part)
 
-    def _frames(self, group: list[_Parcel]) -> list[Outgoing]:
+    def _frames(self, group: list[_Parcel], flight: Flight | None) -> list[Outgoing]:
         events: list[Any] = group[0].events
         keys, headers, times = group[0].keys, None, None
         if len(group) > 1:
@@ -183,7 +201,7 @@ class Outbox:
         for parcel in group:
             parcel.first = first
             first += len(parcel.events)
-        return self._cut(events, keys, headers, times, group[0])
+        return self._cut(events, keys, headers, times, group[0], flight)
 
     def _cut(
         self,
@@ -192,27 +210,35 @@ class Outbox:
         headers: list[Mapping[str, str] | None] | None,
         times: list[float] | None,
         model: _Parcel,
+        flight: Flight | None,
     ) -> list[Outgoing]:
         """Frames within the channel's limits of events and bytes."""
         if self.channel.raw:
             return [self._raw(event) for event in events]
         frames: list[Outgoing] = []
+        place = flight.placer(self.channel, self._partition) if flight is not None else None
         at = 0
         while at < len(events):
             size = self._size(len(events) - at)
             part = slice(at, at + size)
-            body = self._codec.encode(
-                events[part],
-                source=self.source,
-                sequence=self._next,
-                time=model.time,
-                times=times[part] if times else None,
-                keys=keys[part] if keys else None,
-                headers=headers[part] if headers else None,
-                due=model.due,
-                reply=model.reply,
-            )
-            self._event_bytes = len(body) / size
+            try:
+                body = self._codec.encode(
+                    events[part],
+                    source=self.source,
+                    sequence=self._next,
+                    time=model.time,
+                    times=times[part] if times else None,
+                    keys=keys[part] if keys else None,
+                    headers=headers[part] if headers else None,
+                    due=model.due,
+                    reply=model.reply,
+                    place=place,
+                )
+            except Oversized as error:
+                self._event_bytes = error.nbytes / size
+                continue
+            beside = flight.take_placed() if flight is not None else 0
+            self._event_bytes = (len(body) + beside) / size
             if size > 1 and len(body) > 2 * FRAME_BYTES:
                 continue  # events are bigger than they were: cut smaller
             self._check_size(len(body))

@@ -27,6 +27,7 @@ from .flow import Flow
 from .frame import Codec
 from .metrics import GroupMetrics
 from .middleware import Middleware
+from .payloads import Flight, Payloads
 from .subscriber import Subscriber
 from .transports import SUSPICION, Commit, Entry, Group, Reader, Retried, Segment, Transport
 from .transports.client import ReplyError
@@ -64,6 +65,7 @@ class Context:
     codec: Callable[[Channel[Any]], Codec[Any]]
     source: str
     consumer: str
+    payloads: Payloads
     prefetch_bytes: int
     middleware: list[Middleware]
     metrics: GroupMetrics
@@ -86,6 +88,7 @@ class Router:
         self._draining = asyncio.Event()
         self._gaps = Gaps()
         self._bounded = [channel for channel in subscriber.publishes if channel.capacity is not None]
+        self._tensors = [channel for channel in subscriber.publishes if context.codec(channel).tensors]
         self._repeats = 0
         """Retries that happened in place, for the next commit to count."""
         self._sources = Sources(f"{subscriber.channel.name}.{subscriber.group}", context.source)
@@ -101,6 +104,8 @@ class Router:
         exclusive = subscriber.ordered and channel.partitions > 1
         group = Group(subscriber.group, self._context.consumer, subscriber.lease, subscriber.start, exclusive)
         transport = self._context.transport(channel)
+        if self._codec.tensors:
+            await self._context.payloads.announce(channel)
         for partition in range(channel.partitions):
             self._readers.append(await transport.join(channel, partition, group))
         name = f"{channel.name}/{subscriber.group}"
@@ -204,7 +209,8 @@ class Router:
         codec, durable = self._codec, self.subscriber.channel.durable
         try:
             if durable or entry.apart:
-                frame = codec.decode(entry.body, count=entry.count, position=entry.position)
+                beside = await self._context.payloads.open(self.subscriber.channel, partition, entry.body)
+                frame = codec.decode(entry.body, count=entry.count, position=entry.position, beside=beside)
             else:
                 frame = codec.decode_live(entry.body)
                 self._context.metrics.dropped += self._gaps.note(frame)
@@ -419,14 +425,23 @@ class Router:
             draft = self._draft()
             for (held, index), outcome in items:
                 self._resolve(draft, held, index, outcome)
+            flight = Flight(self._context.payloads) if self._tensors else None
             try:
-                commit = draft.commit()
-            except PipelineError as error:
-                items = self._blame(items, error)
-                continue
-            repeats, self._repeats = self._repeats, 0
-            commit.retried += repeats
-            statuses = await reader.commit(commit)
+                if flight is not None:
+                    await self._prepare()
+                try:
+                    commit = draft.commit(flight)
+                except PipelineError as error:
+                    items = self._blame(items, error)
+                    continue
+                if flight is not None:
+                    await flight.upload()
+                repeats, self._repeats = self._repeats, 0
+                commit.retried += repeats
+                statuses = await reader.commit(commit)
+            finally:
+                if flight is not None:
+                    flight.landed()
             if statuses:
                 self._repeats += repeats
             else:
@@ -439,6 +454,11 @@ class Router:
             held.settle()
         for held in {id(item[0][0]): item[0][0] for item in everything}.values():
             self._forget(held, held.take_settled())
+
+    async def _prepare(self) -> None:
+        for channel in self._tensors:
+            for partition in range(channel.partitions):
+                await self._context.payloads.prepare(channel, partition)
 
     def _draft(self) -> Draft:
         return Draft(self.subscriber, self._codec, self._context.codec, self._sources)

@@ -53,6 +53,13 @@ class Settings(BaseSettings):
     inline_bytes: int = Field(default=64 << 10, ge=0)
     """Tensors up to this size travel inside the frame; bigger ones beside it, through the payload plane."""
 
+    payloads: Literal["auto", "shm", "blobs", "inline"] = "auto"
+    """How bigger tensors travel: by shared memory where all readers are on this host, else by keys of their own in
+    Redis (auto); always one of these; or inside their frames."""
+
+    shm_bytes: int | None = Field(default=None, ge=0)
+    """Shared memory a process may use for tensors; unset: half of what is free."""
+
     prefetch_bytes: int = Field(default=32 << 20, ge=1)
     """How much a subscriber process reads ahead of its handlers."""
 

@@ -208,6 +208,8 @@ class Buffers:
 
     parts: list[memoryview] = field(default_factory=list)
     nbytes: int = 0
+    largest: int = 0
+    """Bytes of the biggest tensor."""
 
     def add(self, tensor: Tensor) -> dict[str, Any]:
         offset = self.nbytes
@@ -217,6 +219,7 @@ class Buffers:
         if padding:
             self.parts.append(memoryview(bytes(padding)))
         self.nbytes += len(buffer) + padding
+        self.largest = max(self.largest, len(buffer))
         return {"$tensor": [tensor.dtype, list(tensor.shape), offset]}
 
 

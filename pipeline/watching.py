@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
 from .channel import Channel
 from .drafts import Gaps
-from .errors import ConfigurationError, FrameError
+from .errors import ConfigurationError, FrameError, PayloadGone
 from .frame import Codec, Frame
 from .message import Message
+from .payloads import Payloads
 from .transports import Entry, Tail, Transport
 
 __all__ = ["Since", "Watch", "position"]
@@ -66,7 +67,15 @@ class Watch(Generic[T]):
     `dropped` counts events this watcher is known to have missed.
     """
 
-    def __init__(self, channel: Channel[T], codec: Codec[T], transport: Transport, since: Since, prepare: Any) -> None:
+    def __init__(
+        self,
+        channel: Channel[T],
+        codec: Codec[T],
+        transport: Transport,
+        payloads: Payloads,
+        since: Since,
+        prepare: Any,
+    ) -> None:
         if since is not None and not channel.durable:
             raise ConfigurationError(f"channel {channel.name!r} is live: it has no past to watch since={since!r}")
         self._after = since if isinstance(since, str) and position(since) is None else None
@@ -74,6 +83,7 @@ class Watch(Generic[T]):
         self._channel = channel
         self._codec = codec
         self._transport = transport
+        self._payloads = payloads
         self._prepare = prepare
         self._tails: list[Tail] = []
         self._gaps = Gaps()
@@ -103,23 +113,28 @@ class Watch(Generic[T]):
         return self._messages
 
     async def _read(self) -> AsyncIterator[Message[T]]:
-        entries = aiter(self._tails[0]) if len(self._tails) == 1 else self._merge()
+        entries = self._only() if len(self._tails) == 1 else self._merge()
         try:
-            async for entry in entries:
-                frame = self._decode(entry)
+            async for partition, entry in entries:
+                frame = await self._decode(partition, entry)
                 if frame is None:
                     continue
                 for index in range(len(frame.events)):
                     if index not in frame.invalid and self._is_after(frame, index):
                         yield frame.message(index)
         finally:
-            await entries.aclose()  # type: ignore[attr-defined]
+            await entries.aclose()
 
-    def _decode(self, entry: Entry) -> Frame[T] | None:
+    async def _decode(self, partition: int, entry: Entry) -> Frame[T] | None:
         try:
             if self._channel.durable:
-                return self._codec.decode(entry.body, count=entry.count, position=entry.position)
+                beside = await self._payloads.open(self._channel, partition, entry.body)
+                return self._codec.decode(entry.body, count=entry.count, position=entry.position, beside=beside)
             frame = self._codec.decode_live(entry.body)
+        except PayloadGone as error:
+            logger.info("channel %r: %d events are left out: %s", self._channel.name, entry.count, error)
+            self._missed += entry.count
+            return None
         except FrameError as error:
             logger.warning("channel %r: a frame cannot be read and is left out: %s", self._channel.name, error)
             return None
@@ -134,14 +149,25 @@ class Watch(Generic[T]):
             self._after = None
         return False
 
-    async def _merge(self) -> AsyncIterator[Entry]:
-        queue: asyncio.Queue[Entry] = asyncio.Queue(MOST_WAITING)
+    async def _only(self) -> AsyncGenerator[tuple[int, Entry]]:
+        entries = aiter(self._tails[0])
+        try:
+            async for entry in entries:
+                yield 0, entry
+        finally:
+            await entries.aclose()  # type: ignore[attr-defined]
 
-        async def pump(tail: Tail) -> None:
+    async def _merge(self) -> AsyncGenerator[tuple[int, Entry]]:
+        queue: asyncio.Queue[tuple[int, Entry]] = asyncio.Queue(MOST_WAITING)
+
+        async def pump(partition: int, tail: Tail) -> None:
             async for entry in tail:
-                await queue.put(entry)
+                await queue.put((partition, entry))
 
-        pumps = [asyncio.create_task(pump(tail), name=f"watch {self._channel.name}") for tail in self._tails]
+        pumps = [
+            asyncio.create_task(pump(partition, tail), name=f"watch {self._channel.name}")
+            for partition, tail in enumerate(self._tails)
+        ]
         try:
             while True:
                 yield await queue.get()

@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from pipeline import Channel, Event, Message, Pipeline, Retry, RetryPolicy
+import numpy as np
+
+from pipeline import Channel, Event, Message, Pipeline, Retry, RetryPolicy, Tensor
 
 from .processes import line_with
 
@@ -26,6 +28,12 @@ class Square(Event):
     squared: int
 
 
+class Picture(Event):
+    n: int
+    pixels: Tensor
+
+
+images = Channel("images", Picture, capacity=20)
 jobs = Channel("jobs", Number, frame=1)
 deadly = Channel("deadly", Number)
 inputs = Channel("in", Number)
@@ -132,7 +140,27 @@ def holds_the_gil(lease: float, seconds: float) -> Callable[[Pipeline], None]:
     return declare
 
 
+def checks_images(app: Pipeline) -> None:
+    @app.subscriber(images, group="g", lease=1.0, concurrency=4)
+    async def check(picture: Picture) -> None:
+        await asyncio.sleep(0.01)
+        if not (np.asarray(picture.pixels) == picture.n % 251).all():
+            raise AssertionError(f"torn: {picture.n}")
+
+
+def publishes_images(app: Pipeline) -> None:
+    async def publish() -> None:
+        for n in range(100_000):
+            await app.publish(images, Picture(n=n, pixels=np.full(300_000, n % 251, np.uint8)))
+
+    @app.on_start
+    async def begin() -> None:
+        app.spawn(publish())
+
+
 APPS = {
+    "images": checks_images,
+    "images_publisher": publishes_images,
     "holds": holds,
     "finishes": finishes,
     "deadly": kills_itself,

@@ -263,6 +263,35 @@ class PartitionStats:
     groups: dict[str, GroupStats]
 
 
+class PayloadStore(Protocol):
+    """What a backend knows of tensors that travel beside their frames; see pipeline.payloads."""
+
+    @property
+    def same_host(self) -> bool:
+        """The URL says that Redis, and so most likely everybody, is on this host."""
+        ...
+
+    async def deployment(self) -> str:
+        """16 hex digits that are this database's own."""
+        ...
+
+    async def announce(self, channel: str, host: str) -> None:
+        """For a minute from now, this host reads the channel."""
+        ...
+
+    async def hosts(self, channel: str) -> set[str]: ...
+
+    async def collect(self, channel: str, partition: int, owner: str, asked: Sequence[str]) -> list[str]:
+        """Forget payloads that every group is past. Returns those of the owner's, and of `asked`, that nobody needs."""
+        ...
+
+    async def upload(self, channel: str, partition: int, name: str, chunks: Sequence[memoryview]) -> None: ...
+
+    async def download(self, channel: str, partition: int, name: str, chunks: int) -> list[bytes | None]:
+        """The chunks of a blob; None where one is gone."""
+        ...
+
+
 class Backend(Protocol):
     """One Redis database (or memory): its two transports, and the few things beside them."""
 
@@ -271,6 +300,11 @@ class Backend(Protocol):
 
     @property
     def live(self) -> Transport: ...
+
+    @property
+    def payloads(self) -> PayloadStore | None:
+        """None: tensors travel inside their frames."""
+        ...
 
     async def open(self, patience: float | None) -> None:
         """Connect. Raises ServerUnavailable after `patience` seconds (None: waits for ever)."""

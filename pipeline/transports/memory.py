@@ -36,6 +36,7 @@ class MemoryBackend:
         self.store = store
         self.durable = _Durable(store)
         self.live = _Live(store)
+        self.payloads = None
         self._url = url
         self._open = False
 

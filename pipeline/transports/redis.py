@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..errors import ServerTooOld
 from . import GroupStats, PartitionStats, Retried
 from .client import Client, LinkLost, ReplyError
+from .payload_store import RedisPayloadStore
 from .pubsub import PubSub, connect_link
 from .scripts import Keys
 from .streams import Streams
@@ -32,6 +33,7 @@ class RedisBackend:
         self._streams = Streams(url, name, group_expires)
         self.durable = self._streams
         self.live = PubSub(self._streams, url, name, connect)
+        self.payloads = RedisPayloadStore(self._streams, url, name)
         self._client = self._streams.client
         self._reply_client = Client(url, f"{name}-replies")
 
@@ -95,6 +97,7 @@ class RedisBackend:
         return reply is not None
 
     async def close(self) -> None:
+        await self.payloads.close()
         await self._reply_client.close()
         await self._streams.close()
 

@@ -9,6 +9,17 @@ local function offset_of(id)
   return tonumber(string.match(id, '%-(%d+)$'))
 end
 
+-- A frame whose tensors lie beside it ends with where: "shm <owner> …" in shared memory, "blob <name> <chunks>" in keys of
+-- their own. Until every group has settled it, that is remembered by its position; see collect.lua.
+local function remember(base, body, offset)
+  local _, length = struct.unpack('<I4I4', string.sub(body, 5, 12))
+  local reference = string.sub(body, 21 + length)
+  local owner = string.match(reference, '^shm (%x+) ')
+  redis.call('ZADD', base .. 'p:' .. (owner or 'blobs'), offset, reference)
+  local name, chunks = string.match(reference, '^blob (%x+) (%d+)$')
+  for i = 1, tonumber(chunks or '0') do redis.call('PERSIST', base .. 'b:' .. name .. ':' .. i) end
+end
+
 local function add(stream, meta, n, body)
   local offset = redis.call('HINCRBY', meta, 'published', n)
   local id = string.format('%.0f-%.0f', now_ms(), offset)
@@ -27,7 +38,24 @@ local function add(stream, meta, n, body)
     id = string.format('%s-%.0f', string.match(last, '^(%d+)'), offset)
     redis.call('XADD', stream, id, 'n', n, 'b', body)
   end
+  if string.sub(body, 1, 4) == '\0PLR' then remember(string.sub(stream, 1, -2), body, offset) end
   return id
+end
+
+-- The oldest entry whose payload, should it have one, has not been released; and the id before it, nil if there is none.
+local function first_readable(stream, meta)
+  local gone = tonumber(redis.call('HGET', meta, 'gone') or '0')
+  local most = gone > 0 and 100 or 1
+  local from, previous = '-', nil
+  while true do
+    local entries = redis.call('XRANGE', stream, from, '+', 'COUNT', most)
+    for _, entry in ipairs(entries) do
+      if offset_of(entry[1]) > gone then return entry, previous end
+      previous = entry[1]
+    end
+    if #entries < most then return nil, previous end
+    from = '(' .. previous
+  end
 end
 
 -- Let `count` events wait apart, as one frame: retries, replayed dead letters. The id tells all that others must know:

@@ -1,5 +1,6 @@
 -- JOIN a group, making it where there is none.  KEYS: stream, meta, h, groups   ARGV: group, oldest|latest
--- → 1 when it was made. `before` is what preceded the group: events already trimmed, or all of them.
+-- → 1 when it was made. `before` is what preceded the group: events already trimmed, or whose
+-- payload has been released (see collect.lua), or all of them.
 local stream, meta, h = KEYS[1], KEYS[2], KEYS[3]
 if redis.call('EXISTS', stream) == 1 then
   for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
@@ -13,10 +14,11 @@ if redis.call('EXISTS', stream) == 1 then
 end
 local published = tonumber(redis.call('HGET', meta, 'published') or '0')
 local before, at = published, '$'
-if ARGV[2] == 'oldest' then
-  local entry = redis.call('EXISTS', stream) == 1 and redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
+if ARGV[2] == 'oldest' and redis.call('EXISTS', stream) == 1 then
+  local entry, previous = first_readable(stream, meta)
   if entry then
-    before, at = offset_of(entry[1]) - tonumber(entry[2][2]), '0-0'
+    before = offset_of(entry[1]) - tonumber(entry[2][2])
+    at = previous or string.format('0-%.0f', before)
   end
 end
 redis.call('XGROUP', 'CREATE', stream, ARGV[1], at, 'MKSTREAM')

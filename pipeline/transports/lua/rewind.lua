@@ -1,6 +1,12 @@
 -- REWIND a group to a position: what it handled since then is unread again.
 -- KEYS: stream, meta, h, prog, due, bod, takes   ARGV: group, position id (entries after it are read again)   → events now unread
 local stream, h, prog = KEYS[1], KEYS[3], KEYS[4]
+local function after(one, other)
+  local ms, offset = string.match(one, '^(%d+)%-(%d+)$')
+  local other_ms, other_offset = string.match(other, '^(%d+)%-(%d+)$')
+  ms, other_ms = tonumber(ms), tonumber(other_ms)
+  return ms > other_ms or (ms == other_ms and tonumber(offset) > tonumber(other_offset))
+end
 local published = tonumber(redis.call('HGET', KEYS[2], 'published') or '0')
 local last
 for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
@@ -12,8 +18,11 @@ for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
   if name == ARGV[1] then last = id end
 end
 if not last then return redis.error_reply('NOGROUP ' .. ARGV[1]) end
--- The first entry to be read again tells how many events lie before it.
-local entry = redis.call('XRANGE', stream, '(' .. ARGV[2], '+', 'COUNT', 1)[1]
+-- The first entry to be read again tells how many events lie before it. What lost its payload cannot be read.
+local to = ARGV[2]
+local _, previous = first_readable(stream, KEYS[2])
+if previous and after(previous, to) then to = previous end
+local entry = redis.call('XRANGE', stream, '(' .. to, '+', 'COUNT', 1)[1]
 local target = published
 if entry then target = offset_of(entry[1]) - tonumber(entry[2][2]) end
 local before = tonumber(redis.call('HGET', h, 'before') or '0')
@@ -23,7 +32,7 @@ if target >= current then return published - current end
 -- Held frames in the range are read again whole: forget who holds them and how far they came.
 local undone = 0
 while true do
-  local held = redis.call('XPENDING', stream, ARGV[1], '(' .. ARGV[2], '+', 500)
+  local held = redis.call('XPENDING', stream, ARGV[1], '(' .. to, '+', 500)
   for _, p in ipairs(held) do
     local frame = redis.call('XRANGE', stream, p[1], p[1])[1]
     if frame then
@@ -45,8 +54,8 @@ for _, rid in ipairs(redis.call('ZRANGE', KEYS[5], 0, -1)) do
     undone = undone + forget(h, KEYS[5], KEYS[6], KEYS[7], rid)
   end
 end
-local previous = redis.call('XREVRANGE', stream, ARGV[2], '-', 'COUNT', 1)[1]
-redis.call('XGROUP', 'SETID', stream, ARGV[1], previous and previous[1] or string.format('0-%.0f', target))
+local last_kept = redis.call('XREVRANGE', stream, to, '-', 'COUNT', 1)[1]
+redis.call('XGROUP', 'SETID', stream, ARGV[1], last_kept and last_kept[1] or string.format('0-%.0f', target))
 local back = current - math.max(before, target) - undone
 if target < before then redis.call('HSET', h, 'before', target) end
 -- Take from `handled` first, then from `dead`: an event that died is tried again too.

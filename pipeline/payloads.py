@@ -1,0 +1,348 @@
+"""The payload plane: big tensors travel beside their frames, not inside.
+
+    publisher   encode ─▶ Flight.place: copy into a shared-memory segment (one memcpy) or set aside as a blob
+                       ─▶ upload blobs ─▶ publish or commit the frame, which ends with a reference
+    reader      frame ─▶ Payloads.open: pin the segment (no copy), or download the blob ─▶ decode over it
+    afterwards  every group is past the entry ─▶ collect.lua ─▶ the owner uses the segment again, blobs are deleted
+
+Shared memory is chosen when every reader announced the same host as ours (none yet: when Redis is on this host), and
+while the quota lasts; blobs are keys in Redis, in chunks. A payload lives until every group has settled its event: what
+reads later (a group's rewind, a new group) begins after it, and `watch(since=)` leaves such events out. Live channels
+carry tensors inline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from . import segments
+from .channel import Channel
+from .errors import FrameError, PayloadGone, PayloadTooLarge, ServerUnavailable
+from .frame import REFERENCE, reference_of
+from .tensors import Buffers, TensorBytes
+from .transports import PayloadStore
+from .transports.client import LinkLost, ReplyError
+
+__all__ = ["Flight", "Mode", "Oversized", "Payloads"]
+
+logger = logging.getLogger("pipeline.payloads")
+
+Mode = Literal["auto", "shm", "blobs", "inline"]
+Where = tuple[str, int]
+"""Channel, partition."""
+
+FRAME_BYTES = 1 << 20
+"""Frames of several events stay below this."""
+CHUNK_BYTES = 2 << 20
+HOSTS_FOR = 2.0
+"""Seconds for which it is taken as known which hosts read a channel."""
+COLLECT_EVERY = 0.002
+BIG = 8 << 20
+"""Bytes from which on a fresh segment costs more than asking whether a used one has come free."""
+WATCHED = "*"
+"""Ends the announcement of a reader that is no group, which nobody waits for."""
+GRACE = 1.0
+"""Seconds for which such a channel's segments stay as they are, after every group has settled them."""
+TICK = 5.0
+IDLE = 10.0
+"""Seconds after which a free segment is given back to the host."""
+
+
+@dataclass(slots=True)
+class _Route:
+    """What is known of one channel we publish to."""
+
+    local: bool = False
+    known_until: float = 0.0
+    collected: float = 0.0
+    last_nbytes: int = 0
+    grace: float = 0.0
+
+
+class Flight:
+    """The payloads of one publish or commit, from encoding until it has taken effect or failed."""
+
+    def __init__(self, payloads: Payloads) -> None:
+        self._placed = 0
+        self._payloads = payloads
+        self._segments: list[tuple[Where, segments.Segment]] = []
+        self._blobs: list[tuple[Where, str, list[memoryview]]] = []
+
+    def placer(self, channel: Channel[Any], partition: int) -> Callable[[Buffers, int], bytes | None] | None:
+        """What encode calls with a frame's tensors and its number of events. None: all of them travel inline."""
+        if not channel.durable or not self._payloads.active:
+            return None
+        return lambda buffers, events: self._place(channel.name, partition, buffers, events)
+
+    def _place(self, channel: str, partition: int, buffers: Buffers, events: int) -> bytes | None:
+        if buffers.largest <= self._payloads.inline_bytes:
+            return None
+        if buffers.nbytes > self._payloads.limit:
+            raise PayloadTooLarge(
+                f"the tensors of {events} event(s) of channel {channel!r} take {buffers.nbytes:,} bytes; the limit is "
+                f"{self._payloads.limit:,} (PIPELINE_MAX_FRAME_BYTES)"
+            )
+        if events > 1 and buffers.nbytes > FRAME_BYTES:
+            raise Oversized(buffers.nbytes)
+        self._placed = buffers.nbytes
+        segment = self._payloads.write(channel, partition, buffers)
+        if segment is not None:
+            self._segments.append(((channel, partition), segment))
+            return f"shm {segment.reference}".encode()
+        name, chunks = secrets.token_hex(12), _chunks(buffers.parts)
+        self._blobs.append(((channel, partition), name, chunks))
+        self._payloads.blobs += 1
+        return f"blob {name} {len(chunks)}".encode()
+
+    def take_placed(self) -> int:
+        """Bytes of the payload placed since the last call."""
+        placed, self._placed = self._placed, 0
+        return placed
+
+    async def upload(self) -> None:
+        """What lies in Redis must be there before the frame that refers to it."""
+        for (channel, partition), name, chunks in self._blobs:
+            await self._payloads.store.upload(channel, partition, name, chunks)
+        self._blobs.clear()
+
+    def landed(self) -> None:
+        """It is written, or never will be: from now on Redis knows which payloads are needed."""
+        for where, segment in self._segments:
+            self._payloads.landed(where, segment)
+        self._segments.clear()
+
+
+class Oversized(Exception):
+    """Raised when a frame should hold fewer events. `nbytes`: of their tensors."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+class Payloads:
+    """One process's part of the plane."""
+
+    def __init__(
+        self, store: PayloadStore | None, mode: Mode, inline_bytes: int, limit: int, quota: int | None,
+        folder: Path = segments.FOLDER,
+    ) -> None:  # fmt: skip
+        self.active = store is not None and mode != "inline"
+        self.inline_bytes = inline_bytes
+        self.limit = limit
+        self.placed = 0
+        """Payloads put into shared memory so far."""
+        self.blobs = 0
+        """Payloads put into Redis so far."""
+        self._store = store
+        self._mode = mode
+        self._folder = folder
+        self._quota = quota
+        self._host = ""
+        self._deployment = ""
+        self._owner: segments.Owner | None = None
+        self._mappings: segments.Mappings | None = None
+        self._routes: dict[Where, _Route] = {}
+        self._used: dict[Where, dict[str, segments.Segment]] = {}
+        self._flying: set[str] = set()
+        self._read: dict[Where, str] = {}
+        """What we announced of the channels we read."""
+        self._ticking: asyncio.Task[None] | None = None
+
+    @property
+    def store(self) -> PayloadStore:
+        assert self._store is not None, "only an active plane is asked"
+        return self._store
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    async def prepare(self, channel: Channel[Any], partition: int) -> None:
+        """Before frames are encoded: learn who reads the channel, and which segments have come free."""
+        if not self.active or not channel.durable:
+            return
+        where, now = (channel.name, partition), time.monotonic()
+        route = self._routes.setdefault(where, _Route())
+        if now >= route.known_until:
+            await self._find_route(where, route)
+        if not self._used.get(where) or self._owner is None or self._owner.has_free(route.last_nbytes):
+            return
+        if now - route.collected >= COLLECT_EVERY or route.last_nbytes >= BIG:
+            route.collected = now
+            await self._collect(where)
+
+    async def _find_route(self, where: Where, route: _Route) -> None:
+        await self._start()
+        members = await self.store.hosts(where[0])
+        route.grace = GRACE if any(member.endswith(WATCHED) for member in members) else 0.0
+        hosts = {member.removesuffix(WATCHED) for member in members} if self._mode == "auto" else {self._host}
+        route.local = bool(self._host) and self._mode != "blobs" and (hosts == {self._host} or self._alone(hosts))
+        route.known_until = time.monotonic() + HOSTS_FOR
+
+    def _alone(self, hosts: set[str]) -> bool:
+        return not hosts and self.store.same_host
+
+    async def _start(self) -> None:
+        if self._ticking is not None:
+            return
+        self._ticking = asyncio.create_task(self._tick(), name="payloads")
+        self._deployment = await self.store.deployment()
+        self._host = "" if self._mode == "blobs" else segments.host_token(self._folder)
+        self._mappings = segments.Mappings(self._deployment, self._folder)
+
+    def write(self, channel: str, partition: int, buffers: Buffers) -> segments.Segment | None:
+        """Into shared memory; None when the payload must go through Redis."""
+        where = (channel, partition)
+        route = self._routes.get(where)
+        if route is None or not route.local:
+            return None
+        try:
+            if self._owner is None:
+                quota = _half_of(self._folder) if self._quota is None else self._quota
+                self._owner = segments.Owner(self._deployment, quota, self._folder)
+            route.last_nbytes = buffers.nbytes
+            purpose = {"channel": channel, "partition": partition}
+            segment = self._owner.write(buffers.parts, buffers.nbytes, purpose)
+        except OSError as error:
+            logger.warning("shared memory cannot be used, tensors go through Redis: %s", error)
+            self._host, route.local = "", False
+            return None
+        if segment is not None:
+            self.placed += 1
+            self._flying.add(segment.reference)
+            self._used.setdefault(where, {})[f"shm {segment.reference}"] = segment
+        return segment
+
+    def landed(self, where: Where, segment: segments.Segment) -> None:
+        self._flying.discard(segment.reference)
+
+    async def _collect(self, where: Where, *, every: bool = False) -> None:
+        """Take back what every group has settled; with `every`, also what never reached Redis."""
+        used = self._used.get(where, {})
+        asked = [reference for reference in used if reference[4:] not in self._flying] if every else []
+        owner = self._owner.name if self._owner is not None else "none"
+        with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError):
+            for reference in await self.store.collect(*where, owner, asked):
+                segment = used.pop(reference, None)
+                if segment is not None and self._owner is not None:
+                    self._owner.free(segment, self._routes[where].grace)
+
+    async def _collect_everywhere(self) -> None:
+        """Blobs, too, which anybody may delete."""
+        for where in {*self._routes, *self._read}:
+            await self._collect(where, every=True)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    async def announce(self, channel: Channel[Any], *, watched: bool = False) -> None:
+        """Tell publishers where this channel is read, or `watched` without a group. Repeated while this is open."""
+        if not self.active or not channel.durable:
+            return
+        await self._start()
+        member = self._host or f"none-{os.getpid()}"
+        if watched:
+            member += WATCHED
+        self._read.update(((channel.name, partition), member) for partition in range(channel.partitions))
+        await self.store.announce(channel.name, member)
+
+    async def open(self, channel: Channel[Any], partition: int, body: bytes) -> TensorBytes | None:
+        """The tensors of a frame that lie beside it; None when there are none. Raises FrameError (PayloadGone)."""
+        if not body.startswith(REFERENCE):
+            return None
+        reference, nbytes = reference_of(body)
+        if not self.active:
+            raise FrameError("its tensors lie beside it, but PIPELINE_PAYLOADS=inline")
+        if nbytes > self.limit:
+            raise FrameError(
+                f"its tensors take {nbytes:,} bytes; the limit is {self.limit:,} (PIPELINE_MAX_FRAME_BYTES)"
+            )
+        await self._start()
+        kind, _, rest = reference.partition(" ")
+        if kind == "shm":
+            assert self._mappings is not None
+            try:
+                return TensorBytes(self._mappings.view(rest, nbytes).data)
+            except segments.Gone as error:
+                raise PayloadGone(
+                    f"its tensors were in a host's shared memory and are not here: {error}; they go when every group "
+                    "has settled their event. Set PIPELINE_PAYLOADS=blobs where hosts share a Redis but not this folder"
+                ) from None
+        name, _, chunks = rest.partition(" ")
+        parts = await self.store.download(channel.name, partition, name, int(chunks))
+        data = b"".join(part for part in parts if part is not None) if len(parts) != 1 else parts[0] or b""
+        if len(data) != nbytes:
+            raise PayloadGone("its tensors were in Redis beside it and have been deleted")
+        return TensorBytes(memoryview(data))
+
+    # -- looking after -------------------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK * random.uniform(0.8, 1.2))
+            with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError, OSError):
+                await self._look_after()
+
+    async def _look_after(self) -> None:
+        for channel, member in {where[0]: member for where, member in self._read.items()}.items():
+            await self.store.announce(channel, member)
+        await self._collect_everywhere()
+        if self._owner is not None:
+            self._owner.shrink(IDLE)
+        if self._mappings is not None:
+            self._mappings.tidy()
+        if self._host:
+            await self.sweep()
+
+    async def sweep(self) -> None:
+        """Unlink the segments of dead owners that no group needs any more."""
+        wanted: dict[tuple[str, int, str], list[segments.Orphan]] = {}
+        needless: list[Path] = []
+        for orphan in segments.orphans(self._deployment, self._folder):
+            try:
+                where = (str(orphan.purpose["channel"]), int(orphan.purpose["partition"]), orphan.owner)
+            except (KeyError, ValueError):
+                needless.append(orphan.path)
+            else:
+                wanted.setdefault(where, []).append(orphan)
+        for where, found in wanted.items():
+            references = {f"shm {orphan.purpose.get('reference')}": orphan.path for orphan in found}
+            freed = await self.store.collect(*where, list(references))
+            needless.extend(references[reference] for reference in freed if reference in references)
+        segments.sweep(needless, self._deployment, self._folder)
+
+    async def close(self) -> None:
+        if self._ticking is None:
+            return
+        self._ticking.cancel()
+        await asyncio.gather(self._ticking, return_exceptions=True)
+        self._ticking = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2):
+                await self._collect_everywhere()
+        if self._owner is not None:
+            self._owner.close(segment for used in self._used.values() for segment in used.values())
+            self._owner = None
+            self._used.clear()
+        if self._mappings is not None:
+            self._mappings.close()
+            self._mappings = None
+        self._routes.clear()
+
+
+def _half_of(folder: Path) -> int:
+    """A container has 64 MB here by default; others need some too."""
+    free = os.statvfs(folder)
+    return free.f_frsize * free.f_bavail // 2
+
+
+def _chunks(parts: Sequence[memoryview]) -> list[memoryview]:
+    whole = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+    return [whole[at : at + CHUNK_BYTES] for at in range(0, len(whole), CHUNK_BYTES)]

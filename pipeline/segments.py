@@ -1,0 +1,343 @@
+"""Shared-memory segments: one file each, reused by their owner once nobody needs or reads them any more.
+
+A file is a page of header (magic, generation, what it is for) and the bytes. Who owns it is in its name:
+
+    pipeline-<deployment>-<owner>-<number>        pipeline-<deployment>-<owner>.lock   held while the owner lives
+
+Everything that must survive a SIGKILL is a lock that the kernel drops with its process: an owner is alive while its
+lock file is locked, and a reader pins a segment with a shared lock for as long as any array over it exists. An owner
+reuses a segment only under the exclusive lock, and counts its generation up, so a late reader sees that it is too late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import mmap
+import os
+import re
+import secrets
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Gone", "Mappings", "Owner", "Segment", "host_token", "orphans", "sweep"]
+
+FOLDER = Path("/dev/shm")
+PAGE = 4096
+MAGIC = b"PLSEGM01"
+SMALLEST = 64 << 10
+FORGOTTEN = 24 * 3600.0
+"""Seconds after which a dead owner's files go, whatever deployment they were of."""
+
+_HEADER = struct.Struct("<8sQI")
+_NAME = re.compile(r"pipeline-(?P<deployment>[0-9a-f]{16})-(?P<owner>[0-9a-f]{16})(?:-(?P<number>\d+)|\.lock)")
+
+
+class Gone(Exception):
+    """Raised when a segment is not here, or serves something else by now."""
+
+
+def host_token(folder: Path = FOLDER) -> str:
+    """What processes that share this folder, and no others, know: made by the first of them. "" without a folder."""
+    path = folder / f"pipeline-host-{os.getuid()}"
+    try:
+        with contextlib.suppress(FileExistsError):
+            scratch = folder / f".{path.name}-{secrets.token_hex(8)}"
+            scratch.touch(mode=0o600)
+            scratch.write_text(secrets.token_hex(16))
+            try:
+                os.link(scratch, path)  # whole, or not there
+            finally:
+                scratch.unlink()
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _capacity(nbytes: int) -> int:
+    """Four sizes an octave: similar tensors share segments, and little is wasted."""
+    step = max(SMALLEST, 1 << max(0, nbytes.bit_length() - 3))
+    return -(-nbytes // step) * step
+
+
+@dataclass(slots=True, eq=False)
+class Segment:
+    """An owner's segment. `reference` names it and its generation: "<owner> <number> <generation>"."""
+
+    path: Path
+    capacity: int
+    map: mmap.mmap
+    descriptor: int
+    generation: int = 0
+    reference: str = ""
+
+    def close(self, *, unlink: bool) -> None:
+        self.map.close()
+        os.close(self.descriptor)
+        if unlink:
+            self.path.unlink(missing_ok=True)
+
+
+class Owner:
+    """One process's segments, used in turn. Not thread-safe: the event loop's."""
+
+    def __init__(self, deployment: str, quota: int, folder: Path = FOLDER) -> None:
+        self.name = secrets.token_hex(8)
+        self.nbytes = 0
+        """Of all its segments, in use or free."""
+        self._quota = quota
+        self._prefix = folder / f"pipeline-{deployment}-{self.name}"
+        self._numbers = itertools.count(1)
+        self._free: dict[int, list[tuple[float, Segment]]] = {}
+        self._lock_path = self._prefix.with_name(f"{self._prefix.name}.lock")
+        scratch = folder / f".{self._lock_path.name}"
+        self._lock = os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        scratch.rename(self._lock_path)  # never there unlocked
+
+    def write(self, parts: Iterable[memoryview], nbytes: int, purpose: dict[str, Any]) -> Segment | None:
+        """Copy the bytes into a segment; None when the quota, or the host's shared memory, is used up."""
+        segment = self._take(_capacity(nbytes + PAGE))
+        if segment is None:
+            return None
+        segment.generation += 1
+        segment.reference = f"{self.name} {segment.path.name.rpartition('-')[2]} {segment.generation}"
+        text = json.dumps({**purpose, "reference": segment.reference}).encode()
+        _HEADER.pack_into(segment.map, 0, MAGIC, segment.generation, len(text))
+        segment.map[_HEADER.size : _HEADER.size + len(text)] = text
+        at = PAGE
+        for part in parts:
+            segment.map[at : at + len(part)] = part
+            at += len(part)
+        fcntl.flock(segment.descriptor, fcntl.LOCK_UN)
+        return segment
+
+    def free(self, segment: Segment, grace: float) -> None:
+        """Nobody needs it any more, in `grace` seconds; somebody may still read it."""
+        self._free.setdefault(segment.capacity, []).append((time.monotonic() + grace, segment))
+
+    def has_free(self, nbytes: int) -> bool:
+        free, now = self._free.get(_capacity(nbytes + PAGE), []), time.monotonic()
+        return any(since <= now and _locked(segment.descriptor) for since, segment in reversed(free))
+
+    def shrink(self, seconds: float) -> None:
+        """Give back what has been free for so long."""
+        for segments in self._free.values():
+            for item in [item for item in segments if time.monotonic() - item[0] >= seconds]:
+                if _locked(item[1].descriptor):
+                    segments.remove(item)
+                    self.nbytes -= item[1].capacity
+                    item[1].close(unlink=True)
+
+    def _take(self, capacity: int) -> Segment | None:
+        """A free one that nobody reads, the last used first (its pages are warm); or a new one, exclusively locked."""
+        free = self._free.get(capacity, [])
+        now = time.monotonic()
+        for index in reversed(range(len(free))):
+            if free[index][0] <= now and _locked(free[index][1].descriptor):
+                return free.pop(index)[1]
+        if self.nbytes + capacity > self._quota:
+            self.shrink(0.0)
+            if self.nbytes + capacity > self._quota:
+                return None
+        return self._make(capacity)
+
+    def _make(self, capacity: int) -> Segment | None:
+        path = self._prefix.with_name(f"{self._prefix.name}-{next(self._numbers)}")
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            os.posix_fallocate(descriptor, 0, capacity)  # now, with an error; not at a write, with SIGBUS
+            segment = Segment(path, capacity, mmap.mmap(descriptor, capacity), descriptor)
+        except OSError:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            return None
+        self.nbytes += capacity
+        return segment
+
+    def close(self, used: Iterable[Segment]) -> None:
+        """Unlink what is free: who has mapped it keeps it. What is still needed stays until somebody sweeps."""
+        for _, segment in itertools.chain.from_iterable(self._free.values()):
+            segment.close(unlink=True)
+        left = list(used)
+        for segment in left:
+            segment.close(unlink=False)
+        if not left:
+            self._lock_path.unlink(missing_ok=True)
+        os.close(self._lock)
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether the exclusive lock could be had: nobody reads it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class _Mapping:
+    """A segment as a reader sees it, mapped once and pinned while arrays over it exist."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            self._map = mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ)
+        except (OSError, ValueError):
+            os.close(self._descriptor)
+            raise
+        self._pins: dict[int, weakref.ref[Any]] = {}
+        self._numbers = itertools.count()
+        self._closing = False
+        self._lock = threading.RLock()
+
+    def view(self, generation: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """The bytes, read-only. Raises Gone."""
+        with self._lock:
+            if not self._pins:
+                try:
+                    fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise Gone("it is being written again") from None
+            magic, found, _ = _HEADER.unpack_from(self._map)
+            if magic != MAGIC or found != generation or PAGE + nbytes > len(self._map):
+                if not self._pins:
+                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+                raise Gone(f"it serves generation {found} by now")
+            array = np.frombuffer(self._map, np.uint8, nbytes, PAGE)
+            number = next(self._numbers)
+            self._pins[number] = weakref.ref(array, lambda _: self._unpin(number))
+            return array
+
+    def _unpin(self, number: int) -> None:
+        with self._lock:
+            del self._pins[number]
+            if self._pins:
+                return
+            if self._closing:
+                os.close(self._descriptor)
+            else:
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def close_if_unlinked(self) -> bool:
+        """Let go of a file that its owner has unlinked and that nothing here shows any more."""
+        with self._lock:
+            if self._pins or os.fstat(self._descriptor).st_nlink:
+                return False
+            self.close()
+            return True
+
+    def close(self) -> None:
+        """Now, or with the last array over it."""
+        with self._lock:
+            self._closing = True
+            if not self._pins:
+                os.close(self._descriptor)
+
+
+class Mappings:
+    """A process's view of others' segments (and of its own)."""
+
+    def __init__(self, deployment: str, folder: Path = FOLDER) -> None:
+        self._prefix = folder / f"pipeline-{deployment}-"
+        self._mappings: dict[str, _Mapping] = {}
+
+    def view(self, reference: str, nbytes: int) -> npt.NDArray[np.uint8]:
+        """The bytes a reference names, without copying. Raises Gone."""
+        owner, number, generation = reference.split(" ")
+        name = f"{owner}-{number}"
+        mapping = self._mappings.get(name)
+        if mapping is None:
+            try:
+                mapping = self._mappings[name] = _Mapping(Path(f"{self._prefix}{name}"))
+            except (OSError, ValueError) as error:
+                raise Gone(str(error)) from None
+        return mapping.view(int(generation), nbytes)
+
+    def __bool__(self) -> bool:
+        return bool(self._mappings)
+
+    def tidy(self) -> None:
+        for name, mapping in list(self._mappings.items()):
+            if mapping.close_if_unlinked():
+                del self._mappings[name]
+
+    def close(self) -> None:
+        for mapping in self._mappings.values():
+            mapping.close()
+        self._mappings.clear()
+
+
+# -- what the dead have left ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A segment whose owner is dead."""
+
+    path: Path
+    owner: str
+    purpose: dict[str, Any]
+
+
+def orphans(deployment: str, folder: Path = FOLDER) -> list[Orphan]:
+    """Segments of a deployment's dead owners."""
+    found = []
+    for path, match in _files(folder, deployment):
+        if match["number"] and not _alive(folder, match):
+            try:
+                with path.open("rb") as file:
+                    magic, _, length = _HEADER.unpack(file.read(_HEADER.size))
+                    purpose = json.loads(file.read(length)) if magic == MAGIC and length < PAGE else {}
+            except (OSError, ValueError, struct.error):
+                purpose = {}  # killed before it was written
+            found.append(Orphan(path, match["owner"], purpose))
+    return found
+
+
+def sweep(paths: Iterable[Path], deployment: str, folder: Path = FOLDER) -> None:
+    """Unlink these segments of the dead, lock files without segments, and whatever was forgotten long ago.
+
+    Who has mapped a segment keeps it.
+    """
+    for path in paths:
+        path.unlink(missing_ok=True)
+    files = list(_files(folder, None))
+    owners = {match["owner"] for _, match in files if match["number"]}
+    for path, match in files:
+        with contextlib.suppress(OSError):
+            ours = match["deployment"] == deployment and not match["number"] and match["owner"] not in owners
+            if (ours or time.time() - path.stat().st_mtime > FORGOTTEN) and not _alive(folder, match):
+                path.unlink()
+
+
+def _files(folder: Path, deployment: str | None) -> Iterator[tuple[Path, re.Match[str]]]:
+    for path in folder.glob(f"pipeline-{deployment or '*'}-*"):
+        match = _NAME.fullmatch(path.name)
+        if match is not None:
+            yield path, match
+
+
+def _alive(folder: Path, match: re.Match[str]) -> bool:
+    try:
+        descriptor = os.open(folder / f"pipeline-{match['deployment']}-{match['owner']}.lock", os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        return True  # another user's
+    except OSError:
+        return False
+    try:
+        return not _locked(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,298 @@
+"""Big tensors travel beside their frames: shared memory on one host, blobs elsewhere. No leaks, nothing torn."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+
+from pipeline import Batch, Channel, Event, Message, Pipeline, Reject, Retry, RetryPolicy, Tensor
+from pipeline.errors import PayloadTooLarge
+from pipeline.segments import FOLDER, Gone, Mappings, Owner, orphans, sweep
+from pipeline.settings import settings
+
+from .apps import idle, serving, until
+from .workers import Worker, images
+
+DEPLOYMENT = "0123456789abcdef"
+
+
+class Image(Event):
+    n: int
+    pixels: Tensor
+
+
+pictures = Channel("pictures", Image)
+copies = Channel("copies", Image)
+
+
+def image(n: int, size: int = 602_112) -> Image:
+    return Image(n=n, pixels=np.full(size, n % 251, np.uint8))
+
+
+def files(url: str) -> list[Path]:
+    with redis.Redis.from_url(url, decode_responses=True) as client:
+        deployment = client.get("pipeline:deployment")
+    return sorted(FOLDER.glob(f"pipeline-{deployment}-*")) if deployment else []
+
+
+def payload_keys(url: str) -> list[str]:
+    with redis.Redis.from_url(url, decode_responses=True) as client:
+        return [key for key in client.scan_iter("pipeline:*") if ":b:" in key or ":p:" in key]
+
+
+@pytest.fixture
+def mode(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    chosen = getattr(request, "param", "auto")
+    monkeypatch.setenv("PIPELINE_PAYLOADS", chosen)
+    settings.cache_clear()
+    yield chosen
+    monkeypatch.undo()
+    settings.cache_clear()
+
+
+# -- the plane -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["shm", "blobs", "inline", "auto"], indirect=True)
+async def test_tensors_arrive_whole_through_handlers_and_outputs(mode: str, url: str) -> None:
+    app, seen = Pipeline("app", url), []
+
+    @app.subscriber(pictures, group="g", publishes=copies, batch=Batch(8))
+    def copy(batch: list[Image]) -> list[Image]:
+        return [Image(n=picture.n, pixels=np.asarray(picture.pixels) + 1) for picture in batch]
+
+    @app.subscriber(copies, group="h")
+    async def look(picture: Image) -> None:
+        pixels = np.asarray(picture.pixels)
+        assert not pixels.flags.writeable
+        assert (pixels == picture.n % 251 + 1).all()
+        seen.append(picture.n)
+
+    async with serving(app):
+        for start in range(0, 200, 10):
+            await app.publish(pictures, [image(n) for n in range(start, start + 10)])
+        await idle(app, "pictures")
+        await idle(app, "copies")
+        in_memory, in_redis = app.payloads.placed, app.payloads.blobs
+        with redis.Redis.from_url(url) as client:
+            inline = client.xrange("pipeline:{pictures}:s")[0][1][b"b"].startswith(b"\x00PLF")
+    assert sorted(seen) == list(range(200))
+    assert inline == (mode == "inline")
+    assert (in_memory >= 400) == (mode in ("shm", "auto"))
+    assert (in_redis >= 400) == (mode == "blobs")
+    assert files(url) == [], "everything was settled, so nothing stays"
+    await asyncio.sleep(2.1 if mode == "blobs" else 0)
+    assert payload_keys(url) == []
+
+
+@pytest.mark.parametrize("mode", ["shm", "blobs"], indirect=True)
+async def test_retries_and_dead_letters_keep_their_tensors(mode: str, url: str) -> None:
+    app, sums = Pipeline("app", url), []
+
+    @app.subscriber(pictures, group="g", retry=RetryPolicy(3, base=0.01))
+    async def total(message: Message[Image]) -> None:
+        if message.event.n == 1 and message.attempt == 1:
+            raise Retry(delay=0.2)
+        if message.event.n == 2 and not sums.count(2 * 602_112):
+            sums.append(2 * 602_112)
+            raise Reject("not yet")
+        sums.append(int(np.asarray(message.event.pixels).sum(dtype=np.int64)))
+
+    async with serving(app):
+        await app.publish(pictures, [image(n) for n in range(4)])
+        await idle(app, "pictures")
+        for n in range(4, 40):  # their segments are used again and again
+            await app.publish(pictures, image(n))
+        await idle(app, "pictures")
+        assert len(await app.dead_letters("pictures")) == 1
+        await app.settle_dead(await app.dead_letters("pictures"), replay=True)
+        await idle(app, "pictures")
+    assert sorted(sums) == sorted([n * 602_112 for n in range(40)] + [2 * 602_112])
+
+
+async def test_a_handler_may_keep_what_it_was_given(mode: str, valkey_url: str) -> None:
+    """Segments are not used again while anything looks at them, even after their event is settled."""
+    app, kept = Pipeline("app", valkey_url), []
+
+    @app.subscriber(pictures, group="g")
+    async def keep(picture: Image) -> None:
+        if picture.n < 5:
+            kept.append((picture.n, np.asarray(picture.pixels)[100:200]))
+
+    async with serving(app):
+        for n in range(60):
+            await app.publish(pictures, image(n))
+        await idle(app, "pictures")
+        assert app.payloads.placed == 60
+        assert len(files(valkey_url)) < 40, "the others were used in turn"
+        assert all((pixels == n).all() for n, pixels in kept)
+    assert all((pixels == n).all() for n, pixels in kept), "even when the pipeline is closed"
+    del kept[:]
+
+
+async def test_who_watches_sees_tensors_and_counts_what_came_too_late(mode: str, valkey_url: str) -> None:
+    app = Pipeline("app", valkey_url)
+
+    @app.subscriber(pictures, group="g")
+    async def work(picture: Image) -> None: ...
+
+    async with serving(app):
+        async with app.watch(pictures) as stream:
+            for n in range(5):
+                await app.publish(pictures, image(n))
+            got = [await anext(aiter(stream)) for _ in range(5)]
+            assert [(m.event.n, int(np.asarray(m.event.pixels)[0])) for m in got] == [(n, n) for n in range(5)]
+            del got
+        await idle(app, "pictures")
+    async with app, app.watch(pictures, since=60) as stream:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await anext(aiter(stream))
+        assert stream.dropped == 5
+
+
+async def test_a_later_group_and_a_rewind_begin_after_what_is_gone(mode: str, url: str) -> None:
+    app, late, seen = Pipeline("app", url), Pipeline("late", url), []
+
+    @app.subscriber(pictures, group="g")
+    async def work(picture: Image) -> None: ...
+
+    @late.subscriber(pictures, group="late")
+    async def look(picture: Image) -> None:
+        seen.append(picture.n)
+
+    async with serving(app):
+        for n in range(4):
+            await app.publish(pictures, image(n))
+        await idle(app, "pictures")
+        for where in list(app.payloads._used):
+            await app.payloads._collect(where)
+        assert await app.rewind("pictures", "g", 3600) == 0
+        async with serving(late):
+            await app.publish(pictures, image(9))
+            ledger = await idle(app, "pictures")
+    assert seen == [9]
+    assert ledger.groups["late"].before == 4
+    assert ledger.groups["g"].handled == 5
+    assert ledger.groups["late"].dead == 0
+
+
+async def test_readers_on_another_host_get_blobs(mode: str, valkey_url: str) -> None:
+    app = Pipeline("app", valkey_url)
+
+    @app.subscriber(pictures, group="g")
+    async def work(picture: Image) -> None:
+        assert (np.asarray(picture.pixels) == picture.n).all()
+
+    async with serving(app):
+        await app.backend.payloads.announce("pictures", "another-host")  # type: ignore[union-attr]
+        await app.publish(pictures, [image(n) for n in range(3)])
+        await idle(app, "pictures")
+        assert (app.payloads.placed, app.payloads.blobs) == (0, 3)
+
+
+async def test_when_shared_memory_is_used_up_tensors_go_through_redis(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("PIPELINE_SHM_BYTES", "4000000")
+    settings.cache_clear()
+    app, go, sums = Pipeline("app", valkey_url), asyncio.Event(), []
+
+    @app.subscriber(pictures, group="g")
+    async def total(picture: Image) -> None:
+        await go.wait()
+        sums.append(int(np.asarray(picture.pixels).sum(dtype=np.int64)))
+
+    async with serving(app):
+        for n in range(20):
+            await app.publish(pictures, image(n))
+        assert (app.payloads.placed, app.payloads.blobs) == (6, 14)
+        assert sum(path.stat().st_size for path in files(valkey_url)) <= 4_000_000
+        go.set()
+        await idle(app, "pictures")
+    assert sorted(sums) == [n * 602_112 for n in range(20)]
+
+
+async def test_a_tensor_above_the_limit_is_refused(valkey_url: str, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setenv("PIPELINE_MAX_FRAME_BYTES", "1000000")
+    settings.cache_clear()
+    async with Pipeline("app", valkey_url) as app:
+        with pytest.raises(PayloadTooLarge, match="PIPELINE_MAX_FRAME_BYTES"):
+            await app.publish(pictures, image(1, 1_000_001))
+        await app.publish(pictures, image(1, 900_000))
+        assert (await app.stats()).channels["pictures"].published == 1
+
+
+# -- after a SIGKILL -----------------------------------------------------------------------------------------------
+
+
+async def test_killed_publishers_and_workers_leave_nothing_behind(mode: str, valkey_url: str) -> None:
+    """Real processes: a publisher is killed with segments in use, a worker with segments pinned."""
+    app = Pipeline("app", valkey_url)
+    async with app:
+        with Worker("images_publisher", valkey_url) as publisher, Worker("images", valkey_url) as doomed:
+            await until(lambda: len(files(valkey_url)) > 3, 30)
+            await asyncio.sleep(0.3)
+            doomed.kill()
+            publisher.kill()
+        left = files(valkey_url)
+        assert left, "the dead left what nobody has handled yet"
+        with Worker("images", valkey_url):
+            ledger = await idle(app, "images", 30)
+            assert ledger.published == ledger.groups["g"].handled > 0
+            assert ledger.groups["g"].dead == 0
+            await app.payloads.announce(images)
+            await app.payloads.sweep()
+            assert not [path for path in files(valkey_url) if path in left]
+    assert payload_keys(valkey_url) == []
+
+
+# -- segments ------------------------------------------------------------------------------------------------------
+
+
+def test_a_segment_is_written_again_only_when_nobody_looks(tmp_path: Path) -> None:
+    owner, mappings = Owner(DEPLOYMENT, 1 << 20, tmp_path), Mappings(DEPLOYMENT, tmp_path)
+    first = owner.write([memoryview(b"a" * 100)], 100, {})
+    assert first is not None
+    reference = first.reference
+    view = mappings.view(reference, 100)[10:20]
+    owner.free(first, 0.0)
+    second = owner.write([memoryview(b"b" * 100)], 100, {})
+    assert second is not first
+    assert second is not None
+    assert bytes(view) == b"a" * 10
+    del view
+    gc.collect()
+    third = owner.write([memoryview(b"c" * 100)], 100, {})
+    assert third is first
+    with pytest.raises(Gone, match="generation 2"):
+        mappings.view(reference, 100)
+    assert bytes(mappings.view(third.reference, 100)) == b"c" * 100
+    assert third.path.stat().st_mode & 0o777 == 0o600
+    owner.close([second, third])
+    mappings.close()
+
+
+def test_the_quota_holds_and_the_living_are_not_swept(tmp_path: Path) -> None:
+    owner = Owner(DEPLOYMENT, 200_000, tmp_path)
+    written = [owner.write([memoryview(bytes(50_000))], 50_000, {"n": n}) for n in range(4)]
+    assert [segment is None for segment in written] == [False, False, False, True]
+    assert orphans(DEPLOYMENT, tmp_path) == []
+    sweep([], DEPLOYMENT, tmp_path)
+    used: list[Any] = [segment for segment in written if segment]
+    owner.free(used.pop(), 0.0)
+    owner.close(used)
+    found = orphans(DEPLOYMENT, tmp_path)
+    assert sorted(orphan.purpose["n"] for orphan in found) == [0, 1], "the free one went with its owner"
+    mappings = Mappings(DEPLOYMENT, tmp_path)
+    pinned = mappings.view(used[0].reference, 50_000)
+    sweep([orphan.path for orphan in found], DEPLOYMENT, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert bytes(pinned) == bytes(50_000), "who has it keeps it"
