@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from . import events, latency
+from . import events, latency, tensors
 from .report import show
 
-BENCHMARKS = {"events": events.run, "latency": latency.run}
+BENCHMARKS = {"events": events.run, "latency": latency.run, "tensors": tensors.run}
 
 
 def main() -> None:

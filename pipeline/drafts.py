@@ -14,6 +14,7 @@ from .events import Event
 from .frame import Codec, Frame, Placer
 from .message import Message
 from .metrics import GroupMetrics
+from .payloads import FRAME_BYTES as PAYLOAD_BYTES
 from .payloads import Flight, Oversized
 from .subscriber import Subscriber
 from .transports import Commit, Entry, Output, Reader, Reply, Retried, Segment
@@ -290,7 +291,7 @@ class Draft:
             try:
                 body = self._encode(codec, part, names, now, None if base is None else base + start, place)
             except Oversized as error:
-                size = max(1, len(part) * FRAME_BYTES // error.nbytes)
+                size = max(1, len(part) * PAYLOAD_BYTES // error.nbytes)
                 continue
             if len(body) > 2 * FRAME_BYTES and len(part) > 1:
                 size = max(1, len(part) * FRAME_BYTES // len(body))

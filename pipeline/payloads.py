@@ -41,9 +41,9 @@ Mode = Literal["auto", "shm", "blobs", "inline"]
 Where = tuple[str, int]
 """Channel, partition."""
 
-FRAME_BYTES = 1 << 20
-"""Frames of several events stay below this."""
-CHUNK_BYTES = 2 << 20
+FRAME_BYTES = 8 << 20
+"""Payloads of several events stay below this."""
+CHUNK_BYTES = 16 << 20
 HOSTS_FOR = 2.0
 """Seconds for which it is taken as known which hosts read a channel."""
 COLLECT_EVERY = 0.002
@@ -76,7 +76,7 @@ class Flight:
         self._placed = 0
         self._payloads = payloads
         self._segments: list[tuple[Where, segments.Segment]] = []
-        self._blobs: list[tuple[Where, str, list[memoryview]]] = []
+        self._blobs: list[tuple[Where, str, list[list[memoryview]]]] = []
 
     def placer(self, channel: Channel[Any], partition: int) -> Callable[[Buffers, int], bytes | None] | None:
         """What encode calls with a frame's tensors and its number of events. None: all of them travel inline."""
@@ -343,6 +343,15 @@ def _half_of(folder: Path) -> int:
     return free.f_frsize * free.f_bavail // 2
 
 
-def _chunks(parts: Sequence[memoryview]) -> list[memoryview]:
-    whole = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
-    return [whole[at : at + CHUNK_BYTES] for at in range(0, len(whole), CHUNK_BYTES)]
+def _chunks(parts: Sequence[memoryview]) -> list[list[memoryview]]:
+    """The parts cut into chunks, without copying."""
+    chunks: list[list[memoryview]] = [[]]
+    room = CHUNK_BYTES
+    for part in parts:
+        while len(part) > room:
+            chunks[-1].append(part[:room])
+            part, room = part[room:], CHUNK_BYTES
+            chunks.append([])
+        chunks[-1].append(part)
+        room -= len(part)
+    return chunks

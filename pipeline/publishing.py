@@ -13,6 +13,7 @@ from .channel import Channel
 from .errors import ConfigurationError, PayloadTooLarge
 from .frame import Codec
 from .message import Receipt
+from .payloads import FRAME_BYTES as PAYLOAD_BYTES
 from .payloads import Flight, Oversized, Payloads
 from .transports import Outgoing, Transport
 
@@ -97,6 +98,7 @@ class Outbox:
         self._writing = False
         self._writer: asyncio.Task[None] | None = None
         self._event_bytes = 0.0
+        self._frame_bytes = FRAME_BYTES
 
     async def publish(
         self,
@@ -235,10 +237,11 @@ class Outbox:
                     place=place,
                 )
             except Oversized as error:
-                self._event_bytes = error.nbytes / size
+                self._event_bytes, self._frame_bytes = error.nbytes / size, PAYLOAD_BYTES
                 continue
             beside = flight.take_placed() if flight is not None else 0
             self._event_bytes = (len(body) + beside) / size
+            self._frame_bytes = PAYLOAD_BYTES if beside else FRAME_BYTES
             if size > 1 and len(body) > 2 * FRAME_BYTES:
                 continue  # events are bigger than they were: cut smaller
             self._check_size(len(body))
@@ -248,7 +251,7 @@ class Outbox:
         return frames
 
     def _size(self, left: int) -> int:
-        by_bytes = int(FRAME_BYTES / self._event_bytes) if self._event_bytes else self.channel.frame
+        by_bytes = int(self._frame_bytes / self._event_bytes) if self._event_bytes else self.channel.frame
         return max(1, min(left, self.channel.frame, by_bytes))
 
     def _raw(self, event: Any) -> Outgoing:

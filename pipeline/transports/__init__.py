@@ -285,7 +285,9 @@ class PayloadStore(Protocol):
         """Forget payloads that every group is past. Returns those of the owner's, and of `asked`, that nobody needs."""
         ...
 
-    async def upload(self, channel: str, partition: int, name: str, chunks: Sequence[memoryview]) -> None: ...
+    async def upload(self, channel: str, partition: int, name: str, chunks: Sequence[Sequence[memoryview]]) -> None:
+        """Each chunk a list of parts, written one after the other."""
+        ...
 
     async def download(self, channel: str, partition: int, name: str, chunks: int) -> list[bytes | None]:
         """The chunks of a blob; None where one is gone."""

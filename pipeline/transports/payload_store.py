@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
-from ..errors import ServerUnavailable
-from .client import Client, LinkLost, ReplyError, address
+import redis
+
+from .client import SILENCE, LinkLost, ReplyError, address
 from .scripts import Keys
 from .streams import Streams
 
@@ -20,6 +23,9 @@ UPLOAD_TTL = 60
 PRESENCE = 60.0
 """Seconds for which a reader's announcement of its host holds."""
 PATIENCE = 30.0
+THREADS = 2
+
+T = TypeVar("T")
 
 
 class RedisPayloadStore:
@@ -27,7 +33,8 @@ class RedisPayloadStore:
 
     def __init__(self, streams: Streams, url: str, name: str) -> None:
         self._streams = streams
-        self._client = Client(url, f"{name}-payloads")
+        self._pool: Any = redis.ConnectionPool.from_url(url, socket_timeout=SILENCE, socket_connect_timeout=5)
+        self._threads = ThreadPoolExecutor(THREADS, f"{name}-payloads")
         where = address(url)
         self.same_host = "path" in where or where.get("host", "127.0.0.1") in ("127.0.0.1", "localhost", "::1")
 
@@ -57,28 +64,58 @@ class RedisPayloadStore:
         found = await self._streams.run("collect", names, f"{base.base}:b:", *asked)
         return [reference.decode() for reference in found]
 
-    async def upload(self, channel: str, partition: int, name: str, chunks: Sequence[memoryview | bytes]) -> None:
+    async def upload(self, channel: str, partition: int, name: str, chunks: Sequence[Sequence[memoryview]]) -> None:
         prefix = f"{Keys.of(channel, partition).base}:b:{name}"
-
-        async def write() -> None:
-            link = await self._client.link()
-            replies = []
-            for number, chunk in enumerate(chunks, 1):
-                replies.append(link.call("SET", f"{prefix}:{number}", bytes(chunk), "EX", UPLOAD_TTL))
-                await link.writable()
-            await asyncio.gather(*replies)
-
-        await self._client.persist(write, patience=PATIENCE, what=f"payload of {channel!r}")
+        await self._in_thread(lambda: self._set(prefix, chunks), channel, PATIENCE)
 
     async def download(self, channel: str, partition: int, name: str, chunks: int) -> list[bytes | None]:
         prefix = f"{Keys.of(channel, partition).base}:b:{name}"
+        keys = [f"{prefix}:{i}" for i in range(1, chunks + 1)]
+        return await self._in_thread(lambda: self._get(keys), channel, None)
 
-        async def read() -> list[bytes | None]:
-            link = await self._client.link()
-            return list(await asyncio.gather(*(link.call("GET", f"{prefix}:{i}") for i in range(1, chunks + 1))))
+    async def _in_thread(self, work: Callable[[], T], channel: str, patience: float | None) -> T:
+        """Megabytes block: sockets of their own, and threads to wait in, keep them from events and from the loop."""
 
-        return await self._client.persist(read, patience=PATIENCE, what=f"payload of {channel!r}")
+        async def once() -> T:
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+                raise LinkLost(str(error)) from None
+            except redis.ResponseError as error:
+                raise ReplyError(str(error)) from None
+
+        return await self._streams.client.persist(once, patience=patience, what=f"payload of {channel!r}")
+
+    def _set(self, prefix: str, chunks: Sequence[Sequence[memoryview]]) -> None:
+        with self._connection() as connection:
+            for number, parts in enumerate(chunks, 1):
+                key, size = f"{prefix}:{number}".encode(), sum(map(len, parts))
+                head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(key), key, size)
+                tail = b"\r\n$2\r\nEX\r\n$%d\r\n%d\r\n" % (len(str(UPLOAD_TTL)), UPLOAD_TTL)
+                connection.send_packed_command([head, *parts, tail])
+                connection.read_response()
+
+    def _get(self, keys: list[str]) -> list[bytes | None]:
+        with self._connection() as connection:
+            connection.send_packed_command([_get_command(key) for key in keys])
+            return [connection.read_response(disable_decoding=True) for _ in keys]
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[Any]:
+        pool = self._pool
+        connection = pool.get_connection()
+        try:
+            yield connection
+        except BaseException:
+            connection.disconnect()
+            raise
+        finally:
+            pool.release(connection)
 
     async def close(self) -> None:
-        with contextlib.suppress(LinkLost, ReplyError, ServerUnavailable):
-            await self._client.close()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._pool.disconnect()
+
+
+def _get_command(key: str) -> bytes:
+    return b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key.encode()), key.encode())
