@@ -34,6 +34,8 @@ class Picture(Event):
 
 
 images = Channel("images", Picture, capacity=20)
+backlog = Channel("backlog", Number)
+full = Channel("full", Number, capacity=10_000)
 jobs = Channel("jobs", Number, frame=1)
 deadly = Channel("deadly", Number)
 inputs = Channel("in", Number)
@@ -158,7 +160,28 @@ def publishes_images(app: Pipeline) -> None:
         app.spawn(publish())
 
 
+def dawdles(app: Pipeline) -> None:
+    @app.subscriber(backlog, group="g", concurrency=64)
+    async def dawdle(event: Number) -> None:
+        await asyncio.sleep(1.0)
+
+
+def publishes_without_end(app: Pipeline) -> None:
+    """As fast as it can, by a task an event: what waits is bounded by the program's own 1,000 tasks."""
+
+    async def publish(start: int) -> None:
+        for n in range(start, 10**9):
+            await app.publish(full, Number(n=n))
+
+    @app.on_start
+    async def begin() -> None:
+        for task in range(1000):
+            app.spawn(publish(task))
+
+
 APPS = {
+    "slow": dawdles,
+    "unbounded_publisher": publishes_without_end,
     "images": checks_images,
     "images_publisher": publishes_images,
     "holds": holds,
