@@ -27,7 +27,7 @@ from .middleware import Middleware
 from .payloads import Payloads
 from .publishing import Outbox, check_delay
 from .registry import Registry
-from .reporting import Reporter, read_ledger
+from .reporting import Reporter, read_ledger, with_drain
 from .requests import Replies
 from .retries import RetryPolicy
 from .router import Context, Router
@@ -44,6 +44,8 @@ T = TypeVar("T")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 Hook = Callable[[], Awaitable[None]]
 
+LEDGER_SPAN = 1.0
+"""Seconds at least over which rates are taken between two ledgers."""
 QUIET = 0.3
 """Seconds without another event after which what a channel holds counts as read."""
 OPEN_PATIENCE = 3.0
@@ -93,6 +95,7 @@ class Pipeline:
         self._payloads: Payloads | None = None
         self._reporter: Reporter | None = None
         self._reporting: asyncio.Task[None] | None = None
+        self._ledger: Ledger | None = None
         self._opened = 0
         self._stop: asyncio.Event | None = None
 
@@ -442,8 +445,11 @@ class Pipeline:
     # -- look after ----------------------------------------------------------------------------------------------
 
     async def stats(self) -> Ledger:
-        """The ledger of every registered channel, walked now."""
-        return await read_ledger(self._need_backend(), self.registry)
+        """The ledger of every registered channel, walked now. The second one knows how long backlogs will take."""
+        ledger = with_drain(await read_ledger(self._need_backend(), self.registry), self._ledger)
+        if self._ledger is None or ledger.time - self._ledger.time >= LEDGER_SPAN:
+            self._ledger = ledger
+        return ledger
 
     async def dead_letters(self, channel: str, group: str | None = None) -> list[Message[DeadLetter]]:
         """Dead letters of a channel that were neither replayed nor dropped, oldest first."""

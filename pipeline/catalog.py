@@ -5,6 +5,7 @@ Models are described here without torch: names and shapes of parameters, from wh
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 from pydantic import Field
@@ -14,6 +15,15 @@ from .events import Event
 from .tensors import Tensor
 
 __all__ = [
+    "requests_of",
+    "model_status",
+    "model_loads",
+    "answers",
+    "Score",
+    "ModelStatus",
+    "LoadModel",
+    "Inputs",
+    "Answer",
     "DIGIT_MODEL",
     "DIGIT_PARAMETERS",
     "DIGIT_SHAPE",
@@ -73,6 +83,69 @@ class Prediction(Event):
     truth: int | None = None
     batch: int
     """Size of the batch it was computed in."""
+
+
+class Inputs(Event):
+    """One item for a served model: a request, answered with an Answer."""
+
+    data: Tensor
+    """As the model's ModelStatus says, without a batch dimension."""
+    deadline: float | None = None
+    """Unix seconds after which nobody waits any more: it is not computed then."""
+    top: int = Field(default=5, ge=1)
+    """How many predictions are wanted."""
+
+
+class Score(Event):
+    label: str
+    probability: float
+
+
+class Answer(Event):
+    """What a model said of one item."""
+
+    model: str
+    version: int
+    predictions: list[Score] = Field(default_factory=list)
+    """The likeliest first; empty for models that do not classify."""
+    output: Tensor | None = None
+    """What the model returned, where it does not classify."""
+    error: str = ""
+    """Why there is neither."""
+    expired: bool = False
+    """The deadline had passed before it was its turn."""
+    batch: int = 0
+    """Size of the batch it was computed in."""
+    seconds: float = 0.0
+    """What the batch took."""
+
+
+class LoadModel(Event):
+    """Workers that serve `model` are to load this, and to answer with it from the next batch on."""
+
+    model: str
+    version: int = Field(ge=0)
+    """What answers will carry. Loading an earlier version's source again is a roll-back."""
+    source: str
+    """A specification file within the workers' PIPELINE_MODELS_DIR, or the name of a built-in model."""
+
+
+class ModelStatus(Event):
+    """What a worker serves from now on, or why it refused to."""
+
+    model: str
+    version: int
+    worker: str
+    state: Literal["serving", "refused"]
+    reason: str = ""
+    kind: str = ""
+    shape: list[int | None] = Field(default_factory=list)
+    """Of one item; None where any size will do."""
+    dtype: str = ""
+    classes: int = 0
+    batch: int = 0
+    """Items at most in one batch."""
+    device: str = ""
 
 
 class Weights(Event):
@@ -177,6 +250,9 @@ class Record(Event):
 
 digits: Channel[Digit] = Channel("digits", Digit, reply=Prediction, frame=32)
 predictions: Channel[Prediction] = Channel("predictions", Prediction)
+answers: Channel[Answer] = Channel("models.answers", Answer, durable=False)
+model_loads: Channel[LoadModel] = Channel("models.loads", LoadModel, keep=7 * 86400.0)
+model_status: Channel[ModelStatus] = Channel("models.status", ModelStatus, keep=86400.0)
 weights: Channel[Weights] = Channel("weights", Weights, frame=1, keep=3600.0)
 gradients: Channel[Gradient] = Channel("training.gradients", Gradient, frame=1)
 rounds: Channel[Round] = Channel("training.rounds", Round, frame=1)
@@ -184,3 +260,9 @@ training_metrics: Channel[TrainingMetrics] = Channel("training.metrics", Trainin
 matmul_jobs: Channel[MatmulJob] = Channel("matmul.jobs", MatmulJob, reply=MatmulResult, frame=1, keep=10.0)
 matmul_results: Channel[MatmulResult] = Channel("matmul.results", MatmulResult)
 records: Channel[Record] = Channel("records", Record)
+
+
+@lru_cache
+def requests_of(model: str) -> Channel[Inputs]:
+    """The channel on which a model is asked: `models.<name>`."""
+    return Channel(f"models.{model}", Inputs, reply=Answer, frame=16, keep=0)

@@ -32,6 +32,10 @@ class GroupLedger(Event):
     oldest: float = 0.0
     """Seconds since the oldest held entry was written; 0 when none is held."""
 
+    drain_seconds: float | None = None
+    """Estimated time until `lag` and `pending` are handled, at the rate since the ledger that was read before this one:
+    what to scale workers by. None while nothing is known of the rate."""
+
     def difference(self, published: int) -> int:
         """0 when the ledger balances."""
         return published - (self.before + self.handled + self.dead + self.pending + self.lag + self.dropped)

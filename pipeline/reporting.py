@@ -20,7 +20,7 @@ from .router import Router
 from .transports import Backend, PartitionStats
 from .transports.client import LinkLost, ReplyError
 
-__all__ = ["Reporter", "read_ledger"]
+__all__ = ["Reporter", "read_ledger", "with_drain"]
 
 logger = logging.getLogger("pipeline.reporting")
 
@@ -32,6 +32,30 @@ async def read_ledger(backend: Backend, registry: Registry) -> Ledger:
     moment, found = await backend.ledger(shapes)
     channels = {name: _channel(shapes[name][0], parts) for name, parts in found.items()}
     return Ledger(time=moment, channels=channels)
+
+
+def with_drain(ledger: Ledger, before: Ledger | None) -> Ledger:
+    """`ledger` with each group's `drain_seconds`, from what was handled since `before`."""
+    if before is None or ledger.time <= before.time:
+        return ledger
+    seconds = ledger.time - before.time
+    channels = {}
+    for name, channel in ledger.channels.items():
+        earlier = before.channels.get(name, ChannelLedger()).groups
+        groups = {
+            group: counts.model_copy(update={"drain_seconds": _drain(counts, earlier.get(group), seconds)})
+            for group, counts in channel.groups.items()
+        }
+        channels[name] = channel.model_copy(update={"groups": groups})
+    return ledger.model_copy(update={"channels": channels})
+
+
+def _drain(now: GroupLedger, before: GroupLedger | None, seconds: float) -> float | None:
+    left = now.lag + now.pending
+    if not left:
+        return 0.0
+    settled = now.handled + now.dead - (before.handled + before.dead if before is not None else 0)
+    return left * seconds / settled if settled > 0 else None
 
 
 def _channel(durable: bool, parts: list[PartitionStats]) -> ChannelLedger:

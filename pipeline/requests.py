@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from .channel import Channel
-from .drafts import failures, reply_codec
+from .drafts import Failure, failures, reply_codec
 from .errors import ConfigurationError, FrameError, RequestFailed, RequestTimeout, ServerUnavailable
 from .frame import Header, split
 from .transports import Backend
@@ -24,6 +24,22 @@ logger = logging.getLogger("pipeline.requests")
 WAIT = 1.0
 
 
+class _Answers:
+    """A frame of answers, decoded once, for the first who waits for one of them."""
+
+    def __init__(self, kind: str, body: bytes) -> None:
+        self._kind = kind
+        self._body = body
+        self._events: list[Any] | None = None
+
+    def of(self, channel: Channel[Any]) -> list[Any]:
+        """Raises FrameError."""
+        if self._events is None:
+            codec = failures if self._kind == "Failure" else reply_codec(channel.reply)
+            self._events = codec.decode(self._body).events
+        return self._events
+
+
 class Replies:
     """One list in Redis a process, read by one task; answers find their request by its event's id."""
 
@@ -31,7 +47,7 @@ class Replies:
         self.address = f"pipeline:reply:{source}:{secrets.token_hex(4)}"
         self._backend = backend
         self._waiting: dict[str, tuple[asyncio.Future[Any], Channel[Any]]] = {}
-        self._early: dict[str, Any] = {}
+        self._early: dict[str, tuple[_Answers, int]] = {}
         self._expected = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._publishing = 0
@@ -84,26 +100,28 @@ class Replies:
         except (FrameError, ValidationError) as error:
             logger.error("an answer cannot be read: %s", error)
             return
+        answers = _Answers(header.type, body)
         for index, id_ in enumerate(header.keys or []):
-            self._settle(id_ or "", header.type, body, index)
+            self._settle(id_ or "", answers, index)
 
-    def _settle(self, id_: str, kind: str, body: bytes, index: int) -> None:
+    def _settle(self, id_: str, answers: _Answers, index: int) -> None:
         waiting = self._waiting.get(id_)
         if waiting is None:
             if self._publishing:  # the answer overtook the acknowledgement of its question
-                self._early[id_] = (kind, body, index)
+                self._early[id_] = (answers, index)
             return
         future, channel = waiting
         if future.done():
             return
         try:
-            if kind == "Failure":
-                failure: Any = failures.decode(body).events[index]
-                future.set_exception(RequestFailed(f"request on channel {channel.name!r}: {failure.reason}"))
-            else:
-                future.set_result(reply_codec(channel.reply).decode(body).events[index])
+            event = answers.of(channel)[index]
         except FrameError as error:
             future.set_exception(RequestFailed(f"request on channel {channel.name!r}: unreadable answer: {error}"))
+            return
+        if isinstance(event, Failure):
+            future.set_exception(RequestFailed(f"request on channel {channel.name!r}: {event.reason}"))
+        else:
+            future.set_result(event)
 
     async def close(self) -> None:
         if self._task is not None:

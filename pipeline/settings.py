@@ -78,6 +78,36 @@ class Settings(BaseSettings):
     model_file: Path | None = None
     """Safetensors file that inference starts from."""
 
+    models: str = "imagenet"
+    """What `subscribers.serving` serves: names of built-in models and specification files, separated by commas."""
+
+    models_dir: Path = Path("models")
+    """Where specification files lie that LoadModel events may name."""
+
+    serving_batch: int = Field(default=32, ge=1)
+    """Items at most in a batch of a served model, unless its specification says so."""
+
+    serving_lease: float = Field(default=10.0, gt=0)
+    """Seconds after which a dead serving worker's requests are another's."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where served models run; auto: on a GPU if there is one."""
+
+    compile_models: bool = False
+    """Serve torch modules through torch.compile."""
+
+    gateway_inflight: int = Field(default=512, ge=1)
+    """Predictions a gateway process has under way at most; more are answered 429 at once."""
+
+    gateway_inflight_bytes: int = Field(default=256 << 20, ge=1)
+    """The same in bytes of their inputs."""
+
+    gateway_wait: float = Field(default=5.0, gt=0)
+    """Seconds a prediction may be expected to wait for its turn; beyond that new ones are answered 429."""
+
+    gateway_deadline: float = Field(default=10.0, gt=0)
+    """Seconds for a prediction whose request names no deadline (header `x-deadline`, seconds)."""
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @field_validator("redis_url")

@@ -3,7 +3,10 @@
 POST /channels/{name}          a JSON event → 202 {"id": …}
 GET  /channels/{name}/events   server-sent events, ?since=5m on durable channels
 POST /models/digits/predict    {"pixels": [[…]]} → {"success": true, "predictions": [{"label", "probability"}, …]}
-GET  /channels · /healthz · /readyz · /openapi.json
+POST /predict                  a picture (form field `image`, or the body) → five labels; see models.py
+POST /models/{name}/predict    any served model: pictures, .npy, safetensors, raw bytes, JSON
+POST /models/{name}/load       swap it for another version, or roll back
+GET  /models · /channels · /schemas · /metrics · /healthz · /readyz · /openapi.json
 """
 
 from __future__ import annotations
@@ -33,8 +36,11 @@ from pipeline.settings import settings
 
 from ..command import opened
 from ..directory import BadEvent, Directory
+from .asyncapi import document
 from .bodies import BodyTooLarge, Guard, read_body
 from .events import event_stream
+from .measures import Measures
+from .models import Models
 
 __all__ = ["create"]
 
@@ -53,6 +59,16 @@ class PredictRequest(BaseModel):
     """8 rows of 8 intensities from 0 to 16."""
 
 
+class LoadRequest(BaseModel):
+    """What `/models/{name}/load` takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: str
+    """A specification within the workers' PIPELINE_MODELS_DIR, or a built-in model."""
+    version: int
+
+
 class Problem(Exception):
     """Raised to answer with a status and a reason."""
 
@@ -67,6 +83,8 @@ class Gateway:
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
         self.directory = Directory(pipeline)
+        self.measures = Measures()
+        self.models = Models(pipeline, settings(), self.measures)
         self._open = False
 
     @asynccontextmanager
@@ -82,7 +100,10 @@ class Gateway:
     async def _keep_open(self, stop: asyncio.Event) -> None:
         async with opened(self.pipeline):
             self._open = True
+            following = self.pipeline.spawn(self.models.follow(), name="model status")
             await stop.wait()
+            following.cancel()
+            self.models.close()
             self._open = False
 
     # -- channels ------------------------------------------------------------------------------------------------
@@ -139,6 +160,49 @@ class Gateway:
             }
         )
 
+    async def served(self) -> Response:
+        """The models that are served: what they take, which versions, by which workers."""
+        return JSONResponse(
+            {
+                name: {
+                    **status.model_dump(include={"version", "kind", "shape", "dtype", "classes", "batch", "device"}),
+                    "predict": f"/models/{name}/predict",
+                    "workers": {
+                        worker: one.model_dump(include={"version", "state", "reason"})
+                        for (model, worker), one in self.models.workers.items()
+                        if model == name
+                    },
+                }
+                for name, status in sorted(self.models.statuses.items())
+            }
+        )
+
+    async def load(self, name: str, request: Request) -> Response:
+        """Have every worker that serves a model load another version of it: {"source": …, "version": …}."""
+        with self._problems():
+            body = await read_body(request, MOST_PREDICT_BYTES)
+            try:
+                wanted = LoadRequest.model_validate_json(body)
+            except ValidationError as error:
+                raise Problem(422, _first(error)) from None
+            if name not in self.models.statuses:
+                raise Problem(404, f"no worker serves model {name!r}")
+            event = catalog.LoadModel(model=name, version=wanted.version, source=wanted.source)
+            receipt = await self.pipeline.publish(catalog.model_loads, event)
+        return JSONResponse({"id": receipt.id}, 202)
+
+    async def metrics(self) -> Response:
+        """For Prometheus: this gateway's predictions, and every group's counts and drain time."""
+        with self._problems():
+            body, kind = self.measures.page(await self.pipeline.stats(), self.models.admissions)
+        return Response(body, media_type=kind)
+
+    async def schemas(self) -> Response:
+        """The channels as an AsyncAPI 3 document."""
+        with self._problems():
+            records = await self.pipeline.registry.records()
+        return JSONResponse(document(records, self.pipeline.url))
+
     # -- health --------------------------------------------------------------------------------------------------
 
     async def alive(self) -> Response:
@@ -193,9 +257,8 @@ def _digit(body: bytes) -> catalog.Digit:
     try:
         pixels = PredictRequest.model_validate_json(body).pixels
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "body"
-        raise Problem(400 if first["type"] == "json_invalid" else 422, f"{where}: {first['msg']}") from None
+        malformed = error.errors(include_url=False)[0]["type"] == "json_invalid"
+        raise Problem(400 if malformed else 422, _first(error)) from None
     rows, columns = catalog.DIGIT_SHAPE
     if len(pixels) != rows or any(len(row) != columns for row in pixels):
         raise Problem(422, f"pixels: expected {rows} rows of {columns} numbers each")
@@ -204,18 +267,44 @@ def _digit(body: bytes) -> catalog.Digit:
     return catalog.Digit(image=Tensor.from_json(pixels))
 
 
+def _first(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}"
+
+
+class Predictions:
+    """ASGI middleware in front of the framework: predictions take the short way."""
+
+    def __init__(self, app: Any, models: Models) -> None:
+        self._app = app
+        self._models = models
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        model = self._models.route(scope["path"]) if scope["type"] == "http" else None
+        if model is None:
+            await self._app(scope, receive, send)
+        else:
+            await self._models.handle(model, scope, receive, send)
+
+
 def create(pipeline: Pipeline | None = None) -> FastAPI:
     """The ASGI app."""
     gateway = Gateway(pipeline or Pipeline("gateway"))
     app = FastAPI(title="Pipeline gateway", docs_url=None, redoc_url=None, lifespan=gateway.lifespan)
     token = settings().token
+    app.add_middleware(Predictions, models=gateway.models)
     app.add_middleware(Guard, token=token.get_secret_value() if token else None)
     add = app.add_api_route
     add("/channels", gateway.channels, methods=["GET"])
     add("/channels/{name:path}/events", gateway.events, methods=["GET"], response_class=StreamingResponse)
     add("/channels/{name:path}", gateway.publish, methods=["POST"], status_code=202, openapi_extra=_body({}))
     schema = PredictRequest.model_json_schema()
+    add("/models", gateway.served, methods=["GET"])
     add("/models/digits/predict", gateway.predict, methods=["POST"], openapi_extra=_body(schema))
+    load = LoadRequest.model_json_schema()
+    add("/models/{name}/load", gateway.load, methods=["POST"], status_code=202, openapi_extra=_body(load))
+    add("/metrics", gateway.metrics, methods=["GET"])
+    add("/schemas", gateway.schemas, methods=["GET"])
     add("/healthz", gateway.alive, methods=["GET"])
     add("/readyz", gateway.ready, methods=["GET"])
     app.add_exception_handler(Problem, _answer)
