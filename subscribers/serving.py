@@ -31,6 +31,9 @@ __all__ = ["Served", "make"]
 
 logger = logging.getLogger("subscribers.serving")
 
+QUICK = 0.001
+"""Seconds for a batch of eight, below which a model is called in the event loop itself."""
+
 Item = npt.NDArray[Any]
 
 
@@ -162,12 +165,19 @@ class Served:
 def best(rows: Item, tops: Sequence[int]) -> list[list[tuple[int, float]]]:
     """For each row, its `top` greatest values with their places, greatest first."""
     most = min(max(tops), rows.shape[1])
-    places = np.argpartition(-rows, most - 1, axis=1)[:, :most]
-    values = np.take_along_axis(rows, places, axis=1)
-    order = np.argsort(-values, axis=1, kind="stable")
-    places = np.take_along_axis(places, order, axis=1).tolist()
-    values = np.take_along_axis(values, order, axis=1).tolist()
-    return [list(zip(p[:top], v[:top], strict=True)) for p, v, top in zip(places, values, tops, strict=True)]
+    each = np.arange(len(rows))[:, None]
+    places = np.arange(rows.shape[1])[None, :]
+    if rows.shape[1] > 8 * most:  # sorting only what can be among them
+        places = np.argpartition(-rows, most - 1, axis=1)[:, :most]
+        rows = rows[each, places]
+    order = np.argsort(-rows, axis=1, kind="stable")[:, :most]
+    ranked = zip(
+        np.broadcast_to(places, (len(rows), places.shape[1]))[each, order].tolist(),
+        rows[each, order].tolist(),
+        tops,
+        strict=True,
+    )
+    return [list(zip(p[:top], v[:top], strict=True)) for p, v, top in ranked]
 
 
 def make(options: Settings, url: str | None = None) -> Pipeline:
@@ -181,7 +191,7 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
         models[spec.name] = served = Served(spec, folder, options)
         app.subscriber(
             catalog.requests_of(spec.name), group="serving", publishes=catalog.answers,
-            batch=Batch(served.most), run_in="thread", lease=options.serving_lease,
+            batch=Batch(served.most), lease=options.serving_lease,
         )(_handler(served))  # fmt: skip
     if not models:
         raise BadModel("PIPELINE_MODELS names no model")
@@ -223,8 +233,13 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
 
 
 def _handler(served: Served) -> Any:
-    def answer(batch: list[Inputs]) -> list[Answer]:
-        return served.answer(batch)
+    async def answer(batch: list[Inputs]) -> list[Answer]:
+        """In a thread, so that the last batch's answers leave meanwhile; but for models that are quicker than threads
+        are to be handed work."""
+        assert served.current is not None
+        if served.current.seconds < QUICK:
+            return served.answer(batch)
+        return await asyncio.to_thread(served.answer, batch)
 
     return answer
 

@@ -10,6 +10,7 @@ Settings: GATEWAY_PORT, PIPELINE_GATEWAY_HOST, PIPELINE_TOKEN, PIPELINE_REDIS_UR
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import socket
 import sys
@@ -54,7 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(error)
     host, port = listener.getsockname()[:2]
     print(f"gateway: http://{host}:{port}", flush=True)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, proxy_headers=False
+    )
+    gc.collect()
+    gc.freeze()  # modules stay for good; collections need not look at them again
     with listener:
         uvicorn.Server(config).run(sockets=[listener])
     return 0

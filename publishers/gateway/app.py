@@ -287,13 +287,10 @@ class Predictions:
             await self._models.handle(model, scope, receive, send)
 
 
-def create(pipeline: Pipeline | None = None) -> FastAPI:
+def create(pipeline: Pipeline | None = None) -> Guard:
     """The ASGI app."""
     gateway = Gateway(pipeline or Pipeline("gateway"))
     app = FastAPI(title="Pipeline gateway", docs_url=None, redoc_url=None, lifespan=gateway.lifespan)
-    token = settings().token
-    app.add_middleware(Predictions, models=gateway.models)
-    app.add_middleware(Guard, token=token.get_secret_value() if token else None)
     add = app.add_api_route
     add("/channels", gateway.channels, methods=["GET"])
     add("/channels/{name:path}/events", gateway.events, methods=["GET"], response_class=StreamingResponse)
@@ -308,7 +305,8 @@ def create(pipeline: Pipeline | None = None) -> FastAPI:
     add("/healthz", gateway.alive, methods=["GET"])
     add("/readyz", gateway.ready, methods=["GET"])
     app.add_exception_handler(Problem, _answer)
-    return app
+    token = settings().token
+    return Guard(Predictions(app, gateway.models), token.get_secret_value() if token else None)
 
 
 def _body(schema: dict[str, Any]) -> dict[str, Any]:

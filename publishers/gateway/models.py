@@ -56,6 +56,55 @@ class Refusal(Exception):
         self.headers = headers or []
 
 
+class Patience:
+    """With one client: how long its body may take, and whether it still waits for its answer.
+
+    Both need a timer; most requests are through before it has ever gone off, so there is one, and nothing else is made
+    before that.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self.receive = receive
+        self.asking = False
+        """The body is there; only the answer is missing."""
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._handle = self._loop.call_later(GONE_AFTER, self._look)
+        self._until = self._loop.time() + BODY_SECONDS
+        self._watching: asyncio.Task[None] | None = None
+        self._verdict: Exception | None = None
+
+    def _look(self) -> None:
+        if self.asking:
+            self._watching = self._loop.create_task(self._watch())
+        elif self._loop.time() < self._until:
+            self._handle = self._loop.call_later(GONE_AFTER, self._look)
+        else:
+            self._stop(Refusal(408, "the body came too slowly", [(b"connection", b"close")]))
+
+    async def _watch(self) -> None:
+        while (await self.receive())["type"] != "http.disconnect":
+            """Whatever else comes is not ours."""
+        self._stop(Gone())
+
+    def _stop(self, verdict: Exception) -> None:
+        self._verdict = verdict
+        if self._task is not None:
+            self._task.cancel()
+
+    def check(self) -> None:
+        """When cancelled: raise why, if it was by us."""
+        if self._verdict is not None:
+            if self._task is not None:
+                self._task.uncancel()
+            raise self._verdict from None
+
+    def end(self) -> None:
+        self._handle.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
+
+
 class Models:
     """What is served, by whom, and the way there."""
 
@@ -104,8 +153,9 @@ class Models:
     async def handle(self, model: str, scope: Any, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         status = 200
+        patience = Patience(receive)
         try:
-            answer = await self._predict(model, scope, receive)
+            answer = await self._predict(model, scope, patience)
             body, headers = _success(answer), _JSON
         except Gone:
             self._measures.prediction(model, 499, time.perf_counter() - began)
@@ -113,6 +163,8 @@ class Models:
         except Refusal as refusal:
             status, headers = refusal.status, _JSON + refusal.headers
             body = to_json({"success": False, "error": str(refusal)})
+        finally:
+            patience.end()
         await send(
             {
                 "type": "http.response.start",
@@ -123,7 +175,7 @@ class Models:
         await send({"type": "http.response.body", "body": body})
         self._measures.prediction(model, status, time.perf_counter() - began)
 
-    async def _predict(self, model: str, scope: Any, receive: Receive) -> Answer:
+    async def _predict(self, model: str, scope: Any, patience: Patience) -> Answer:
         """Raises Refusal, Gone."""
         if scope["method"] != "POST":
             raise Refusal(405, "POST is expected", [(b"allow", b"POST")])
@@ -143,7 +195,7 @@ class Models:
             raise Refusal(429, str(error), [(b"retry-after", b"%d" % error.after)]) from None
         answered = False
         try:
-            body = await _body(receive, length)
+            body = await _body(patience)
             kind = content_type.partition(";")[0].strip().lower()
             try:
                 if needs_thread(kind):
@@ -158,7 +210,7 @@ class Models:
                 raise Refusal(error.status, str(error)) from None
             except (TypeError, ValueError) as error:
                 raise Refusal(422, str(error)) from None
-            answer = await self._ask(model, inputs, seconds, receive)
+            answer = await self._ask(model, inputs, seconds, patience)
             answered = True
         finally:
             admission.leave(length, answered=answered)
@@ -168,31 +220,13 @@ class Models:
             raise Refusal(422, answer.error)
         return answer
 
-    async def _ask(self, model: str, inputs: Inputs, seconds: float, receive: Receive) -> Answer:
-        """Raises Gone when the client hangs up meanwhile: nobody needs the answer then."""
-        task = asyncio.current_task()
-        assert task is not None
-        gone = False
-        watching: asyncio.Task[None] | None = None
-
-        async def watch() -> None:
-            nonlocal gone
-            while (await receive())["type"] != "http.disconnect":
-                """Whatever else comes is not ours."""
-            gone = True
-            task.cancel()
-
-        def begin() -> None:
-            nonlocal watching
-            watching = asyncio.get_running_loop().create_task(watch())
-
-        handle = asyncio.get_running_loop().call_later(GONE_AFTER, begin)
+    async def _ask(self, model: str, inputs: Inputs, seconds: float, patience: Patience) -> Answer:
+        """Raises Refusal, Gone."""
+        patience.asking = True
         try:
             answer: Answer = await self._pipeline.request(catalog.requests_of(model), inputs, timeout=seconds)
         except asyncio.CancelledError:
-            if gone:
-                task.uncancel()
-                raise Gone from None
+            patience.check()
             raise
         except RequestTimeout:
             raise Refusal(504, f"no answer within {seconds:g} s") from None
@@ -202,10 +236,6 @@ class Models:
             raise Refusal(503, str(error), [(b"retry-after", b"1")]) from None
         except PublishError as error:
             raise Refusal(413, str(error)) from None
-        finally:
-            handle.cancel()
-            if watching is not None:
-                watching.cancel()
         return answer
 
     def close(self) -> None:
@@ -236,32 +266,27 @@ def _headers(scope: Any, seconds: float) -> tuple[str, int, float, int]:
     return content_type, length, seconds, top
 
 
-async def _body(receive: Receive, length: int) -> bytes:
+async def _body(patience: Patience) -> bytes:
     """Raises Refusal, Gone."""
-    message = await receive() if length == 0 else await _soon(receive)
-    if message["type"] == "http.request" and not message.get("more_body", False):
-        whole: bytes = message.get("body", b"")
-        return whole
-    parts, size = [], 0
-    while True:
-        if message["type"] == "http.disconnect":
-            raise Gone
-        part = message.get("body", b"")
-        size += len(part)
-        if size > MOST_BODY:
-            raise Refusal(413, f"the body exceeds the limit of {MOST_BODY:,} bytes", [(b"connection", b"close")])
-        parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
-        message = await _soon(receive)
-
-
-async def _soon(receive: Receive) -> Any:
+    parts: list[bytes] = []
+    size = 0
     try:
-        async with asyncio.timeout(BODY_SECONDS):
-            return await receive()
-    except TimeoutError:
-        raise Refusal(408, "the body came too slowly", [(b"connection", b"close")]) from None
+        while True:
+            message = await patience.receive()
+            if message["type"] == "http.disconnect":
+                raise Gone
+            part = message.get("body", b"")
+            if not parts and not message.get("more_body", False):
+                return part  # type: ignore[no-any-return]  # the ASGI message is a dict
+            size += len(part)
+            if size > MOST_BODY:
+                raise Refusal(413, f"the body exceeds the limit of {MOST_BODY:,} bytes", [(b"connection", b"close")])
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+    except asyncio.CancelledError:
+        patience.check()
+        raise
 
 
 def _success(answer: Answer) -> bytes:

@@ -44,14 +44,16 @@ def on_device(module: torch.nn.Module, spec: ModelSpec, device: str, compile_it:
     module = module.to(where)
     if spec.channels_first:
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    return TorchEngine(torch.compile(module, dynamic=True) if compile_it else module, where)
+    # `forward` itself: nobody hooks what is served, and looking for hooks costs as much as a small model.
+    return TorchEngine(torch.compile(module, dynamic=True) if compile_it else module.forward, where)
 
 
 def load(spec: ModelSpec, folder: Path, device: str, compile_it: bool) -> TorchEngine:
     path = file_of(spec, folder)
     if spec.kind == "torch-export":
         try:
-            module: torch.nn.Module = torch.export.load(path).module()
+            # Shapes and dtypes are checked before: the program's own guards would double the time of a small model.
+            module: torch.nn.Module = torch.export.load(path).module(check_guards=False)
         except Exception as error:
             raise BadModel(f"{path} is no exported program of this torch: {error}") from None
         return on_device(module, spec, device, compile_it)
