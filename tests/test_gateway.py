@@ -40,7 +40,7 @@ async def client_of(url: str) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a gateway in this process, once that is ready."""
     app = create(Pipeline("gateway", url))
     async with (
-        app.router.lifespan_context(app),
+        app.fastapi.router.lifespan_context(app.fastapi),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client,
     ):
         async with asyncio.timeout(5):

@@ -22,6 +22,7 @@ from pipeline.settings import settings
 
 from ..command import fail, start_logging
 from .app import create
+from .server import Protocol
 
 __all__ = ["listen", "main"]
 
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     host, port = listener.getsockname()[:2]
     print(f"gateway: http://{host}:{port}", flush=True)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, proxy_headers=False
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, proxy_headers=False, http=Protocol
     )
     gc.collect()
     gc.freeze()  # modules stay for good; collections need not look at them again

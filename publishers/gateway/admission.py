@@ -8,7 +8,11 @@ import time
 __all__ = ["Admission", "Overloaded"]
 
 WINDOW = 0.5
-"""Seconds over which the rate is taken."""
+"""Seconds over which the rate is taken, at least…"""
+ENOUGH = 16
+"""…with so many answers in it…"""
+PATIENCE = 5.0
+"""…unless it has become so long: a worker that starts or dies is not a model that is slow."""
 SMOOTHING = 0.5
 
 
@@ -65,7 +69,7 @@ class Admission:
         self._done += answered
         self._busy += now - self._since
         self._since = now
-        if self._busy >= WINDOW:
+        if (self._busy >= WINDOW and self._done >= ENOUGH) or self._busy >= PATIENCE:
             rate = self._done / self._busy
             self._rate = rate if not self._rate else self._rate + SMOOTHING * (rate - self._rate)
             self._done, self._busy = 0, 0.0

@@ -272,22 +272,26 @@ def _first(error: ValidationError) -> str:
     return f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}"
 
 
-class Predictions:
-    """ASGI middleware in front of the framework: predictions take the short way."""
+class Front:
+    """The ASGI app: the token is asked for first, predictions take the short way, the rest goes through FastAPI."""
 
-    def __init__(self, app: Any, models: Models) -> None:
-        self._app = app
+    def __init__(self, fastapi: FastAPI, models: Models, token: str | None) -> None:
+        self.fastapi = fastapi
         self._models = models
+        self._guard = Guard(self._route, token)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._guard(scope, receive, send)
+
+    async def _route(self, scope: Any, receive: Any, send: Any) -> None:
         model = self._models.route(scope["path"]) if scope["type"] == "http" else None
         if model is None:
-            await self._app(scope, receive, send)
+            await self.fastapi(scope, receive, send)
         else:
             await self._models.handle(model, scope, receive, send)
 
 
-def create(pipeline: Pipeline | None = None) -> Guard:
+def create(pipeline: Pipeline | None = None) -> Front:
     """The ASGI app."""
     gateway = Gateway(pipeline or Pipeline("gateway"))
     app = FastAPI(title="Pipeline gateway", docs_url=None, redoc_url=None, lifespan=gateway.lifespan)
@@ -306,7 +310,7 @@ def create(pipeline: Pipeline | None = None) -> Guard:
     add("/readyz", gateway.ready, methods=["GET"])
     app.add_exception_handler(Problem, _answer)
     token = settings().token
-    return Guard(Predictions(app, gateway.models), token.get_secret_value() if token else None)
+    return Front(app, gateway.models, token.get_secret_value() if token else None)
 
 
 def _body(schema: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,232 @@
+"""Stress a gateway: `pipeline stress picture.jpg [more…]`, closed loop or at a given rate, and what came of it.
+
+pipeline stress cat.jpg --requests 500 --pause 0.05           # one after the other, as fast as answers come
+pipeline stress cat.jpg --rate 200 --seconds 30               # open loop: arrivals do not wait for answers
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import click
+
+from pipeline.errors import ConfigurationError
+from pipeline.settings import settings
+
+__all__ = ["Outcome", "stress", "stress_test"]
+
+TYPES = {
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".npy": "application/x-npy",
+}
+MOST_OPEN = 1000
+
+
+@dataclass
+class Outcome:
+    """What a stress test saw. Latencies are in seconds, of answers with status 200."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    latencies: list[float] = field(default_factory=list)
+    labels: Counter[str] = field(default_factory=Counter)
+    refusals: list[float] = field(default_factory=list)
+    """Latencies of 429s."""
+    lost: int = 0
+    """Requests without any answer."""
+    seconds: float = 0.0
+
+    def quantile(self, q: float) -> float:
+        ordered = sorted(self.latencies)
+        return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else math.nan
+
+    def summary(self) -> dict[str, object]:
+        """For `--json`."""
+        return {
+            "requests": self.statuses.total() + self.lost,
+            "statuses": {str(status): count for status, count in sorted(self.statuses.items())},
+            "lost": self.lost,
+            "seconds": round(self.seconds, 3),
+            "rate": round(self.statuses[200] / self.seconds, 2) if self.seconds else 0.0,
+            "p50_ms": round(1000 * self.quantile(0.5), 2) if self.latencies else None,
+            "p99_ms": round(1000 * self.quantile(0.99), 2) if self.latencies else None,
+            "mean_ms": round(1000 * statistics.fmean(self.latencies), 2) if self.latencies else None,
+            "labels": dict(self.labels.most_common(5)),
+        }
+
+
+class _Connections:
+    """Keep-alive connections to one gateway, reused in turn."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ConfigurationError(f"{url!r}: expected http://host:port/path")
+        self.host, self.port = parts.hostname, parts.port or 80
+        self.path = parts.path or "/predict"
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, kind: str, body: bytes, deadline: float | None) -> tuple[int, bytes]:
+        """Status and body. Raises OSError, EOFError."""
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self.host, self.port)
+        try:
+            extra = f"x-deadline: {deadline:g}\r\n" if deadline is not None else ""
+            token = settings().token
+            if token is not None:
+                extra += f"authorization: Bearer {token.get_secret_value()}\r\n"
+            writer.write(
+                f"POST {self.path} HTTP/1.1\r\nhost: {self.host}\r\ncontent-type: {kind}\r\n{extra}"
+                f"content-length: {len(body)}\r\n\r\n".encode()
+                + body
+            )
+            head = await reader.readuntil(b"\r\n\r\n")
+            lines = head.decode("latin-1").lower().split("\r\n")
+            length = next(int(line.partition(":")[2]) for line in lines if line.startswith("content-length:"))
+            answer = await reader.readexactly(length)
+        except BaseException:
+            writer.close()
+            raise
+        if "connection: close" in lines:
+            writer.close()
+        else:
+            self._idle.append((reader, writer))
+        return int(lines[0].split()[1]), answer
+
+    async def close(self) -> None:
+        for _, writer in self._idle:
+            writer.close()
+
+
+async def stress_test(
+    url: str,
+    bodies: Sequence[tuple[str, bytes]],
+    *,
+    requests: int | None = None,
+    clients: int = 1,
+    pause: float = 0.0,
+    rate: float | None = None,
+    seconds: float | None = None,
+    deadline: float | None = None,
+) -> Outcome:
+    """Ask `url` with (content type, body) in turn: `requests` of them by so many `clients`, or with `rate` (per second,
+    open loop: a slow answer holds up no other request) for `seconds`."""
+    connections, outcome = _Connections(url), Outcome()
+    turn = itertools.cycle(bodies)
+
+    async def one() -> None:
+        kind, body = next(turn)
+        began = time.perf_counter()
+        try:
+            status, answer = await connections.ask(kind, body, deadline)
+        except (OSError, EOFError):
+            outcome.lost += 1
+            return
+        elapsed = time.perf_counter() - began
+        outcome.statuses[status] += 1
+        if status == 200:
+            outcome.latencies.append(elapsed)
+            predictions = json.loads(answer).get("predictions")
+            if predictions:
+                outcome.labels[str(predictions[0]["label"])] += 1
+        elif status == 429:
+            outcome.refusals.append(elapsed)
+
+    began = time.perf_counter()
+    if rate is not None:
+        await _at_rate(one, rate, seconds or 10.0)
+    else:
+        left = itertools.count()
+
+        async def client() -> None:
+            while next(left) < (requests or 500):
+                await one()
+                await asyncio.sleep(pause)
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+    outcome.seconds = time.perf_counter() - began
+    await connections.close()
+    return outcome
+
+
+async def _at_rate(one: object, rate: float, seconds: float) -> None:
+    """Evenly spaced arrivals; late ones at once, so that a stall shows in the latencies."""
+    assert callable(one)
+    tasks: set[asyncio.Task[None]] = set()
+    began = time.perf_counter()
+    for number in range(int(rate * seconds)):
+        delay = began + number / rate - time.perf_counter()
+        if delay > 0:
+            await asyncio.sleep(delay)
+        while len(tasks) >= MOST_OPEN:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        task = asyncio.create_task(one())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+    await asyncio.gather(*tasks)
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--url", help="what to ask; default: /predict of the gateway on this host")
+@click.option("--requests", default=500, show_default=True, help="closed loop: how many")
+@click.option("--clients", default=1, show_default=True, help="closed loop: at the same time")
+@click.option("--pause", default=0.05, show_default=True, help="closed loop: seconds between two of a client's")
+@click.option("--rate", type=float, help="open loop: requests a second, whatever comes back")
+@click.option("--seconds", default=10.0, show_default=True, help="open loop: for how long")
+@click.option("--deadline", type=float, help="seconds after which an answer is of no use")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object")
+def stress(
+    files: tuple[Path, ...], url: str | None, requests: int, clients: int, pause: float, rate: float | None,
+    seconds: float, deadline: float | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Send pictures (or .npy arrays) to a gateway and print latencies, statuses and labels."""
+    unknown = [str(path) for path in files if path.suffix.lower() not in TYPES]
+    if unknown:
+        raise click.UsageError(f"{', '.join(unknown)}: expected {', '.join(TYPES)}")
+    bodies = [(TYPES[path.suffix.lower()], path.read_bytes()) for path in files]
+    target = url or f"http://{settings().gateway_host}:{settings().gateway_port}/predict"
+    outcome = asyncio.run(
+        stress_test(
+            target,
+            bodies,
+            requests=requests,
+            clients=clients,
+            pause=pause,
+            rate=rate,
+            seconds=seconds,
+            deadline=deadline,
+        )
+    )
+    summary = outcome.summary()
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        for name, value in summary.items():
+            click.echo(f"{name:10} {value}")
+        click.echo(_histogram(outcome.latencies))
+    if outcome.lost:
+        raise SystemExit(1)
+
+
+def _histogram(latencies: Sequence[float]) -> str:
+    """Counts by latency, three bins an octave, as bars."""
+    bins = Counter(math.floor(3 * math.log2(1000 * value)) for value in latencies)
+    if not bins:
+        return ""
+    most = max(bins.values())
+    return "\n".join(
+        f"{2 ** (index / 3):9.2f} ms {'█' * math.ceil(40 * bins[index] / most)} {bins[index]}"
+        for index in range(min(bins), max(bins) + 1)
+    )

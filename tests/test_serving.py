@@ -1,0 +1,508 @@
+"""Served models: four kinds, batches, deadlines, swaps under load, kills; real models, pictures and processes."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import json
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+
+from pipeline import Pipeline, Tensor, catalog
+from pipeline.catalog import Answer, Inputs, LoadModel, requests_of
+from pipeline.errors import ConfigurationError
+from pipeline.settings import Settings
+from publishers.stress import stress_test
+from subscribers.predictors import BadModel, ModelSpec, OutOfMemory, Predictor, load, read_spec
+from subscribers.serving import Served, make
+
+from .apps import idle, serving, until
+from .processes import line_with
+from .programs import program
+
+CLASSES = 4
+
+
+def linear(weight: float = 1.0) -> torch.nn.Module:
+    """float32 [n, 4] → logits [n, 4]: the largest input wins (or, with weight −1, the smallest)."""
+    module = torch.nn.Linear(CLASSES, CLASSES, bias=False)
+    module.weight.data = weight * torch.eye(CLASSES)
+    return module.eval()
+
+
+def specification(folder: Path, name: str, **fields: Any) -> Path:
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"name": "toy", "shape": [CLASSES], "labels": list("abcd"), **fields}))
+    return path
+
+
+def exported(folder: Path, name: str = "toy", weight: float = 1.0, **fields: Any) -> Path:
+    example = (torch.zeros(2, CLASSES),)
+    program = torch.export.export(linear(weight), example, dynamic_shapes=({0: torch.export.Dim("n")},))
+    torch.export.save(program, folder / f"{name}.pt2")
+    return specification(folder, name, kind="torch-export", file=f"{name}.pt2", **fields)
+
+
+def options(source: object, **fields: Any) -> Settings:
+    return Settings(models=str(source), models_dir=Path(str(source)).parent, _env_file=None, **fields)  # type: ignore[call-arg]
+
+
+def ask(*values: float, deadline: float | None = None) -> Inputs:
+    return Inputs(data=Tensor(np.array(values, np.float32)), deadline=deadline)
+
+
+# -- kinds ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_model_answers_alike(tmp_path: Path) -> None:
+    import onnx
+    import skops.io
+    from safetensors.torch import save_file
+    from sklearn.linear_model import LogisticRegression
+
+    sources = [exported(tmp_path)]
+    save_file(linear().state_dict(), tmp_path / "toy.safetensors")
+    sources.append(
+        specification(
+            tmp_path, "weights", kind="safetensors", file="toy.safetensors", factory="tests.test_serving:linear"
+        )
+    )
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    tensor = onnx.numpy_helper.from_array(np.eye(CLASSES, dtype=np.float32), "w")
+    kinds = [onnx.helper.make_tensor_value_info(name, 1, ["n", CLASSES]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "toy", kinds[:1], kinds[1:], [tensor])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "toy.onnx")
+    sources.append(specification(tmp_path, "onnx", kind="onnx", file="toy.onnx"))
+    forest = LogisticRegression(C=100.0).fit(np.repeat(np.eye(CLASSES), 3, 0), np.repeat(np.arange(CLASSES), 3))
+    skops.io.dump(forest, tmp_path / "toy.skops")
+    sources.append(specification(tmp_path, "sklearn", kind="sklearn", file="toy.skops", output="probabilities"))
+    for source in sources:
+        predictor = load(*read_spec(source))
+        rows = predictor.predict([np.eye(CLASSES, dtype=np.float32)[place] for place in (2, 0)])
+        assert rows.argmax(axis=1).tolist() == [2, 0], source
+        assert rows.sum(axis=1) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"kind": "torch-export", "file": "missing.pt2"}, "there is no file"),
+        ({"kind": "torch-export", "file": "text.pt2"}, "is no exported program"),
+        ({"kind": "safetensors", "file": "text.pt2", "factory": "tests.test_serving:linear"}, "is no safetensors file"),
+        ({"kind": "safetensors", "file": "text.pt2"}, "needs a factory"),
+        ({"kind": "onnx", "file": "text.pt2"}, "is no ONNX model"),
+        ({"kind": "sklearn", "file": "text.pt2", "output": "values"}, "is no skops file"),
+        ({"kind": "sklearn", "file": "text.pt2"}, "predict_proba"),
+        ({"kind": "pickle", "file": "text.pt2"}, "kind"),
+        ({"kind": "torch-export"}, "needs a file"),
+        ({"kind": "torch-export", "file": "toy.pt2", "labels": ["only one"]}, "returns shape"),
+        ({"kind": "torch-export", "file": "toy.pt2", "shape": [7]}, "fails on zeros"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_be_served_says_why(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
+    exported(tmp_path)
+    (tmp_path / "text.pt2").write_text("no model at all")
+    with pytest.raises(BadModel, match=reason):
+        load(*read_spec(specification(tmp_path, "bad", **fields)))
+
+
+def test_a_source_from_an_event_stays_within_the_folder(tmp_path: Path) -> None:
+    inside = tmp_path / "models"
+    inside.mkdir()
+    exported(tmp_path)
+    with pytest.raises(BadModel, match="lies outside"):
+        read_spec("../toy.json", inside)
+    with pytest.raises(ConfigurationError, match="twice"):
+        make(options(f"{exported(tmp_path)},{tmp_path / 'toy.json'}"))
+
+
+# -- batches -------------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """An engine that notes its batches, runs out of memory above four items, and chokes on a 13."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def infer(self, batch: Any) -> Any:
+        if len(batch) > 4:
+            raise OutOfMemory("too many")
+        if (batch == 13).any():
+            raise ValueError("13")
+        self.sizes.append(len(batch))
+        return batch
+
+
+def counted(**fields: Any) -> tuple[Served, Counting]:
+    spec = ModelSpec(name="toy", kind="onnx", **{"shape": [CLASSES], "labels": list("abcd"), **fields})
+    served, engine = Served(spec, Path(), options("toy")), Counting()
+    served.current = Predictor(spec, engine)
+    return served, engine
+
+
+def test_a_batch_that_does_not_fit_is_tried_in_halves_and_a_bad_item_costs_only_itself() -> None:
+    served, engine = counted()
+    answers = served.answer([*(ask(0, n, 0, 0) for n in range(1, 11)), ask(13, 0, 0, 0), ask(1, 2)])
+    assert [answer.predictions[0].label for answer in answers[:10]] == ["b"] * 10
+    assert "ValueError: 13" in answers[10].error
+    assert "float32 of shape [2]; model 'toy' takes float32 of shape [4]" in answers[11].error
+    assert max(engine.sizes) <= 4
+
+
+def test_items_of_different_shapes_are_computed_apart_and_cost_is_bounded() -> None:
+    served, engine = counted(shape=[None], output="values", labels=[], elements=8)
+    answers = served.answer([ask(*range(1, size + 1)) for size in (4, 4, 2, 4, 2, 12)])
+    assert sorted(engine.sizes) == [1, 1, 2, 2]
+    assert [answer.output.shape for answer in answers if answer.output is not None] == [
+        (4,),
+        (4,),
+        (2,),
+        (4,),
+        (2,),
+        (12,),
+    ]
+
+
+async def test_an_expired_request_is_not_computed(tmp_path: Path, url: str) -> None:
+    app = make(options(exported(tmp_path)), url)
+    async with serving(app), Pipeline("client", url) as client:
+        late = await client.request(requests_of("toy"), ask(1, 2, 3, 4, deadline=time.time() - 1))
+        assert (late.expired, late.batch) == (True, 0)
+        timely = await client.request(requests_of("toy"), ask(1, 2, 3, 4, deadline=time.time() + 9))
+        assert [score.label for score in timely.predictions] == ["d", "c", "b", "a"]
+        assert (await idle(client, "models.toy")).groups["serving"].dead == 0
+
+
+# -- swaps ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_swap_under_load_fails_no_request_and_mixes_no_versions(tmp_path: Path, valkey_url: str) -> None:
+    """Version 2 answers with the smallest instead of the largest: an answer of half a model would show."""
+    source = exported(tmp_path, batch=8)
+    exported(tmp_path, "second", weight=-1.0, batch=8)
+    specification(tmp_path, "broken", kind="torch-export", file="missing.pt2")
+    app = make(options(source), valkey_url)
+    answers: list[Answer] = []
+    async with serving(app), Pipeline("client", valkey_url) as client:
+        stop = False
+
+        async def load_it() -> None:
+            while not stop:
+                answers.append(await client.request(requests_of("toy"), ask(1, 2, 3, 4)))
+
+        def version() -> int:
+            return answers[-1].version if answers else -1
+
+        clients = [asyncio.create_task(load_it()) for _ in range(8)]
+        await until(lambda: version() == 1)
+        async with client.watch(catalog.model_status) as statuses:
+            said = aiter(statuses)
+            for source_name, number, state in (("broken.json", 5, "refused"), ("second.json", 2, "serving")):
+                await client.publish(catalog.model_loads, LoadModel(model="toy", version=number, source=source_name))
+                status = (await anext(said)).event
+                assert (status.version, status.state) == (number, state)
+            await until(lambda: version() == 2)
+            await client.publish(catalog.model_loads, LoadModel(model="toy", version=1, source="toy.json"))
+            await until(lambda: version() == 1)
+        stop = True
+        await asyncio.gather(*clients)
+    assert {answer.error for answer in answers} == {""}
+    for answer in answers:
+        assert answer.predictions[0].label == ("a" if answer.version == 2 else "d")
+    versions = [answer.version for answer in answers]
+    changes = [pair for pair in itertools.pairwise(versions) if pair[0] != pair[1]]
+    assert len(changes) <= 2 + 8, "at one boundary each, as the clients see it"
+
+
+async def test_a_worker_that_starts_later_serves_the_newest_version(tmp_path: Path, valkey_url: str) -> None:
+    source = exported(tmp_path)
+    exported(tmp_path, "second", weight=-1.0)
+    async with Pipeline("client", valkey_url) as client:
+        for number, name in ((3, "missing.json"), (2, "second.json")):
+            await client.publish(catalog.model_loads, LoadModel(model="toy", version=number, source=name))
+        app = make(options(source), valkey_url)
+        async with serving(app):
+
+            async def newest() -> bool:
+                return (await client.request(requests_of("toy"), ask(1, 2, 3, 4))).version == 2
+
+            async with asyncio.timeout(10):
+                while not await newest():
+                    await asyncio.sleep(0.02)
+
+
+# -- over HTTP, in processes of their own --------------------------------------------------------------------------
+
+
+def picture(name: str, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(getattr(skimage.data, name)()).save(file, kind, **options)
+    return file.getvalue()
+
+
+@contextmanager
+def workers(url: str, count: int = 1, **environment: str) -> Iterator[list[Any]]:
+    command = ("-m", "pipeline", "serve", "subscribers.serving:app")
+    with program(*command, url=url, **environment) as first:
+        if count == 1:
+            yield [first]
+        else:
+            with program(*command, url=url, **environment) as second:
+                yield [first, second]
+
+
+@contextmanager
+def gateway(url: str, **environment: str) -> Iterator[str]:
+    with program("-m", "publishers.gateway", "--port", "0", url=url, **environment) as process:
+        yield line_with("gateway: http", process).split()[-1]
+
+
+@pytest.fixture(scope="module")
+def running(valkey: Any) -> Iterator[str]:
+    """The picture model and a gateway; its base URL."""
+    with workers(valkey.url), gateway(valkey.url) as base:
+        yield base
+
+
+async def served(base: str, model: str = "imagenet", number: int = 1) -> None:
+    """Wait until so many workers serve a model."""
+    async with httpx.AsyncClient(base_url=base) as client, asyncio.timeout(60):
+        while True:
+            found = await client.get("/models")
+            if found.status_code == 200 and len(found.json().get(model, {}).get("workers", {})) >= number:
+                return
+            await asyncio.sleep(0.1)
+
+
+@pytest.fixture
+async def client(running: str) -> AsyncIterator[httpx.AsyncClient]:
+    await served(running)
+    async with httpx.AsyncClient(base_url=running, timeout=30) as client:
+        yield client
+
+
+async def test_pictures_are_named(client: httpx.AsyncClient) -> None:
+    cat = await client.post("/predict", files={"image": ("chelsea.png", picture("chelsea"))})
+    assert cat.status_code == 200, cat.text
+    answer = cat.json()
+    assert (answer["success"], answer["model"], len(answer["predictions"])) == (True, "imagenet", 5)
+    assert "cat" in answer["predictions"][0]["label"]
+    for kind in ("JPEG", "WEBP", "PNG"):
+        coffee = await client.post(
+            "/predict?top=1", content=picture("coffee", kind), headers={"content-type": f"image/{kind.lower()}"}
+        )
+        assert [one["label"] for one in coffee.json()["predictions"]] == ["espresso"], kind
+
+
+async def test_a_picture_taken_sideways_is_turned_upright(client: httpx.AsyncClient) -> None:
+    image = Image.fromarray(skimage.data.coffee()).rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° clockwise to view
+    file = io.BytesIO()
+    image.save(file, "JPEG", exif=exif, quality=95)
+    answer = await client.post("/predict", content=file.getvalue(), headers={"content-type": "image/jpeg"})
+    upright = await client.post(
+        "/predict", content=picture("coffee", "JPEG", quality=95), headers={"content-type": "image/jpeg"}
+    )
+    first, second = answer.json()["predictions"][0], upright.json()["predictions"][0]
+    assert first["label"] == second["label"] == "espresso"
+    assert first["probability"] == pytest.approx(second["probability"], abs=0.05)
+
+
+async def test_arrays_are_taken_in_three_forms(client: httpx.AsyncClient) -> None:
+    from safetensors.numpy import save
+
+    array = np.asarray(Image.fromarray(skimage.data.coffee()).resize((224, 224)))
+    file = io.BytesIO()
+    np.save(file, array)
+    forms = {
+        "application/x-npy": file.getvalue(),
+        "application/x-safetensors": save({"image": array}),
+        "application/octet-stream": array.tobytes(),
+        "application/json": json.dumps({"inputs": array.tolist()}).encode(),
+    }
+    found = []
+    for kind, body in forms.items():
+        answer = await client.post("/models/imagenet/predict", content=body, headers={"content-type": kind})
+        assert answer.status_code == 200, (kind, answer.text)
+        found.append(answer.json()["predictions"])
+    assert all(one[0]["label"] == found[0][0]["label"] for one in found)
+    assert found[0][0]["label"] == "espresso"
+
+
+def _header_of(width: int, height: int) -> bytes:
+    """A PNG whose header promises so much, and whose data does not follow."""
+    import struct
+    import zlib
+
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + b"\0\0\1\0IDAT"
+        + bytes(64)
+    )
+
+
+def _objects() -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([{}, []], object), allow_pickle=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "status", "reason"),
+    [
+        ("image/jpeg", lambda: picture("coffee", "JPEG")[:5000], 422, "cannot be read"),
+        ("image/png", lambda: _header_of(50_000, 50_000), 422, "50000 × 50000 pixels"),
+        ("image/png", lambda: b"not a picture", 422, "not a picture"),
+        ("image/gif", lambda: b"GIF89a", 415, "use image/jpeg"),
+        ("text/plain", lambda: b"hello", 415, "content type"),
+        ("application/x-npy", _objects, 422, "object"),
+        ("application/x-npy", lambda: b"\x93NUMPY\x01\x00", 400, "not an .npy"),
+        ("application/x-safetensors", lambda: b"\xff" * 64, 400, "safetensors"),
+        ("application/octet-stream", lambda: b"123", 422, "3 bytes"),
+        ("application/json", lambda: b"{", 400, "not JSON"),
+        ("application/json", lambda: b'{"inputs": [[1], [2, 3]]}', 422, "rectangular"),
+        ("multipart/form-data; boundary=x", lambda: b"--x\r\nrubbish", 422, "field 'image'"),
+        ("multipart/form-data", lambda: b"--x", 400, "form"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_hostile_bodies_are_refused_within_a_second(
+    client: httpx.AsyncClient, kind: str, body: Any, status: int, reason: str
+) -> None:
+    content = body()
+    began = time.monotonic()
+    answer = await client.post("/predict", content=content, headers={"content-type": kind})
+    assert (answer.status_code, answer.json()["success"]) == (status, False), answer.text
+    assert reason in answer.json()["error"]
+    assert time.monotonic() - began < 1
+
+
+async def test_a_body_of_a_gigabyte_is_refused_unread(running: str, client: httpx.AsyncClient) -> None:
+    host, port = running.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(
+        b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: 1073741824\r\n\r\nabc"
+    )
+    async with asyncio.timeout(1):
+        head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 413")
+    writer.close()
+    for path, status in (("/models/unknown/predict", 404), ("/predict", 405)):
+        answer = await client.request("POST" if status == 404 else "GET", path)
+        assert answer.status_code == status
+    for header in ("0", "-1", "soon", "nan"):
+        answer = await client.post("/predict", content=b"", headers={"x-deadline": header})
+        assert (answer.status_code, "x-deadline" in answer.json()["error"]) == (400, True)
+
+
+async def test_metrics_schemas_and_models_are_told(client: httpx.AsyncClient) -> None:
+    await client.post("/predict", content=picture("coffee", "JPEG"), headers={"content-type": "image/jpeg"})
+    page = (await client.get("/metrics")).text
+    assert 'gateway_predictions_total{model="imagenet",status="200"}' in page
+    assert 'pipeline_group_handled_events{channel="models.imagenet",group="serving"}' in page
+    schemas = (await client.get("/schemas")).json()
+    assert schemas["asyncapi"] == "3.0.0"
+    assert "models.imagenet" in schemas["channels"]
+    model = (await client.get("/models")).json()["imagenet"]
+    assert (model["shape"], model["dtype"], model["classes"]) == ([224, 224, 3], "uint8", 1000)
+    missing = await client.post("/models/imagenet/load", json={"source": "nowhere.json", "version": 7})
+    assert missing.status_code == 202
+    async with asyncio.timeout(10):
+        while True:
+            states = (await client.get("/models")).json()["imagenet"]["workers"].values()
+            if any(one["state"] == "refused" and "nowhere.json" in one["reason"] for one in states):
+                break
+            await asyncio.sleep(0.05)
+    answer = await client.post("/predict", content=picture("coffee", "JPEG"), headers={"content-type": "image/jpeg"})
+    assert answer.json()["version"] == 1
+
+
+async def test_the_stress_test_survives_a_kill_and_a_replacement(tmp_path: Path, valkey_url: str) -> None:
+    """500 pictures, two workers with leases of 1 s: one is killed, later the other is told to stop and is replaced."""
+    environment = {"PIPELINE_SERVING_LEASE": "1.0"}
+    bodies = [("image/jpeg", picture("coffee", "JPEG")), ("image/jpeg", picture("chelsea", "JPEG", quality=95))]
+    with gateway(valkey_url) as base, workers(valkey_url, 2, **environment) as (doomed, other):
+        await served(base, number=2)
+        test = asyncio.create_task(stress_test(f"{base}/predict", bodies, requests=500, clients=8, deadline=30.0))
+        await asyncio.sleep(2.0)
+        doomed.kill()
+        await asyncio.sleep(3.0)
+        with workers(valkey_url, **environment):
+            other.send_signal(signal.SIGTERM)
+            outcome = await test
+        async with Pipeline("t", valkey_url) as app:
+            ledger = await idle(app, "models.imagenet")
+    assert dict(outcome.statuses) == {200: 500}
+    assert outcome.lost == 0
+    assert outcome.labels == {"espresso": 250, "tiger cat": 250}
+    assert (ledger.groups["serving"].handled, ledger.groups["serving"].dead) == (500, 0)
+
+
+async def test_overload_is_answered_at_once_and_what_is_admitted_is_quick(tmp_path: Path, valkey_url: str) -> None:
+    bodies = [("image/jpeg", picture("coffee", "JPEG"))]
+    with gateway(valkey_url, PIPELINE_GATEWAY_WAIT="0.15") as base, workers(valkey_url):
+        await served(base)
+        url = f"{base}/predict"
+        calm = await stress_test(url, bodies, requests=30)
+        capacity = await stress_test(url, bodies, requests=120, clients=4)
+        rate = capacity.statuses[200] / capacity.seconds
+        flood = await stress_test(url, bodies, rate=3 * rate, seconds=6.0)
+        async with httpx.AsyncClient(base_url=base) as client:
+            refused = [answer async for answer in _overloaded(client, bodies[0][1])]
+        async with Pipeline("t", valkey_url) as app:
+            await idle(app, "models.imagenet", 5.0)
+    assert set(flood.statuses) == {200, 429}
+    assert flood.statuses[429] > flood.statuses[200] * 0.5
+    assert flood.lost == 0
+    assert sorted(flood.refusals)[len(flood.refusals) // 2] < calm.quantile(0.5)
+    assert flood.quantile(0.99) < max(1.0, 12 * calm.quantile(0.5)), "waiting is bounded"
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+
+
+async def _overloaded(client: httpx.AsyncClient, body: bytes) -> AsyncIterator[httpx.Response]:
+    headers = {"content-type": "image/jpeg"}
+    answers = await asyncio.gather(*(client.post("/predict", content=body, headers=headers) for _ in range(60)))
+    for answer in answers:
+        if answer.status_code == 429:
+            yield answer
+
+
+async def test_a_client_that_hangs_up_is_not_waited_for(tmp_path: Path, valkey_url: str) -> None:
+    """Nobody serves: only the deadline, or the client, ends a request."""
+    source = exported(tmp_path)
+    with gateway(valkey_url) as base, workers(valkey_url, PIPELINE_MODELS=str(source)) as (worker,):
+        await served(base, "toy")
+        worker.send_signal(signal.SIGSTOP)
+        async with httpx.AsyncClient(base_url=base) as client:
+            began = time.monotonic()
+            late = await client.post("/predict", json={"inputs": [1, 2, 3, 4]}, headers={"x-deadline": "0.5"})
+            assert late.status_code == 504
+            assert time.monotonic() - began < 1.5
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post("/predict", json={"inputs": [1, 2, 3, 4]}, timeout=0.3)
+            async with asyncio.timeout(3):
+                while 'status="499"' not in (await client.get("/metrics")).text:
+                    await asyncio.sleep(0.05)
+        worker.send_signal(signal.SIGCONT)
