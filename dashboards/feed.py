@@ -18,6 +18,8 @@ __all__ = ["Feed"]
 
 logger = logging.getLogger("dashboards.feed")
 
+PICTURES = "imagenet"
+"""The model whose inputs are shown."""
 HISTORY = 15 * 60.0
 RECONNECT = 0.5
 STALE = 4.0
@@ -37,6 +39,8 @@ class Feed:
             catalog.rounds: lambda m: state.on_round(m.event),
             catalog.predictions: lambda m: state.on_prediction(m.event, m.time.timestamp()),
             catalog.matmul_results: lambda m: state.on_matmul(m.event, m.time.timestamp()),
+            catalog.requests_of(PICTURES): lambda m: state.pictures.on_inputs(m.id, m.event),
+            catalog.answers: lambda m: state.on_answer(m.event, m.time.timestamp()),
             ledger_channel: self._on_ledger,
         }
 
@@ -64,7 +68,7 @@ class Feed:
 
     async def _follow(self, app: Pipeline, channel: Channel[Any], handler: Callable[[Message[Any]], None]) -> None:
         """The stream position survives outages inside `watch`, so nothing is counted twice and nothing is missed."""
-        async with app.watch(channel, since=HISTORY) as stream:
+        async with app.watch(channel, since=HISTORY if channel.durable else None) as stream:
             count = 0
             async for message in stream:
                 handler(message)

@@ -50,6 +50,13 @@ FIGURES = (
         "Start inference: pipeline serve subscribers.inference:app",
         bars=True,
     ),
+    Figure(
+        "predictions",
+        "Answers of served models",
+        "answers/s",
+        "Ask one: pipeline stress picture.jpg",
+        bars=True,
+    ),
     Figure("matmul", "Matrix products", "GFLOP/s", "Publish jobs: python -m publishers.jobs"),
 )
 

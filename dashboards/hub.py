@@ -47,7 +47,9 @@ class Hub:
         while True:
             await asyncio.sleep(TICK)
             self._feed.state.close_seconds(time.time())
-            delta = self._frame("delta", {name: chart.delta() for name, chart in self._feed.state.charts.items()})
+            state = self._feed.state
+            more = {"pictures": state.pictures.shown()} if state.pictures.changed else {}
+            delta = self._frame("delta", {name: chart.delta() for name, chart in state.charts.items()}, **more)
             for viewer in self._viewers:
                 viewer.put(delta)
 
@@ -61,11 +63,13 @@ class Hub:
         self._viewers.discard(viewer)
 
     def snapshot(self) -> bytes:
-        return self._frame("snapshot", {name: chart.snapshot() for name, chart in self._feed.state.charts.items()})
+        state = self._feed.state
+        charts = {name: chart.snapshot() for name, chart in state.charts.items()}
+        return self._frame("snapshot", charts, pictures=state.pictures.shown())
 
-    def _frame(self, kind: str, charts: dict[str, Any]) -> bytes:
+    def _frame(self, kind: str, charts: dict[str, Any], **more: Any) -> bytes:
         return json.dumps(
-            {"kind": kind, **self.facts(), "charts": {name: one for name, one in charts.items() if one}},
+            {"kind": kind, **self.facts(), **more, "charts": {name: one for name, one in charts.items() if one}},
             separators=(",", ":"),
         ).encode()
 

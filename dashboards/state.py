@@ -6,15 +6,16 @@ import math
 from collections import Counter, deque
 from typing import Any
 
-from pipeline.catalog import MatmulResult, Prediction, Round, TrainingMetrics
+from pipeline.catalog import Answer, MatmulResult, Prediction, Round, TrainingMetrics
 from pipeline.ledger import ChannelLedger, Ledger, ledger_channel
 from pipeline.metrics import WorkerSample, quantile
 
 from .series import Chart
+from .thumbnails import Pictures
 
 __all__ = ["CHARTS", "State"]
 
-CHARTS = ("rate", "latency", "lag", "loss", "accuracy", "inference", "batches", "matmul")
+CHARTS = ("rate", "latency", "lag", "loss", "accuracy", "inference", "batches", "predictions", "matmul")
 RECENT = "last 10 s"
 GONE_AFTER = 5.0
 """Seconds without a report after which a worker is shown as gone; it is forgotten after ten times that."""
@@ -37,6 +38,8 @@ class State:
         self._second_verdicts: dict[int, Counter[bool]] = {}
         self._recent_verdicts: deque[Counter[bool]] = deque(maxlen=10)
         self._reasons: Counter[str] = Counter()
+        self.pictures = Pictures()
+        self._answers: dict[int, Counter[str]] = {}
         self._version = 0
         self._kernels: dict[tuple[int, str], list[float]] = {}
         self._round_seconds = math.nan
@@ -106,6 +109,13 @@ class State:
         self._verdicts[right] += 1
         self._second_verdicts.setdefault(int(moment), Counter())[right] += 1
 
+    def on_answer(self, answer: Answer, moment: float) -> None:
+        name = f"{answer.model} v{answer.version}" + (
+            ": expired" if answer.expired else ": failed" if answer.error else ""
+        )
+        self._answers.setdefault(int(moment), Counter())[name] += 1
+        self.pictures.on_answer(answer)
+
     def on_matmul(self, result: MatmulResult, moment: float) -> None:
         self._kernels.setdefault((int(moment), f"{result.kernel} on {result.device}"), []).append(result.gflops)
 
@@ -116,6 +126,9 @@ class State:
             recent = sum(self._recent_verdicts, Counter[bool]())
             self.charts["inference"].add(RECENT, second, 100 * recent[True] / recent.total())
             self.charts["inference"].add("all so far", second, 100 * self._verdicts[True] / self._verdicts.total())
+        for second in sorted(second for second in self._answers if second < int(now) - 1):
+            for name, count in self._answers.pop(second).items():
+                self.charts["predictions"].add(name, second, count)
         for second, kernel in sorted(key for key in self._kernels if key[0] < int(now) - 1):
             values = self._kernels.pop((second, kernel))
             self.charts["matmul"].add(kernel, second, sum(values) / len(values))

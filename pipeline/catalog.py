@@ -106,6 +106,8 @@ class Answer(Event):
 
     model: str
     version: int
+    request: str = ""
+    """Id of the Inputs event."""
     predictions: list[Score] = Field(default_factory=list)
     """The likeliest first; empty for models that do not classify."""
     output: Tensor | None = None

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import Batch, Pipeline, Tensor, catalog
+from pipeline import Batch, Message, Pipeline, Tensor, catalog
 from pipeline.catalog import Answer, Inputs, LoadModel, ModelStatus, Score
 from pipeline.settings import Settings, settings
 
@@ -94,6 +94,13 @@ class Served:
         )  # fmt: skip
 
     # -- a batch -------------------------------------------------------------------------------------------------
+
+    def answer_all(self, messages: list[Message[Inputs]]) -> list[Answer]:
+        """As `answer`; each names its request."""
+        answers = self.answer([message.event for message in messages])
+        return [
+            answer.model_copy(update={"request": message.id}) for answer, message in zip(answers, messages, strict=True)
+        ]
 
     def answer(self, batch: list[Inputs]) -> list[Answer]:
         """One Answer a request, all from one version; what is wrong with one of them concerns no other."""
@@ -233,13 +240,13 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
 
 
 def _handler(served: Served) -> Any:
-    async def answer(batch: list[Inputs]) -> list[Answer]:
+    async def answer(batch: list[Message[Inputs]]) -> list[Answer]:
         """In a thread, so that the last batch's answers leave meanwhile; but for models that are quicker than threads
         are to be handed work."""
         assert served.current is not None
         if served.current.seconds < QUICK:
-            return served.answer(batch)
-        return await asyncio.to_thread(served.answer, batch)
+            return served.answer_all(batch)
+        return await asyncio.to_thread(served.answer_all, batch)
 
     return answer
 

@@ -38,6 +38,7 @@
     }
     if (frame.kind === "snapshot") for (const figure of figures) dirty.add(figure.name);
     facts = frame;
+    if (frame.pictures) showPictures(frame.pictures);
     schedule();
   }
 
@@ -127,6 +128,23 @@
     table("workers", ["process", "host", "pid", "state", "uptime", "memory", "cpu", "in handlers", "in hand"],
       f.workers.map((w) => [w.app, w.host, w.pid, w.live ? "live" : "silent for " + span(w.seen), span(w.uptime), bytes(w.rss),
         (100 * w.cpu).toFixed(0) + " %", (100 * w.busy).toFixed(0) + " %", number.format(w.in_hand)]));
+  }
+
+  /* The last pictures that a model was asked about, with what it said. */
+  function showPictures(pictures) {
+    byId("pictures").replaceChildren(...pictures.map((one) => {
+      const card = document.createElement("figure"), image = document.createElement("img");
+      const words = document.createElement("figcaption");
+      Object.assign(image, { src: one.picture, alt: one.scores[0][0], width: 64, height: 64 });
+      one.scores.forEach(([label, probability], i) => {
+        const line = document.createElement(i ? "span" : "b");
+        line.textContent = `${label.split(",")[0]} ${(100 * probability).toFixed(0)} %`;
+        words.append(line);
+      });
+      card.title = one.model;
+      card.append(image, words);
+      return card;
+    }));
   }
 
   const words = { balances: "good", live: "good" };

@@ -23,6 +23,7 @@ SECTIONS = (
     ("Events", ("rate", "latency", "lag")),
     ("Training", ("loss", "accuracy")),
     ("Inference", ("inference", "batches")),
+    ("Serving", ("predictions",)),
     ("Matmul", ("matmul",)),
 )
 
@@ -36,7 +37,11 @@ def layout(**_: str) -> Any:
             html.Div([_tile(name, label) for name, label in TILES], className="tiles"),
             *(
                 html.Section(
-                    [html.H2(title), html.Div([_chart(figures[name]) for name in names], className="charts")],
+                    [
+                        html.H2(title),
+                        html.Div([_chart(figures[name]) for name in names], className="charts"),
+                        html.Div(id="pictures", className="pictures") if title == "Serving" else None,
+                    ],
                     className="section",
                 )
                 for title, names in SECTIONS
