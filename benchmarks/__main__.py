@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from . import events, latency, serving, tensors
+from . import events, growth, latency, serving, tensors
 from .report import show
 
-BENCHMARKS = {"events": events.run, "latency": latency.run, "serving": serving.run, "tensors": tensors.run}
+BENCHMARKS = {
+    "events": events.run,
+    "growth": growth.run,
+    "latency": latency.run,
+    "serving": serving.run,
+    "tensors": tensors.run,
+}
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from .tensors import ALIGNMENT, Buffers, Tensor, TensorBytes
 __all__ = ["REFERENCE", "Codec", "Frame", "Header", "Invalid", "Placer", "reference_of"]
 
 VERSION = 1
+MOST_SOURCES = 1000
 MAGIC = b"\x00PLF"
 REFERENCE = b"\x00PLR"
 Placer = Callable[[Buffers, int], bytes | None]
@@ -134,6 +135,8 @@ class Codec(Generic[T]):
         self.fingerprint = hashlib.sha256(canonical).hexdigest()[:8]
         self.tensors = b'"format":"tensor"' in canonical or channel.type is dict
         self._plain = itertools.count(1)
+        self._sources: dict[str, bytes] = {}
+        """How frames of a source begin."""
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -164,15 +167,21 @@ class Codec(Generic[T]):
     ) -> bytes:
         """The bytes of a frame. Raises EventTypeError when an event cannot be serialised as its type says, and whatever
         `place` raises."""
-        header: dict[str, Any] = {
-            "pipeline": VERSION,
-            "type": self.channel.type.__name__,
-            "schema": self.fingerprint,
-            "source": source,
-            "time": time,
-        }
+        text = self._sources.get(source)
+        if text is None:
+            head = {
+                "pipeline": VERSION,
+                "type": self.channel.type.__name__,
+                "schema": self.fingerprint,
+                "source": source,
+            }
+            if len(self._sources) > MOST_SOURCES:
+                self._sources.clear()
+            text = self._sources[source] = to_json(head)[:-1] + b',"time":'
+        text += repr(time).encode()
         if sequence is not None:
-            header["sequence"] = sequence
+            text += b',"sequence":%d' % sequence
+        header: dict[str, Any] = {}
         if times is not None:
             header["times"] = times
         if keys is not None and any(key is not None for key in keys):
@@ -185,7 +194,9 @@ class Codec(Generic[T]):
             header["due"] = due
         if reply is not None:
             header["reply"] = reply
-        return self._join(header, events, place)
+        if header:
+            text += b"," + to_json(header)[1:-1]
+        return self._join(text, events, place)
 
     def reencode(self, frame: Frame[T], index: int, *, attempt: int) -> bytes:
         """A frame of one event of another: same id, time, key and headers, with its attempt. For retries."""
@@ -202,7 +213,7 @@ class Codec(Generic[T]):
             reply=frame.header.reply,
         )
 
-    def _join(self, header: dict[str, Any], events: Sequence[Any], place: Placer | None) -> bytes:
+    def _join(self, header: bytes, events: Sequence[Any], place: Placer | None) -> bytes:
         buffers = Buffers() if self.tensors else None
         try:
             data = self._list.dump_json(events, context=buffers, warnings="error")  # type: ignore[arg-type]
@@ -213,7 +224,7 @@ class Codec(Generic[T]):
                 raise EventTypeError(
                     f"channel {self.channel.name!r}: an event does not match its type: {error}"
                 ) from None
-        text = to_json(header)[:-1] + b',"data":' + data + b"}"
+        text = header + b',"data":' + data + b"}"
         if buffers is None or not buffers.parts:
             return text
         if place is not None and (reference := place(buffers, len(events))) is not None:

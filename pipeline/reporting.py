@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import cache
 from importlib import metadata
 
 import psutil
@@ -105,7 +106,7 @@ class Reporter:
         self._send = send
         self._ledger = ledger
         self._process = psutil.Process()
-        self._process.cpu_percent(None)
+        self._cpu = time.process_time()
         self._started = time.time()
         self._last = time.monotonic()
 
@@ -113,7 +114,10 @@ class Reporter:
         while True:
             await asyncio.sleep(self._interval)
             try:
-                await self._send(self.sample())
+                sample = self.sample()
+                await asyncio.sleep(0)  # events that came meanwhile go first
+                await self._send(sample)
+                await asyncio.sleep(0)
                 await self._ledger()
             except (PipelineError, LinkLost, ReplyError) as error:
                 logger.debug("metrics are late: %s", error)
@@ -121,6 +125,7 @@ class Reporter:
     def sample(self) -> WorkerSample:
         now = time.monotonic()
         elapsed, self._last = now - self._last, now
+        before, self._cpu = self._cpu, time.process_time()
         published, groups = self._published(), []
         dropped: dict[str, int] = {}
         for router, metrics in self._routers():
@@ -139,13 +144,14 @@ class Reporter:
             started=self._started,
             interval=elapsed,
             rss=self._process.memory_info().rss,
-            cpu=self._process.cpu_percent(None) / 100,
+            cpu=(self._cpu - before) / elapsed,
             published=published,
             dropped=dropped,
             groups=groups,
         )
 
 
+@cache
 def _version() -> str:
     try:
         return metadata.version("redis-ml-pipeline")

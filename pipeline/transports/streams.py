@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -212,7 +211,7 @@ class _Publication:
         self._script = streams.scripts["publish"]
         self._names: list[str] = []
         self._source = ""
-        self._rest = (secrets.token_hex(8), channel.capacity or 0, int(channel.overflow == "drop_oldest"))
+        self._rest = (channel.capacity or 0, int(channel.overflow == "drop_oldest"))
 
     async def write(self, frames: Sequence[Outgoing]) -> None:
         results: list[Any] = []
@@ -274,7 +273,7 @@ class _Publication:
         pause = 0.005
         while True:
             names, *arguments = self.arguments(frame, force=force)
-            status, detail, _ = await self.streams.run("publish", names, *arguments, client=self.client)
+            status, detail = await self.streams.run("publish", names, *arguments, client=self.client)
             if status in (0, 1):
                 return
             if status == -1:

@@ -1,18 +1,22 @@
--- PUBLISH a frame once.  KEYS: stream, meta, source, groups   ARGV: first, n, body, ttl ms, force, fresh epoch, capacity, drop
--- → {status, detail, epoch}: 1 written (id) · 0 seen before (last) · -1 gap (last sequence seen) · -2 full (outstanding)
-local first, n, capacity = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[7])
+-- PUBLISH a frame once.  KEYS: stream, meta, source, groups   ARGV: first, n, body, ttl ms, force, capacity, drop
+-- → {status, detail}: 1 written (id) · 0 seen before (last) · -1 gap (last sequence seen) · -2 full (outstanding)
+-- Each call from a script costs more than the command itself, so the usual way has four of them.
+local first, n, capacity = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[6])
 local stream, meta, source = KEYS[1], KEYS[2], KEYS[3]
-local last = tonumber(redis.call('GET', source) or '0')
-local epoch = redis.call('HGET', meta, 'epoch')
-if not epoch then
-  epoch = ARGV[6]
-  redis.call('HSET', meta, 'epoch', epoch)
+local before = redis.call('SET', source, first + n - 1, 'PX', ARGV[4], 'GET')
+local last = tonumber(before or '0')
+local function put_back()
+  if before then redis.call('SET', source, before, 'PX', ARGV[4]) else redis.call('DEL', source) end
 end
 if last >= first + n - 1 then
+  put_back()
   redis.call('HINCRBY', meta, 'dup', n)
-  return {0, last, epoch}
+  return {0, last}
 end
-if last + 1 ~= first and ARGV[5] ~= '1' then return {-1, last, epoch} end
+if last + 1 ~= first and ARGV[5] ~= '1' then
+  put_back()
+  return {-1, last}
+end
 
 local function position(group)
   for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
@@ -42,14 +46,19 @@ local function drop_oldest(group)
 end
 
 if capacity > 0 then
-  if ARGV[8] == '1' then
+  if ARGV[7] == '1' then
     for _, group in ipairs(redis.call('SMEMBERS', KEYS[4])) do drop_oldest(group) end
   else
     local held = outstanding(meta, KEYS[4])
-    if held > 0 and held + n > capacity then return {-2, held, epoch} end
+    if held > 0 and held + n > capacity then
+      put_back()
+      return {-2, held}
+    end
   end
 end
 local id = add(stream, meta, n, ARGV[3])
-if type(id) == 'table' then return id end
-redis.call('SET', source, first + n - 1, 'PX', ARGV[4])
-return {1, id, epoch}
+if type(id) == 'table' then
+  put_back()
+  return id
+end
+return {1, id}
