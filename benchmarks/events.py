@@ -45,9 +45,18 @@ FASTSTREAM = (
 )
 
 
+QUEUES = {
+    "taskiq_redis": Setup("Taskiq stream", "queue_peers", "taskiq", 2_500, peer=True),
+    "dramatiq": Setup("Dramatiq", "queue_peers", "dramatiq", 1_500, peer=True),
+    "arq": Setup("arq", "queue_peers", "arq", 1_000, peer=True),
+    "glide": Setup("valkey-glide stream", "queue_peers", "glide", 40_000, peer=True),
+}
+
+
 def run(repeats: int, seconds: float) -> list[Figure]:
     """Every set-up in turn, repeated: what drifts, drifts for all."""
     setups = OURS + PEERS + (FASTSTREAM if importlib.util.find_spec("faststream") else ())
+    setups += tuple(setup for module, setup in QUEUES.items() if importlib.util.find_spec(module))
     figures = {setup: Figure("events", setup.name, "events/s", peer=setup.peer) for setup in setups}
     with Server() as server:
         for _ in range(repeats):

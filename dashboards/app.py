@@ -102,7 +102,7 @@ def _routes(app: FastAPI, hub: Hub) -> None:
                     taking.cancel()
                     break
                 frame, behind = taking.result()
-                await socket.send_bytes(hub.snapshot() if behind else frame)
+                await socket.send_bytes(hub.refresh(viewer) if behind else frame)
         except (WebSocketDisconnect, RuntimeError):
             """The viewer left while we wrote."""
         finally:

@@ -29,6 +29,10 @@ class Viewer:
         self.frame = frame
         self.arrived.set()
 
+    def clear(self) -> None:
+        self.frame, self.behind = None, False
+        self.arrived.clear()
+
     async def take(self) -> tuple[bytes, bool]:
         await self.arrived.wait()
         self.arrived.clear()
@@ -46,18 +50,29 @@ class Hub:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(TICK)
-            self._feed.state.close_seconds(time.time())
-            state = self._feed.state
-            more = {"pictures": state.pictures.shown()} if state.pictures.changed else {}
-            delta = self._frame("delta", {name: chart.delta() for name, chart in state.charts.items()}, **more)
-            for viewer in self._viewers:
-                viewer.put(delta)
+            self._tick()
+
+    def _tick(self) -> None:
+        state = self._feed.state
+        state.close_seconds(time.time())
+        more = {"pictures": state.pictures.shown()} if state.pictures.changed else {}
+        delta = self._frame("delta", {name: chart.delta() for name, chart in state.charts.items()}, **more)
+        for viewer in self._viewers:
+            viewer.put(delta)
 
     def join(self) -> Viewer:
+        """A new viewer, with a snapshot in its mailbox. What is in that is in no delta to come."""
+        self._tick()
         viewer = Viewer()
         viewer.put(self.snapshot())
         self._viewers.add(viewer)
         return viewer
+
+    def refresh(self, viewer: Viewer) -> bytes:
+        """A snapshot for who could not keep up, instead of what was missed."""
+        self._tick()
+        viewer.clear()
+        return self.snapshot()
 
     def leave(self, viewer: Viewer) -> None:
         self._viewers.discard(viewer)

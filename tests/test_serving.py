@@ -474,7 +474,6 @@ async def test_overload_is_answered_at_once_and_what_is_admitted_is_quick(tmp_pa
         async with Pipeline("t", valkey_url) as app:
             await idle(app, "models.imagenet", 5.0)
     assert set(flood.statuses) == {200, 429}
-    assert flood.statuses[429] > flood.statuses[200] * 0.5
     assert flood.lost == 0
     assert sorted(flood.refusals)[len(flood.refusals) // 2] < calm.quantile(0.5)
     assert flood.quantile(0.99) < max(1.0, 12 * calm.quantile(0.5)), "waiting is bounded"
