@@ -2,7 +2,6 @@
 
 fastapi   an endpoint that calls the model itself, one item at a time
 mosec     its batching, at most 32, waiting 1 ms
-litserve  its batching, at most 32, waiting 1 ms
 article   a list in Redis, base64 JSON, a server that polls every 0.25 s, batches of 32; its gateway polls as well
 """
 
@@ -73,33 +72,6 @@ def mosec(name: str, port: int, url: str) -> None:
     server.run()
 
 
-def litserve(name: str, port: int, url: str) -> None:
-    import litserve as ls
-    from fastapi import Request
-
-    class Api(ls.LitAPI):  # type: ignore[misc]
-        def setup(self, device: str) -> None:
-            self.model = module(name)
-
-        async def decode_request(self, request: Request) -> Any:
-            return np.frombuffer(await request.body(), np.float32).reshape(SHAPES[name])
-
-        def batch(self, inputs: list[Any]) -> Any:
-            return inputs
-
-        def predict(self, inputs: list[Any]) -> Any:
-            return answers(self.model, inputs)
-
-        def unbatch(self, output: Any) -> Any:
-            return output
-
-        def encode_response(self, output: Any) -> Any:
-            return output
-
-    server = ls.LitServer(Api(max_batch_size=32, batch_timeout=0.001), accelerator="cpu", workers_per_device=1)
-    server.run(port=port, host="127.0.0.1", generate_client_file=False, log_level="warning")
-
-
 def article(name: str, port: int, url: str) -> None:
     import uvicorn
     from fastapi import FastAPI, Request
@@ -140,7 +112,7 @@ def article(name: str, port: int, url: str) -> None:
 
 def main() -> None:
     kind, name, port, url = sys.argv[1:5]
-    {"fastapi": fastapi, "mosec": mosec, "litserve": litserve, "article": article}[kind](name, int(port), url)
+    {"fastapi": fastapi, "mosec": mosec, "article": article}[kind](name, int(port), url)
 
 
 if __name__ == "__main__":

@@ -269,8 +269,9 @@ def workers(url: str, count: int = 1, **environment: str) -> Iterator[list[Any]]
 
 
 @contextmanager
-def gateway(url: str, **environment: str) -> Iterator[str]:
-    with program("-m", "publishers.gateway", "--port", "0", url=url, **environment) as process:
+def gateway(url: str, port: str = "0", *, shared: bool = False, **environment: str) -> Iterator[str]:
+    share = ["--share"] if shared else []
+    with program("-m", "publishers.gateway", "--port", port, *share, url=url, **environment) as process:
         yield line_with("gateway: http", process).split()[-1]
 
 
@@ -486,6 +487,23 @@ async def _overloaded(client: httpx.AsyncClient, body: bytes) -> AsyncIterator[h
     for answer in answers:
         if answer.status_code == 429:
             yield answer
+
+
+async def test_gateways_share_a_port_and_each_answers_its_own(tmp_path: Path, valkey_url: str) -> None:
+    source = exported(tmp_path)
+    with gateway(valkey_url, shared=True) as base:
+        port = base.rpartition(":")[2]
+        with gateway(valkey_url, port, shared=True), workers(valkey_url, PIPELINE_MODELS=str(source)):
+            answered = []
+            for _ in range(16):  # a connection each: the kernel deals them out
+                await served(base, "toy")
+                async with httpx.AsyncClient(base_url=base) as client:
+                    answer = await client.post("/predict?top=1", json={"inputs": [1, 2, 3, 4]})
+                    answered.append(answer.json()["predictions"][0]["label"])
+            async with Pipeline("t", valkey_url) as app:
+                ledger = await idle(app, "models.toy")
+    assert answered == ["d"] * 16
+    assert ledger.groups["serving"].handled == 16
 
 
 async def test_a_client_that_hangs_up_is_not_waited_for(tmp_path: Path, valkey_url: str) -> None:

@@ -30,10 +30,12 @@ GRACE = 2
 """Seconds that requests in progress have when the gateway stops."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigurationError when the port is taken."""
+def listen(host: str, port: int, *, share: bool = False) -> socket.socket:
+    """A listening socket; with `share`, other processes of this user may listen there too, and the kernel deals
+    connections out. Raises ConfigurationError when the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return socket.create_server((host, port), family=family, reuse_port=share)
     except OSError as error:
         raise ConfigurationError(
             f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; set GATEWAY_PORT"
@@ -46,11 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m publishers.gateway", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--port", type=int, metavar="N", help="default: GATEWAY_PORT, or 8000; 0 takes a free one")
+    parser.add_argument("--share", action="store_true", help="let several gateways listen on one port")
     options = parser.parse_args(arguments)
     try:
         start_logging()
         port = settings().gateway_port if options.port is None else options.port
-        listener = listen(settings().gateway_host, port)
+        listener = listen(settings().gateway_host, port, share=options.share)
         app = create()
     except (ConfigurationError, OverflowError) as error:
         return fail(error)
