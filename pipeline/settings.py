@@ -105,6 +105,9 @@ class Settings(BaseSettings):
     gateway_wait: float = Field(default=5.0, gt=0)
     """Seconds a prediction may be expected to wait for its turn; beyond that new ones are answered 429."""
 
+    gateway_patience: float = Field(default=10.0, gt=0)
+    """Seconds a client may take over the head of a request, and over a prediction's body."""
+
     gateway_deadline: float = Field(default=10.0, gt=0)
     """Seconds for a prediction whose request names no deadline (header `x-deadline`, seconds)."""
 

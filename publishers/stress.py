@@ -44,6 +44,8 @@ class Outcome:
     labels: Counter[str] = field(default_factory=Counter)
     refusals: list[float] = field(default_factory=list)
     """Latencies of 429s."""
+    batches: list[int] = field(default_factory=list)
+    """Size of the batch each answer was computed in."""
     lost: int = 0
     """Requests without any answer."""
     seconds: float = 0.0
@@ -63,6 +65,7 @@ class Outcome:
             "p50_ms": round(1000 * self.quantile(0.5), 2) if self.latencies else None,
             "p99_ms": round(1000 * self.quantile(0.99), 2) if self.latencies else None,
             "mean_ms": round(1000 * statistics.fmean(self.latencies), 2) if self.latencies else None,
+            "mean_batch": round(statistics.fmean(self.batches), 2) if self.batches else None,
             "labels": dict(self.labels.most_common(5)),
         }
 
@@ -137,7 +140,9 @@ async def stress_test(
         outcome.statuses[status] += 1
         if status == 200:
             outcome.latencies.append(elapsed)
-            predictions = json.loads(answer).get("predictions")
+            found = json.loads(answer)
+            outcome.batches.append(found.get("batch", 1))
+            predictions = found.get("predictions")
             if predictions:
                 outcome.labels[str(predictions[0]["label"])] += 1
         elif status == 429:

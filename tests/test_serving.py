@@ -418,6 +418,27 @@ async def test_a_body_of_a_gigabyte_is_refused_unread(running: str, client: http
         assert (answer.status_code, "x-deadline" in answer.json()["error"]) == (400, True)
 
 
+async def test_who_trickles_is_shown_the_door(valkey_url: str) -> None:
+    with gateway(valkey_url, PIPELINE_GATEWAY_PATIENCE="0.5") as base:
+        host, port = base.removeprefix("http://").split(":")
+        beginnings = (
+            b"POST /pred",
+            b"POST /predict HTTP/1.1\r\nhost: x\r\nx-slow: ",
+            b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: 100000\r\n\r\nabc",
+        )
+        with workers(valkey_url):
+            await served(base)
+            for beginning in beginnings:
+                reader, writer = await asyncio.open_connection(host, int(port))
+                began = time.monotonic()
+                writer.write(beginning)
+                async with asyncio.timeout(3):
+                    head = await reader.read()
+                assert head.startswith(b"HTTP/1.1 408"), beginning
+                assert 0.4 < time.monotonic() - began < 1.5
+                writer.close()
+
+
 async def test_metrics_schemas_and_models_are_told(client: httpx.AsyncClient) -> None:
     await client.post("/predict", content=picture("coffee", "JPEG"), headers={"content-type": "image/jpeg"})
     page = (await client.get("/metrics")).text

@@ -166,6 +166,7 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
     with running(tmp_path, "one: sleep 60\nother: sleep 61; echo done\n") as process:
         while len(everyone := family(process)) < len(["sleep 60", "sh", "sleep 61", "the watchdog"]):
             time.sleep(0.01)
+        time.sleep(1.0)  # the watchdog is told of a child a moment after that was started
         process.kill()
     assert ended(*everyone)
 

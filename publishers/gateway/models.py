@@ -36,7 +36,6 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 
 MOST_BODY = 32 << 20
-BODY_SECONDS = 10.0
 GONE_AFTER = 0.05
 """Seconds after which we begin to look whether a waiting client is still there."""
 
@@ -63,14 +62,14 @@ class Patience:
     before that.
     """
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, seconds: float) -> None:
         self.receive = receive
         self.asking = False
         """The body is there; only the answer is missing."""
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
         self._handle = self._loop.call_later(GONE_AFTER, self._look)
-        self._until = self._loop.time() + BODY_SECONDS
+        self._until = self._loop.time() + seconds
         self._watching: asyncio.Task[None] | None = None
         self._verdict: Exception | None = None
 
@@ -153,7 +152,7 @@ class Models:
     async def handle(self, model: str, scope: Any, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         status = 200
-        patience = Patience(receive)
+        patience = Patience(receive, self._options.gateway_patience)
         try:
             answer = await self._predict(model, scope, patience)
             body, headers = _success(answer), _JSON
@@ -306,5 +305,6 @@ def _success(answer: Answer) -> bytes:
             "model": answer.model,
             "version": answer.version,
             "predictions": predictions,
+            "batch": answer.batch,
         }
     )

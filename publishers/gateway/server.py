@@ -7,9 +7,9 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-__all__ = ["Protocol"]
+from pipeline.settings import settings
 
-HEADER_SECONDS = 10.0
+__all__ = ["Protocol"]
 
 
 class Protocol(HttpToolsProtocol):
@@ -35,7 +35,7 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _wait(self) -> None:
-        self._impatience = self.loop.call_later(HEADER_SECONDS, self._give_up)
+        self._impatience = self.loop.call_later(settings().gateway_patience, self._give_up)
 
     def _stop_waiting(self) -> None:
         if self._impatience is not None:
