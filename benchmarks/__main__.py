@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 
 from . import events, growth, latency, serving, tensors
 from .report import show
@@ -25,7 +27,10 @@ def main() -> None:
         "--seconds", type=float, default=2.0, help="aimed at for each measurement (default: %(default)s)"
     )
     options = parser.parse_args()
-    show(BENCHMARKS[options.name](options.repeats, options.seconds), options.json)
+    with tempfile.TemporaryDirectory(prefix="pipeline-benchmarks-", dir="/dev/shm") as folder:
+        os.environ["PIPELINE_SHM_DIR"] = folder  # what killed processes leave behind goes with it
+        figures = BENCHMARKS[options.name](options.repeats, options.seconds)
+    show(figures, options.json)
 
 
 if __name__ == "__main__":

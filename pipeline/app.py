@@ -198,7 +198,7 @@ class Pipeline:
             self._registry = Registry(backend)
             self._payloads = Payloads(
                 backend.payloads, self.settings.payloads, self.settings.inline_bytes, self.settings.max_frame_bytes,
-                self.settings.shm_bytes,
+                self.settings.shm_bytes, self.settings.shm_dir,
             )  # fmt: skip
             self._replies = Replies(backend, self.source)
             self._reporter = Reporter(

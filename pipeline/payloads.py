@@ -82,9 +82,9 @@ class Flight:
         """What encode calls with a frame's tensors and its number of events. None: all of them travel inline."""
         if not channel.durable or not self._payloads.active:
             return None
-        return lambda buffers, events: self._place(channel.name, partition, buffers, events)
+        return lambda buffers, events: self._place(channel.name, partition, buffers, events, fsync=channel.fsync)
 
-    def _place(self, channel: str, partition: int, buffers: Buffers, events: int) -> bytes | None:
+    def _place(self, channel: str, partition: int, buffers: Buffers, events: int, *, fsync: bool) -> bytes | None:
         if buffers.largest <= self._payloads.inline_bytes:
             return None
         if buffers.nbytes > self._payloads.limit:
@@ -95,7 +95,7 @@ class Flight:
         if events > 1 and buffers.nbytes > FRAME_BYTES:
             raise Oversized(buffers.nbytes)
         self._placed = buffers.nbytes
-        segment = self._payloads.write(channel, partition, buffers)
+        segment = None if fsync else self._payloads.write(channel, partition, buffers)
         if segment is not None:
             self._segments.append(((channel, partition), segment))
             return f"shm {segment.reference}".encode()
@@ -134,7 +134,7 @@ class Payloads:
 
     def __init__(
         self, store: PayloadStore | None, mode: Mode, inline_bytes: int, limit: int, quota: int | None,
-        folder: Path = segments.FOLDER,
+        folder: Path,
     ) -> None:  # fmt: skip
         self.active = store is not None and mode != "inline"
         self.inline_bytes = inline_bytes

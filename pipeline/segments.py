@@ -33,7 +33,6 @@ import numpy.typing as npt
 
 __all__ = ["Gone", "Mappings", "Owner", "Segment", "host_token", "orphans", "sweep"]
 
-FOLDER = Path("/dev/shm")
 PAGE = 4096
 MAGIC = b"PLSEGM01"
 SMALLEST = 64 << 10
@@ -48,7 +47,7 @@ class Gone(Exception):
     """Raised when a segment is not here, or serves something else by now."""
 
 
-def host_token(folder: Path = FOLDER) -> str:
+def host_token(folder: Path) -> str:
     """What processes that share this folder, and no others, know: made by the first of them. "" without a folder."""
     path = folder / f"pipeline-host-{os.getuid()}"
     try:
@@ -92,7 +91,7 @@ class Segment:
 class Owner:
     """One process's segments, used in turn. Not thread-safe: the event loop's."""
 
-    def __init__(self, deployment: str, quota: int, folder: Path = FOLDER) -> None:
+    def __init__(self, deployment: str, quota: int, folder: Path) -> None:
         self.name = secrets.token_hex(8)
         self.nbytes = 0
         """Of all its segments, in use or free."""
@@ -250,7 +249,7 @@ class _Mapping:
 class Mappings:
     """A process's view of others' segments (and of its own)."""
 
-    def __init__(self, deployment: str, folder: Path = FOLDER) -> None:
+    def __init__(self, deployment: str, folder: Path) -> None:
         self._prefix = folder / f"pipeline-{deployment}-"
         self._mappings: dict[str, _Mapping] = {}
 
@@ -292,7 +291,7 @@ class Orphan:
     purpose: dict[str, Any]
 
 
-def orphans(deployment: str, folder: Path = FOLDER) -> list[Orphan]:
+def orphans(deployment: str, folder: Path) -> list[Orphan]:
     """Segments of a deployment's dead owners."""
     found = []
     for path, match in _files(folder, deployment):
@@ -307,7 +306,7 @@ def orphans(deployment: str, folder: Path = FOLDER) -> list[Orphan]:
     return found
 
 
-def sweep(paths: Iterable[Path], deployment: str, folder: Path = FOLDER) -> None:
+def sweep(paths: Iterable[Path], deployment: str, folder: Path) -> None:
     """Unlink these segments of the dead, lock files without segments, and whatever was forgotten long ago.
 
     Who has mapped a segment keeps it.

@@ -57,6 +57,9 @@ class Settings(BaseSettings):
     """How bigger tensors travel: by shared memory where all readers are on this host, else by keys of their own in
     Redis (auto); always one of these; or inside their frames."""
 
+    shm_dir: Path = Path("/dev/shm")
+    """Where shared memory is; a folder that all processes of a host see, in memory."""
+
     shm_bytes: int | None = Field(default=None, ge=0)
     """Shared memory a process may use for tensors; unset: half of what is free."""
 

@@ -6,8 +6,11 @@ A test that kills, stops or configures its server makes one of its own: `with Se
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +19,10 @@ import redis
 
 from pipeline.server import Server
 
+SHARED = tempfile.mkdtemp(prefix="pipeline-tests-", dir="/dev/shm")
+os.environ["PIPELINE_SHM_DIR"] = SHARED
+atexit.register(shutil.rmtree, SHARED, ignore_errors=True)
+"""What processes that the tests kill leave behind goes with the tests, and with nobody else's."""
 _DATABASES = 16
 _turns = itertools.count()
 

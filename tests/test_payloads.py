@@ -14,7 +14,8 @@ import redis
 
 from pipeline import Batch, Channel, Event, Message, Pipeline, Reject, Retry, RetryPolicy, Tensor
 from pipeline.errors import PayloadTooLarge
-from pipeline.segments import FOLDER, Gone, Mappings, Owner, orphans, sweep
+from pipeline.segments import Gone, Mappings, Owner, orphans, sweep
+from pipeline.server import Server
 from pipeline.settings import settings
 
 from .apps import idle, serving, until
@@ -39,7 +40,7 @@ def image(n: int, size: int = 602_112) -> Image:
 def files(url: str) -> list[Path]:
     with redis.Redis.from_url(url, decode_responses=True) as client:
         deployment = client.get("pipeline:deployment")
-    return sorted(FOLDER.glob(f"pipeline-{deployment}-*")) if deployment else []
+    return sorted(settings().shm_dir.glob(f"pipeline-{deployment}-*")) if deployment else []
 
 
 def payload_keys(url: str) -> list[str]:
@@ -196,6 +197,20 @@ async def test_readers_on_another_host_get_blobs(mode: str, valkey_url: str) -> 
         await app.publish(pictures, [image(n) for n in range(3)])
         await idle(app, "pictures")
         assert (app.payloads.placed, app.payloads.blobs) == (0, 1)
+
+
+async def test_a_channel_that_is_to_survive_the_host_uses_no_shared_memory(mode: str) -> None:
+    safe = Channel("safe", Image, fsync=True)
+    with Server(appendonly=True) as server:
+        app = Pipeline("app", server.url)
+
+        @app.subscriber(safe, group="g")
+        async def work(picture: Image) -> None: ...
+
+        async with serving(app):
+            await app.publish(safe, image(1))
+            await idle(app, "safe")
+            assert (app.payloads.placed, app.payloads.blobs) == (0, 1)
 
 
 async def test_when_shared_memory_is_used_up_tensors_go_through_redis(
