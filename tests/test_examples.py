@@ -29,6 +29,10 @@ a bare client heard: Raga Yaman - Kishori Amonkar
 97 / 10 = 9 remainder 7
 request on channel 'example.divisions': nothing can be divided by zero
 """,
+    "serve_model.py": """\
+[1.0, 5.0, 2.0, 0.0] → second 0.93
+[0.0, 1.0, 2.0, 9.0] → fourth 1.00
+""",
     "tensors_batch.py": """\
 hum: loudest at 50 Hz, Tensor(float32, shape=[257])
 low E: loudest at 82 Hz, Tensor(float32, shape=[257])
