@@ -7,6 +7,7 @@ A test that kills, stops or configures its server makes one of its own: `with Se
 from __future__ import annotations
 
 import atexit
+import gc
 import itertools
 import os
 import shutil
@@ -82,3 +83,11 @@ def _empty_database(server: Server) -> str:
     with redis.Redis.from_url(url) as client:
         client.flushall()
     return url
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """What a file's tests leave open is their failure, not that of whichever test the collector happens to run in."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()

@@ -114,6 +114,8 @@ async def test_a_hundred_stale_entries_behind_thousands_of_live_ones_are_found(s
         found |= {entry.id for entry in await finder.read(64, 0.1)}
         assert found <= stale, "a live entry was claimed"
         assert time.monotonic() - began < lease + 3 * lease / 2, "three sweeps are enough"
+    for reader in (holder, finder):
+        await reader.close()
 
 
 async def test_a_connection_that_falls_silent_is_given_up_and_nothing_is_lost(
