@@ -29,7 +29,7 @@ from .metrics import GroupMetrics
 from .middleware import Middleware
 from .payloads import Flight, Payloads
 from .subscriber import Subscriber
-from .transports import SUSPICION, Commit, Entry, Group, Reader, Retried, Segment, Transport
+from .transports import CHANCES, SUSPICION, Commit, Entry, Group, Reader, Retried, Segment, Transport
 from .transports.client import ReplyError
 
 __all__ = ["Router"]
@@ -227,7 +227,7 @@ class Router:
         if (entry.apart and entry.count > 1) or (not entry.apart and entry.deliveries > SUSPICION):
             await self._set_apart(held, 0.0)
             return
-        if entry.apart and entry.deliveries > SUSPICION + 1:  # it had its chance alone
+        if entry.apart and entry.deliveries > SUSPICION + CHANCES:
             error = HandlerError(f"its worker died or lost its lease {entry.deliveries - 1} times while handling it")
             self._finish_unit((held, 0), error, final=True)
             return

@@ -217,7 +217,7 @@ class Chaos:
         report.retried, report.suppressed = group.retried, group.duplicates_suppressed
         report.repeated_publishes = channels["in"].duplicates
         assert channels["in"].published == self._published
-        assert group.handled == self._published
+        assert group.handled == self._published, f"{group.dead} dead, {group.dropped} dropped: {report.summary()}"
 
 
 async def run(plan: Plan) -> Report:

@@ -7,12 +7,14 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
 from pipeline import Channel, Event, Message, Pipeline, RetryPolicy, ServerUnavailable
 from pipeline.server import Server
+from pipeline.transports import CHANCES, SUSPICION
 
 from .apps import idle, serving, until
 from .workers import Worker
@@ -183,19 +185,30 @@ async def test_an_event_that_kills_its_workers_ends_as_a_dead_letter(url: str) -
     deadly = Channel("deadly", Number)
     async with app:
         await app.publish(deadly, [Number(n=n) for n in range(20)])
-        deaths = 0
-        while deaths < 20:
+        deaths, ledger = 0, None
+        while ledger is None and deaths < 20:
             with Worker("deadly", url) as worker:
-                code = worker.wait(2.0)
+                waiting = asyncio.create_task(idle(app, "deadly", 30))
+                code = await asyncio.to_thread(_ended_or, worker, waiting)
                 if code is None:
-                    break
-                deaths += 1
-        with Worker("deadly", url):
-            ledger = await idle(app, "deadly", 30)
+                    ledger = await waiting
+                else:
+                    waiting.cancel()
+                    await asyncio.gather(waiting, return_exceptions=True)
+                    deaths += 1
+        assert ledger is not None
         (letter,) = await app.dead_letters("deadly")
     assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (19, 1)
     assert "its worker died" in letter.event.reason
-    assert deaths >= 3
+    assert deaths == SUSPICION + CHANCES
+
+
+def _ended_or(worker: Worker, done: asyncio.Task[Any]) -> int | None:
+    """The worker's exit status, or None when it lived until the task was done."""
+    code = None
+    while code is None and not done.done():
+        code = worker.wait(0.1)
+    return code
 
 
 async def test_a_worker_outlives_a_redis_that_is_absent_at_its_start(own: Server) -> None:

@@ -17,6 +17,7 @@ from ..channel import Channel
 
 __all__ = [
     "Backend",
+    "CHANCES",
     "Commit",
     "Entry",
     "Group",
@@ -38,6 +39,10 @@ __all__ = [
 SUSPICION = 3
 """Deliveries without a commit after which an event is suspected of killing its worker: from then on it is handed out
 alone, to a reader that holds nothing else, so that no other event is blamed for the next death."""
+
+CHANCES = 3
+"""How often it is handed out alone before it is buried: where workers are killed all the time, or a busy machine lets
+leases end, bad luck alone must not make a dead letter."""
 
 
 @dataclass(frozen=True, slots=True)
