@@ -75,9 +75,7 @@ class Pipeline:
         self.name = check_name("pipeline", name)
         self.settings: Settings = settings()
         self.url = url or self.settings.redis_url
-        self.source = f"{name}.{secrets.token_hex(4)}"
-        """Who events published by this process are from; ids are `source:sequence`."""
-        self.consumer = f"{socket.gethostname()}-{os.getpid()}-{self.source}"
+        self._identify()
         self.subscribers: list[Subscriber] = []
         self.ready = asyncio.Event()
         """Set while `serve` runs and every subscriber has joined its group."""
@@ -98,7 +96,15 @@ class Pipeline:
         self._reporting: asyncio.Task[None] | None = None
         self._ledger: Ledger | None = None
         self._opened = 0
+        self._opened_by = os.getpid()
+        """The process; 0 once it has opened this: who opens it next is somebody else."""
         self._stop: asyncio.Event | None = None
+
+    def _identify(self) -> None:
+        """Sequences begin at 1 with each opening, and in each process that was forked: ids must not come again."""
+        self.source = f"{self.name}.{secrets.token_hex(4)}"
+        """Who events published by this process are from; ids are `source:sequence`."""
+        self.consumer = f"{socket.gethostname()}-{os.getpid()}-{self.source}"
 
     # -- declare -------------------------------------------------------------------------------------------------
 
@@ -194,6 +200,9 @@ class Pipeline:
             except BaseException:
                 await backend.close()
                 raise
+            if self._opened_by != os.getpid():
+                self._identify()
+            self._opened_by = 0
             self._backend = backend
             self._registry = Registry(backend)
             self._payloads = Payloads(
@@ -327,11 +336,15 @@ class Pipeline:
                 raise ConfigurationError(f"publish(channel, event): {channel!r} is not a Channel")
             codec = self.codec(channel)
             await self.registry.register(channel, codec)
-            limit = self.settings.max_frame_bytes
-            outbox = self._outboxes.setdefault(
-                (channel, partition),
-                Outbox(channel, partition, codec, self._transport(channel), self.payloads, self.source, limit),
-            )
+            outbox = self._outboxes.get((channel, partition)) or self._open_outbox(channel, partition, codec)
+        return outbox
+
+    def _open_outbox(self, channel: Channel[Any], partition: int, codec: Codec[Any]) -> Outbox:
+        """Channels of one name, declared more than once, number their events each from a source of its own."""
+        others = sum((other.name, part) == (channel.name, partition) for other, part in self._outboxes)
+        source, limit = f"{self.source}~{others}" if others else self.source, self.settings.max_frame_bytes
+        outbox = Outbox(channel, partition, codec, self._transport(channel), self.payloads, source, limit)
+        self._outboxes[channel, partition] = outbox
         return outbox
 
     async def request(

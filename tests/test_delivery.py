@@ -32,6 +32,7 @@ from pipeline.server import Server
 from pipeline.transports.scripts import Keys
 
 from .apps import idle, serving, until
+from .programs import finished
 
 
 class Number(Event):
@@ -71,6 +72,32 @@ async def test_events_are_handled_once_each_and_outputs_follow(anywhere: str) ->
     assert [message.event.squared for message in outputs] == [n * n for n in range(1, 1000, 2)]
     assert len({message.id for message in outputs}) == 500
     assert {message.key for message in outputs} == {"k"}
+
+
+async def test_an_app_that_is_opened_again_and_channels_declared_twice_lose_nothing(anywhere: str) -> None:
+    """Ids would repeat, and what seems to repeat is dropped."""
+    app = Pipeline("app", anywhere)
+    async with Pipeline("reader", anywhere) as reader:
+        ids = []
+        for n in range(3):
+            async with app:
+                for channel in (numbers, Channel("numbers", Number, reply=Square)):
+                    ids += (await app.publish(channel, Number(n=n))).ids
+        ledger = (await reader.stats()).channels["numbers"]
+    assert (ledger.published, ledger.duplicates) == (6, 0)
+    assert len(set(ids)) == 6
+
+
+def test_forked_processes_are_publishers_of_their_own(valkey_url: str) -> None:
+    forks = (
+        "import os\nfrom tests.test_delivery import Number, Pipeline, numbers\napp = Pipeline('app')\n"
+        "for n in range(3):\n    if os.fork() == 0:\n        with app.blocking() as pipe:\n"
+        "            pipe.publish(numbers, Number(n=n))\n        os._exit(0)\n"
+        "for _ in range(3):\n    assert os.wait()[1] == 0\n"
+    )
+    assert finished("-c", forks, url=valkey_url).returncode == 0
+    with Pipeline("reader", valkey_url).blocking() as pipe:
+        assert pipe.stats().channels["numbers"].published == 3
 
 
 async def test_a_message_shows_its_envelope(anywhere: str) -> None:
