@@ -75,6 +75,10 @@ class Channel(Generic[T]):
             raise ConfigurationError(f"{where}: keep is in seconds and not negative, not {self.keep!r}")
         if not self.durable and (self.capacity is not None or self.partitions != 1 or self.fsync):
             raise ConfigurationError(f"{where}: capacity, partitions and fsync are for durable channels")
+        if self.raw and self.reply is not None:
+            raise ConfigurationError(
+                f"{where}: bare {self.type.__name__} cannot say where a reply is awaited; use an Event"
+            )
 
     @property
     def raw(self) -> bool:

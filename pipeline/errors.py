@@ -51,6 +51,10 @@ __all__ = [
 ]
 
 
+LONGEST_DELAY = 10 * 365 * 86400.0
+"""Seconds: what is later than this is a mistake."""
+
+
 class PipelineError(Exception):
     """Base of every error the framework raises on purpose."""
 
@@ -139,8 +143,8 @@ class Retry(Exception):
 
     def __init__(self, reason: str = "", *, delay: float | None = None) -> None:
         super().__init__(reason)
-        if delay is not None and not delay >= 0:
-            raise ValueError(f"Retry(delay={delay!r}): the delay is in seconds and not negative")
+        if delay is not None and not 0 <= delay < LONGEST_DELAY:
+            raise ValueError(f"Retry(delay={delay!r}): the delay is in seconds, not negative, and less than ten years")
         self.reason = reason
         self.delay = delay
 

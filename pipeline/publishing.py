@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from .channel import Channel
-from .errors import ConfigurationError, PayloadTooLarge
+from .errors import LONGEST_DELAY, ConfigurationError, PayloadTooLarge
 from .frame import Codec
 from .message import Receipt
 from .payloads import FRAME_BYTES as PAYLOAD_BYTES
@@ -89,6 +89,7 @@ class Outbox:
         self.published = 0
         """Events written since somebody last looked (and set it to 0)."""
         self._partition = partition
+        self._raw = channel.raw
         self._codec = codec
         self._transport = transport
         self._payloads = payloads if codec.tensors else None
@@ -112,6 +113,11 @@ class Outbox:
     ) -> Receipt:
         """Resolves when the transport has the events."""
         self._codec.check(events)
+        if self._raw and (key is not None or headers or due is not None):
+            raise ConfigurationError(
+                f"live channel {self.channel.name!r} of {self.channel.type.__name__}: its payload travels alone, "
+                "without key, headers or delay; declare an Event, or durable=True"
+            )
         if keys is None and key is not None:
             keys = [key] * len(events)
         parcel = _Parcel(events, keys, headers, due, reply, time.time(), None)
@@ -215,8 +221,8 @@ class Outbox:
         flight: Flight | None,
     ) -> list[Outgoing]:
         """Frames within the channel's limits of events and bytes."""
-        if self.channel.raw:
-            return [self._raw(event) for event in events]
+        if self._raw:
+            return [self._bare(event) for event in events]
         frames: list[Outgoing] = []
         place = flight.placer(self.channel, self._partition) if flight is not None else None
         at = 0
@@ -254,7 +260,7 @@ class Outbox:
         by_bytes = int(self._frame_bytes / self._event_bytes) if self._event_bytes else self.channel.frame
         return max(1, min(left, self.channel.frame, by_bytes))
 
-    def _raw(self, event: Any) -> Outgoing:
+    def _bare(self, event: Any) -> Outgoing:
         body = event.encode() if isinstance(event, str) else bytes(event)
         self._check_size(len(body))
         self._next += 1
@@ -291,6 +297,6 @@ def check_delay(delay: float | None) -> float | None:
     """The Unix time at which an event is due, or None. Raises ConfigurationError."""
     if delay is None:
         return None
-    if not 0 <= delay < 10 * 365 * 86400:
-        raise ConfigurationError(f"delay={delay!r}: seconds, not negative")
+    if not 0 <= delay < LONGEST_DELAY:
+        raise ConfigurationError(f"delay={delay!r}: seconds, not negative, and less than ten years")
     return time.time() + delay if delay else None

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from .channel import Channel
 from .drafts import Failure, failures, reply_codec
 from .errors import ConfigurationError, FrameError, RequestFailed, RequestTimeout, ServerUnavailable
-from .frame import Header, split
+from .frame import REPLIES, Header, split
 from .transports import Backend
 from .transports.client import LinkLost, ReplyError
 
@@ -44,7 +44,7 @@ class Replies:
     """One list in Redis a process, read by one task; answers find their request by its event's id."""
 
     def __init__(self, backend: Backend, source: str) -> None:
-        self.address = f"pipeline:reply:{source}:{secrets.token_hex(4)}"
+        self.address = f"{REPLIES}{source}:{secrets.token_hex(4)}"
         self._backend = backend
         self._waiting: dict[str, tuple[asyncio.Future[Any], Channel[Any]]] = {}
         self._early: dict[str, tuple[_Answers, int]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -461,6 +462,13 @@ async def test_watching_begins_in_the_past_now_or_after_a_message(anywhere: str)
             app.watch(numbers, since="yesterday")
 
 
+@pytest.mark.parametrize("since", ["nand", "infs", float("nan"), float("inf"), "-5m", -1.0, "", "yesterday", "5x"])
+async def test_a_time_that_is_none_is_refused(since: Any) -> None:
+    async with Pipeline("app", "memory://since") as app:
+        with pytest.raises(ConfigurationError, match="since="):
+            app.watch(numbers, since=since)
+
+
 async def test_a_full_channel_makes_publishers_wait_or_tells_them_or_drops_the_oldest(anywhere: str) -> None:
     app = Pipeline("app", anywhere)
     waits = Channel("waits", Number, capacity=10, frame=1)
@@ -563,6 +571,38 @@ async def test_handlers_run_in_processes(valkey_url: str) -> None:
     assert "in_a_process" in letters["HandlerError: OSError: three"].traceback
 
 
+def make_something_that_stays_in_its_process(event: Number) -> object:
+    return threading.Lock() if event.n == 1 else None
+
+
+async def test_a_result_that_cannot_leave_its_process_fails_its_event_alone(valkey_url: str) -> None:
+    app, quiet = Pipeline("app", valkey_url), Channel("quiet", Number)
+    app.subscriber(quiet, group="g", run_in="process", retry=RetryPolicy(attempts=1))(
+        make_something_that_stays_in_its_process
+    )
+    async with app, serving(app):
+        await app.publish(quiet, [Number(n=n) for n in range(10)])
+        ledger = (await idle(app, "quiet", 30)).groups["g"]
+        (letter,) = await app.dead_letters("quiet")
+    assert (ledger.handled, ledger.dead) == (9, 1)
+    assert "cannot pickle" in letter.event.reason
+
+
+async def test_an_event_that_cannot_enter_a_process_becomes_a_dead_letter(valkey_url: str) -> None:
+    class Local(Event):
+        n: int
+
+    app, local = Pipeline("app", valkey_url), Channel("local", Local)
+    app.subscriber(local, group="g", run_in="process", retry=RetryPolicy(attempts=1))(
+        make_something_that_stays_in_its_process
+    )
+    async with app, serving(app):
+        await app.publish(local, Local(n=0))
+        assert (await idle(app, "local", 30)).groups["g"].dead == 1
+        (letter,) = await app.dead_letters("local")
+    assert "cannot be passed to the handler's process" in letter.event.reason
+
+
 async def test_what_may_not_be_published_is_refused_with_a_reason(valkey_url: str) -> None:
     class Sub(Number):
         extra: int = 0
@@ -620,6 +660,12 @@ async def test_a_subscriber_waits_while_the_channel_it_publishes_to_is_full(anyw
             ledger = await idle(app, "numbers")
             assert (await idle(app, "narrow")).published == 500
     assert ledger.groups["g"].handled == 500
+
+
+@pytest.mark.parametrize("delay", [float("inf"), float("nan"), -1.0, 1e12])
+def test_a_retry_that_would_never_come_is_refused(delay: float) -> None:
+    with pytest.raises(ValueError, match="delay"):
+        Retry(delay=delay)
 
 
 async def test_an_abandoned_group_expires_loudly(valkey_url: str, caplog: pytest.LogCaptureFixture) -> None:

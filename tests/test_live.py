@@ -12,6 +12,7 @@ import pytest
 import redis
 
 from pipeline import Batch, Channel, Event, Pipeline, Reject, RetryPolicy, Tensor
+from pipeline.errors import ConfigurationError
 
 from .apps import serving, until
 
@@ -102,6 +103,16 @@ async def test_nonsense_on_a_live_channel_becomes_a_dead_letter(url: str) -> Non
     assert len(letters) == 4
     assert "version" in letters[3].event.reason
     assert (ledger.handled, ledger.dead) == (1, 4)
+
+
+async def test_what_a_bare_payload_cannot_carry_is_refused(anywhere: str) -> None:
+    options: list[dict[str, Any]] = [{"delay": 1.0}, {"key": "k"}, {"headers": {"a": "b"}}]
+    async with Pipeline("app", anywhere) as app:
+        for option in options:
+            with pytest.raises(ConfigurationError, match="travels alone"):
+                await app.publish(music, "raga", **option)
+    with pytest.raises(ConfigurationError, match="reply"):
+        Channel("questions", str, durable=False, reply=str)
 
 
 async def test_every_subscriber_process_receives_everything(url: str, live_client: LiveClient) -> None:

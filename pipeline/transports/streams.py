@@ -476,7 +476,7 @@ class StreamReader:
         )  # fmt: skip
         found = []
         for id_, fields in reply[0][1] if reply else ():
-            if len(fields) != 4 or fields[0] != b"n" or fields[2] != b"b":
+            if not _is_frame(fields):
                 await self._refuse_foreign(id_, fields)
                 continue
             entry = _entry(id_, int(fields[1]), fields[3])
@@ -565,7 +565,7 @@ class StreamTail:
             reply = await self._streams.client.persist(self._read, patience=None, what=f"watch {self._keys.base}")
             for id_, fields in reply[0][1] if reply else ():
                 self._since = id_.decode()
-                if len(fields) != 4 or fields[0] != b"n":
+                if not _is_frame(fields):
                     continue
                 entry = _entry(id_, int(fields[1]), fields[3])
                 position = entry.position or 0
@@ -607,6 +607,10 @@ def commit_arguments(keys: Keys, group: str, commit: Commit, token: str) -> tupl
 def _entry(id_: bytes, count: int, body: bytes, done: str = "", deliveries: int = 1) -> Entry:
     text = id_.decode("ascii")
     return Entry(text, body, count, done, deliveries, int(text.partition("-")[2]))
+
+
+def _is_frame(fields: list[bytes]) -> bool:
+    return len(fields) == 4 and (fields[0], fields[2]) == (b"n", b"b") and fields[1].isdigit()
 
 
 def _weight(rid: str) -> int:
