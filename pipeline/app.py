@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import secrets
+import signal
 import socket
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -21,7 +22,7 @@ from .errors import ConfigurationError, UnknownChannel
 from .executors import RunIn
 from .frame import Codec
 from .ledger import Ledger, ledger_channel
-from .lifecycle import drain, first_failure, on_signals
+from .lifecycle import drain, first_failure, on_signals, unless
 from .message import Message, Receipt
 from .metrics import GroupMetrics, WorkerSample, metrics_channel
 from .middleware import Middleware
@@ -77,6 +78,7 @@ class Pipeline:
         self.url = url or self.settings.redis_url
         self._identify()
         self.subscribers: list[Subscriber] = []
+        self._joining = asyncio.Event()
         self.ready = asyncio.Event()
         """Set while `serve` runs and every subscriber has joined its group."""
         self._middleware = list(middleware)
@@ -395,14 +397,16 @@ class Pipeline:
         if not self.subscribers and not self._hooks:
             raise ConfigurationError(f"pipeline {self.name!r} declares no subscriber, so there is nothing to serve")
         self._stop = stop = stop or asyncio.Event()
-        await self._open(None)
+        if not await unless(stop, self._open(None)):
+            return
         try:
-            await self._start()
-            self.ready.set()
-            tasks = [task for router, _ in self._routers for task in router.tasks()]
-            await first_failure(tasks, stop)
+            if await unless(stop, self._start()):
+                self.ready.set()
+                tasks = [task for router, _ in self._routers for task in router.tasks()]
+                await first_failure(tasks, stop)
         finally:
             self.ready.clear()
+            self._joining.clear()
             for hook in self._stop_hooks:
                 await hook()
             await drain([router for router, _ in self._routers], self.settings.drain_seconds)
@@ -420,6 +424,7 @@ class Pipeline:
                 await self.registry.register(channel, self.codec(channel))
         for hook in self._hooks:
             await hook()
+        self._joining.set()
         for subscriber in self.subscribers:
             metrics = GroupMetrics()
             context = Context(
@@ -438,11 +443,14 @@ class Pipeline:
         logger.info("%s serves %s", self.name, ", ".join(f"{s.channel.name} ({s.group})" for s in self.subscribers))
 
     def run(self) -> None:
-        """`serve`, in the foreground: SIGTERM and SIGINT drain, a second one stops now."""
+        """`serve`, in the foreground: SIGTERM and SIGINT drain, a second one stops now. See lifecycle."""
 
         async def main() -> None:
             stop = asyncio.Event()
             serving = asyncio.create_task(self.serve(stop))
+            joining = asyncio.create_task(self._joining.wait())
+            await asyncio.wait({serving, joining}, return_when=asyncio.FIRST_COMPLETED)
+            joining.cancel()
             restore = on_signals(stop, serving.cancel)
             settling = asyncio.create_task(self._settle_memory())
             try:
@@ -452,6 +460,8 @@ class Pipeline:
                 settling.cancel()
                 restore()
 
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
         asyncio.run(main())
 
     async def _settle_memory(self) -> None:

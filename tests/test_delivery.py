@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -33,7 +34,8 @@ from pipeline.server import Server
 from pipeline.transports.scripts import Keys
 
 from .apps import idle, serving, until
-from .programs import finished
+from .processes import line_with
+from .programs import finished, program
 
 
 class Number(Event):
@@ -556,6 +558,37 @@ def in_a_process(event: Number) -> Square:
     if event.n == 3:
         raise OSError("three")
     return Square(n=event.n, squared=event.n**2)
+
+
+async def test_a_start_that_waits_for_redis_or_for_a_hook_can_be_stopped(anywhere: str) -> None:
+    absent, slow, begun = Pipeline("absent", "redis://127.0.0.1:9/0"), Pipeline("slow", anywhere), asyncio.Event()
+
+    @slow.on_start
+    async def load() -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    absent.on_start(load)
+    for app, waiting in ((absent, asyncio.sleep(0.2)), (slow, begun.wait())):
+        stop = asyncio.Event()
+        task = asyncio.create_task(app.serve(stop))
+        await waiting
+        stop.set()
+        async with asyncio.timeout(1):
+            await task
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_still_loads_its_model_stops_at_once(valkey_url: str, number: signal.Signals) -> None:
+    code = (
+        "import asyncio, time\nfrom pipeline import Pipeline\napp = Pipeline('app')\n"
+        "@app.on_start\nasync def load():\n    print('loading', flush=True)\n"
+        "    await asyncio.to_thread(time.sleep, 60)\napp.run()\n"
+    )
+    with program("-c", code, url=valkey_url) as process:
+        line_with("loading", process)
+        process.send_signal(number)
+        process.wait(1.0)
 
 
 async def test_handlers_run_in_processes(valkey_url: str) -> None:
