@@ -14,7 +14,7 @@ import contextlib
 import logging
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,6 +46,14 @@ class Lane:
         self.units: deque[Unit] = deque()
         self.arrived = asyncio.Event()
         self.closed = False
+
+    def empty(self) -> list[Unit]:
+        """Take out all that no handler has begun. One by one: handlers' threads take some meanwhile."""
+        taken = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self.units.popleft())
+        return taken
 
     async def available(self) -> bool:
         """Wait for something to do; False when there will be nothing more."""
@@ -135,8 +143,7 @@ class Router:
         unstarted: dict[int, list[Unit]] = {}
         for lane in self._lanes:
             lane.closed = True
-            while lane.units:
-                unit = lane.units.popleft()
+            for unit in lane.empty():
                 unstarted.setdefault(id(unit[0]), []).append(unit)
             lane.arrived.set()
         whole = [units[0][0] for units in unstarted.values() if len(units) == units[0][0].open]
@@ -282,12 +289,11 @@ class Router:
             return
         logger.warning("%s: the lease of %s ended; another worker has it", self._name, id_)
         for lane in self._lanes:
-            kept = [unit for unit in lane.units if unit[0] is not held]
-            dropped = len(lane.units) - len(kept)
-            if dropped:
-                lane.units.clear()
-                lane.units.extend(kept)
-                self._forget(held, dropped)
+            units = lane.empty()
+            kept = [unit for unit in units if unit[0] is not held]
+            lane.units.extend(kept)
+            if len(kept) < len(units):
+                self._forget(held, len(units) - len(kept))
 
     def _count_overwritten(self, reader: Reader) -> None:
         overwritten = getattr(reader, "overwritten", None)
@@ -363,8 +369,10 @@ class Router:
         return units, "size" if len(units) == batch.size else "timeout"
 
     async def _release_gathered(self, units: list[Unit]) -> None:
+        """Whole frames; what is partly in another batch follows in `finish`, or it would be handled twice."""
+        many = Counter(id(unit[0]) for unit in units)
         frames = {id(unit[0]): unit[0] for unit in units}
-        await self._release([held for held in frames.values() if (id(held.reader), held.entry.id) in self._held])
+        await self._release([held for held in frames.values() if held.open == many[id(held)]])
 
     async def _call(self, units: list[Unit]) -> None:
         """Call a batch handler. A failing batch is halved until the offender is alone; the others are not punished."""
