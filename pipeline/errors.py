@@ -92,7 +92,14 @@ class PayloadTooLarge(PublishError, ValueError):
 
 
 class ChannelFull(PublishError):
-    """Raised when a channel declared `overflow="raise"` is at its capacity."""
+    """Raised when a channel declared `overflow="raise"` is at its capacity.
+
+    `published` of the caller's events, from the first on, were taken before it was full.
+    """
+
+    def __init__(self, reason: str, *, published: int = 0) -> None:
+        super().__init__(reason)
+        self.published = published
 
 
 class PublishUncertain(PublishError):

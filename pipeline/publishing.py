@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from .channel import Channel
-from .errors import LONGEST_DELAY, ConfigurationError, PayloadTooLarge
+from .errors import LONGEST_DELAY, ChannelFull, ConfigurationError, PayloadTooLarge
 from .frame import Codec
 from .message import Receipt
 from .payloads import FRAME_BYTES as PAYLOAD_BYTES
@@ -95,6 +95,8 @@ class Outbox:
         self._payloads = payloads if codec.tensors else None
         self._limit = limit
         self._next = 1
+        self._last = 0
+        """Sequence of the newest event that was taken."""
         self._queue: deque[_Parcel] = deque()
         self._writing = False
         self._writer: asyncio.Task[None] | None = None
@@ -129,6 +131,8 @@ class Outbox:
             self._writing = True
             try:
                 await self._write([parcel])
+            except ChannelFull as error:
+                raise self._full(error, parcel) from None
             finally:
                 self._hand_over()
         return Receipt(_Ids(self.source, parcel.first, len(events)))  # type: ignore[arg-type]  # a lazy tuple
@@ -160,12 +164,26 @@ class Outbox:
                     await self._settle([parcel])
                 return
             for parcel in parcels:
-                if parcel.written is not None and not parcel.written.done():
+                if parcel.written is None or parcel.written.done():
+                    continue
+                if isinstance(error, ChannelFull):
+                    if self._taken(parcel) == len(parcel.events):
+                        parcel.written.set_result(parcel.first)
+                    else:
+                        parcel.written.set_exception(self._full(error, parcel))
+                else:
                     parcel.written.set_exception(error)
             return
         for parcel in parcels:
             if parcel.written is not None and not parcel.written.done():
                 parcel.written.set_result(parcel.first)
+
+    def _taken(self, parcel: _Parcel) -> int:
+        """How many of a parcel's events were taken by a write that failed."""
+        return max(0, min(len(parcel.events), self._last - parcel.first + 1))
+
+    def _full(self, error: ChannelFull, parcel: _Parcel) -> ChannelFull:
+        return ChannelFull(str(error), published=self._taken(parcel))
 
     async def _write(self, parcels: list[_Parcel]) -> None:
         start = self._next
@@ -192,8 +210,17 @@ class Outbox:
     async def _send(self, frames: list[Outgoing]) -> None:
         for index in range(0, len(frames), MOST_FRAMES):
             part = frames[index : index + MOST_FRAMES]
-            await self._transport.publish(self.channel, self._partition, part)
-            self.published += sum(frame.count for frame in part)
+            try:
+                await self._transport.publish(self.channel, self._partition, part)
+            except ChannelFull:
+                self._count([frame for frame in part if frame.taken])
+                raise
+            self._count(part)
+
+    def _count(self, taken: list[Outgoing]) -> None:
+        if taken:
+            self.published += sum(frame.count for frame in taken)
+            self._last = taken[-1].first + taken[-1].count - 1
 
     def _frames(self, group: list[_Parcel], flight: Flight | None) -> list[Outgoing]:
         events: list[Any] = group[0].events

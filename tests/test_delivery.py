@@ -506,6 +506,23 @@ async def test_a_full_channel_makes_publishers_wait_or_tells_them_or_drops_the_o
     assert seen[-9:] == list(range(16, 25)), "the newest stay; what a worker holds is its own"
 
 
+async def test_who_is_told_that_a_channel_is_full_knows_what_was_taken(anywhere: str) -> None:
+    full = Channel("full", Number, capacity=10, overflow="raise", frame=1)
+    async with Pipeline("app", anywhere) as app:
+        told = await asyncio.gather(*(app.publish(full, Number(n=n)) for n in range(8)), return_exceptions=True)
+        assert not [one for one in told if isinstance(one, BaseException)]
+        with pytest.raises(ChannelFull) as raised:
+            await app.publish(full, [Number(n=8)])
+            await app.publish(full, [Number(n=9), Number(n=10), Number(n=11)])
+        assert raised.value.published == 1
+    roomy = Channel("roomy", Number, capacity=10, overflow="raise", frame=1)
+    async with Pipeline("app", anywhere) as app:
+        told = await asyncio.gather(*(app.publish(roomy, Number(n=n)) for n in range(50)), return_exceptions=True)
+        taken = [one for one in told if not isinstance(one, BaseException)]
+        assert len(taken) == (await app.stats()).channels["roomy"].published == 10
+        assert {type(one) for one in told if isinstance(one, BaseException)} == {ChannelFull}
+
+
 async def test_draining_hands_unstarted_work_to_another_worker_at_once(anywhere: str) -> None:
     slow, other = Pipeline("slow", anywhere), Pipeline("other", anywhere)
     started, taken = asyncio.Event(), []

@@ -232,6 +232,8 @@ class _Publication:
         for index in range(len(frames)):
             result = results[index] if index < len(results) else None
             if not isinstance(result, list) or result[0] not in (0, 1):
+                for frame in frames[:index]:
+                    frame.taken = True
                 await self.recover(frames[index:], result)
                 break
         if self.channel.fsync:
@@ -267,6 +269,7 @@ class _Publication:
                         f"not come back; the events may or may not be there ({error})"
                     ) from None
                 raise
+            frame.taken = True
 
     async def _insist(self, frame: Outgoing) -> None:
         force = False
