@@ -304,7 +304,7 @@ class Pipeline:
 
         key      orders events of one key (with `ordered=True`), and chooses the partition
         delay    seconds before any handler sees them (durable channels, and live ones while a subscriber lives)
-        headers  strings that travel along
+        headers  strings that travel along; a handler's outputs take over `traceparent` and `tracestate`
 
         Raises EventTypeError, PayloadTooLarge, ChannelFull, ServerUnavailable, PublishUncertain.
         """

@@ -27,7 +27,7 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from .channel import Channel
 from .errors import EventTypeError, FrameError, FrameInvalid, FrameTruncated, FrameVersionError
-from .message import Message, utc
+from .message import Message, trace_of, utc
 from .tensors import ALIGNMENT, Buffers, Tensor, TensorBytes
 
 __all__ = ["REFERENCE", "Codec", "Frame", "Header", "Invalid", "Placer", "reference_of"]
@@ -106,6 +106,9 @@ class Frame(Generic[T]):
 
     def time(self, index: int) -> float:
         return self.header.times[index] if self.header.times else self.header.time
+
+    def trace(self, index: int) -> dict[str, str]:
+        return trace_of(self.header.headers[index]) if self.header.headers else {}
 
     def message(self, index: int) -> Message[T]:
         header = self.header

@@ -31,6 +31,7 @@ from pipeline import (
 )
 from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError
 from pipeline.server import Server
+from pipeline.testing import first
 from pipeline.transports.scripts import Keys
 
 from .apps import idle, serving, until
@@ -118,6 +119,34 @@ async def test_a_message_shows_its_envelope(anywhere: str) -> None:
     assert (message.id, message.channel, message.source) == (receipt.id, "numbers", app.source)
     assert (message.event, message.key, message.attempt, message.headers) == (Number(n=7), "a", 1, {"user": "eve"})
     assert before - timedelta(seconds=1) < message.time < datetime.now(UTC)
+
+
+async def test_outputs_carry_the_trace_of_what_they_were_made_from(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
+    others = Channel("others", Number)
+    traced = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=b", "own": "x"}
+
+    @app.subscriber(numbers, group="g", publishes=squares)
+    async def square(event: Number) -> list[Square]:
+        if event.n == 1:
+            raise Retry(delay=0)
+        return [Square(n=event.n, squared=event.n**2)] * 2
+
+    @app.subscriber(others, group="g", publishes=squares)
+    async def once(message: Message[Number]) -> Square | None:
+        if message.attempt == 1:
+            raise Retry(delay=0)
+        return Square(n=message.event.n, squared=-1)
+
+    async with app, serving(app), app.watch(squares) as stream:
+        await app.publish(numbers, [Number(n=2), Number(n=3)], headers=traced)
+        await app.publish(numbers, Number(n=4))
+        await app.publish(others, Number(n=5), headers=traced)
+        messages = [await first(stream) for _ in range(7)]
+    trace = {name: traced[name] for name in ("traceparent", "tracestate")}
+    assert {(message.event.n, message.headers == trace) for message in messages} == {
+        (2, True), (3, True), (4, False), (5, True)
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("run_in", ["loop", "thread"])
