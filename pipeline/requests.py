@@ -22,6 +22,8 @@ __all__ = ["Replies"]
 logger = logging.getLogger("pipeline.requests")
 
 WAIT = 1.0
+MOST_EARLY = 4096
+"""Answers kept that nobody waits for yet. Those that come too late look the same; the oldest are forgotten."""
 
 
 class _Answers:
@@ -108,6 +110,8 @@ class Replies:
         waiting = self._waiting.get(id_)
         if waiting is None:
             if self._publishing:  # the answer overtook the acknowledgement of its question
+                if len(self._early) >= MOST_EARLY:
+                    del self._early[next(iter(self._early))]
                 self._early[id_] = (answers, index)
             return
         future, channel = waiting

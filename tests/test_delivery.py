@@ -30,6 +30,7 @@ from pipeline import (
     Tensor,
 )
 from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError
+from pipeline.requests import MOST_EARLY, Replies
 from pipeline.server import Server
 from pipeline.testing import first
 from pipeline.transports.scripts import Keys
@@ -341,6 +342,15 @@ async def test_a_request_is_answered_rejected_or_times_out(url: str) -> None:
             await idle(app, "numbers")
     with redis.Redis.from_url(url) as client:
         assert client.keys("pipeline:reply:*") == [], "answers must not stay"
+
+
+async def test_answers_that_come_too_late_are_forgotten() -> None:
+    """Under load somebody always publishes, so nothing else would end what waits for its question."""
+    replies = Replies(Any, "app")
+    replies._publishing = 1
+    for n in range(3 * MOST_EARLY):
+        replies._settle(str(n), Any, 0)
+    assert list(replies._early) == [str(n) for n in range(2 * MOST_EARLY, 3 * MOST_EARLY)]
 
 
 async def test_events_of_a_key_stay_in_order_even_when_one_is_retried(anywhere: str) -> None:

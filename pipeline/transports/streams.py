@@ -28,6 +28,8 @@ SOURCE_TTL_MS = 24 * 3600 * 1000
 REPLY_TTL_MS = 60_000
 TRIM_EVERY = 5.0
 CONSUMER_IDLE = 300.0
+SYNC = 5.0
+"""Seconds of one wait for the disk; less than a connection may be silent."""
 PATIENCE = 30.0
 """Seconds a publish waits for a Redis that went away before it gives up with an error."""
 
@@ -237,7 +239,7 @@ class _Publication:
                 await self.recover(frames[index:], result)
                 break
         if self.channel.fsync:
-            await self.sync()
+            await self._on_disk(frames, link)
 
     def _send(self, link: Link, frame: Outgoing) -> asyncio.Future[Any]:
         names, *arguments = self.arguments(frame, force=False)
@@ -292,10 +294,23 @@ class _Publication:
                 await asyncio.sleep(pause)
                 pause = min(0.1, pause * 2)
 
-    async def sync(self) -> None:
-        """Wait until the server's append-only file holds what was written."""
+    async def _on_disk(self, frames: Sequence[Outgoing], link: Link | None) -> None:
+        """The server answers for what this very connection wrote. After another one was opened the frames are written
+        again: as repeats, which are writes too, or because a restarted server has lost them."""
+        while True:
+            if link is not None and link is self.client.current:
+                with contextlib.suppress(LinkLost):
+                    return await self.sync(link)
+            before = self.client.current
+            await self.recover(frames, LinkLost("while waiting for the disk"))
+            link = before if before is self.client.current else None
+
+    async def sync(self, link: Link) -> None:
+        """Wait until the server's append-only file holds what this connection wrote."""
         try:
-            local, _ = await self.client.call("WAITAOF", 1, 0, int(PATIENCE * 1000))
+            local = 0
+            for _ in range(int(PATIENCE / SYNC)):
+                local = local or (await link.call("WAITAOF", 1, 0, int(SYNC * 1000)))[0]
             if local < 1:
                 raise PublishUncertain(f"channel {self.channel.name!r}: the append-only file was not synced in time")
         except ReplyError as error:
