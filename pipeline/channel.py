@@ -38,7 +38,7 @@ class Channel(Generic[T]):
     reply       the type of the answers to `request` on this channel
     frame       at most this many events travel in one stream entry; 1 spreads slow work evenly
     partitions  >1 splits a durable channel by key; with `ordered=True` each part goes to one worker at a time
-    capacity    at most this many unhandled events; then `overflow` says what happens: publishers
+    capacity    at most this many unhandled events (in each partition); then `overflow` says what happens: publishers
                 "wait", "raise" ChannelFull, or the oldest events are dropped and counted ("drop_oldest")
     keep        seconds that handled events stay readable for `since=`, replay and late viewers
     fsync       True: `publish` resolves once the server has the events on disk

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .batching import columns
 from .channel import Channel
 from .drafts import Draft, Gaps, Held, Sources, Unit
 from .errors import FrameError, HandlerError, PipelineError, Reject, Retry
@@ -378,7 +379,7 @@ class Router:
         """Call a batch handler. A failing batch is halved until the offender is alone; the others are not punished."""
         outcomes: list[Any]
         try:
-            result = await self._executor.once([self._argument(unit) for unit in units])
+            result = await self._executor.once(self._batch([self._argument(unit) for unit in units]))
             outcomes = _outcomes(result, len(units))
         except (Retry, _WrongLength) as error:
             outcomes = [error.error if isinstance(error, _WrongLength) else error] * len(units)
@@ -391,6 +392,12 @@ class Router:
             outcomes = [error]
         self._done.extend(zip(units, outcomes, strict=True))
         self._wake.set()
+
+    def _batch(self, events: list[Any]) -> Any:
+        """What a batch handler is called with."""
+        subscriber = self.subscriber
+        assert subscriber.batch is not None
+        return columns(subscriber.channel.type, events) if subscriber.batch.as_ == "columns" else events
 
     def _finish_unit(self, unit: Unit, outcome: Any, *, final: bool = False) -> None:
         self._done.append((unit, Final(outcome) if final else outcome))

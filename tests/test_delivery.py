@@ -284,6 +284,40 @@ async def test_a_batch_result_of_the_wrong_length_is_an_error_that_says_so(anywh
     assert "the batch had 4 events and the handler returned 5 results" in letters[0].event.reason
 
 
+async def test_a_batch_may_come_as_columns(anywhere: str) -> None:
+    class Sample(Event):
+        n: int
+        level: float
+        good: bool
+        name: str
+        window: Tensor
+
+    app, samples, seen = Pipeline("app", anywhere), Channel("samples", Sample), []
+
+    @app.subscriber(samples, group="g", publishes=numbers, batch=Batch(4, wait=1.0, as_="columns"), retry=QUICK)
+    def work(batch: dict[str, Any]) -> list[Number | None]:
+        seen.append(batch)
+        if "poison" in batch["name"]:
+            raise ValueError("poison")
+        return [Number(n=n) if n % 2 else None for n in (batch["n"] + (batch["level"] > 1)).tolist()]
+
+    async with app, serving(app), app.watch(numbers) as stream:
+        many = [Sample(n=n, level=n, good=n > 1, name=str(n), window=Tensor([n])) for n in range(4)]
+        await app.publish(samples, many)
+        assert [(await first(stream)).event.n for _ in range(2)] == [1, 3]
+        await app.publish(samples, [*many[:2], many[2].model_copy(update={"name": "poison"}), many[3]])
+        ledger = (await idle(app, "samples")).groups["g"]
+    assert (ledger.handled, ledger.dead) == (7, 1)
+    batch = seen[0]
+    assert [(name, getattr(batch[name], "dtype", None)) for name in batch] == [
+        ("n", np.int64), ("level", np.float64), ("good", np.bool_), ("name", None), ("window", None)
+    ]  # fmt: skip
+    assert batch["level"].tolist() == [0, 1, 2, 3]
+    assert batch["window"][3] == Tensor([3])
+    with pytest.raises(ConfigurationError, match="columns are the fields of Events"):
+        app.subscriber(Channel("texts", str), group="g", batch=Batch(4, as_="columns"))(work)
+
+
 async def test_batches_say_why_they_were_released(anywhere: str) -> None:
     app = Pipeline("app", anywhere)
     sizes = []
