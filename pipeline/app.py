@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import secrets
+import signal
 import socket
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -21,7 +22,7 @@ from .errors import ConfigurationError, UnknownChannel
 from .executors import RunIn
 from .frame import Codec
 from .ledger import Ledger, ledger_channel
-from .lifecycle import drain, first_failure, on_signals
+from .lifecycle import drain, first_failure, on_signals, unless
 from .message import Message, Receipt
 from .metrics import GroupMetrics, WorkerSample, metrics_channel
 from .middleware import Middleware
@@ -75,10 +76,9 @@ class Pipeline:
         self.name = check_name("pipeline", name)
         self.settings: Settings = settings()
         self.url = url or self.settings.redis_url
-        self.source = f"{name}.{secrets.token_hex(4)}"
-        """Who events published by this process are from; ids are `source:sequence`."""
-        self.consumer = f"{socket.gethostname()}-{os.getpid()}-{self.source}"
+        self._identify()
         self.subscribers: list[Subscriber] = []
+        self._joining = asyncio.Event()
         self.ready = asyncio.Event()
         """Set while `serve` runs and every subscriber has joined its group."""
         self._middleware = list(middleware)
@@ -98,7 +98,15 @@ class Pipeline:
         self._reporting: asyncio.Task[None] | None = None
         self._ledger: Ledger | None = None
         self._opened = 0
+        self._opened_by = os.getpid()
+        """The process; 0 once it has opened this: who opens it next is somebody else."""
         self._stop: asyncio.Event | None = None
+
+    def _identify(self) -> None:
+        """Sequences begin at 1 with each opening, and in each process that was forked: ids must not come again."""
+        self.source = f"{self.name}.{secrets.token_hex(4)}"
+        """Who events published by this process are from; ids are `source:sequence`."""
+        self.consumer = f"{socket.gethostname()}-{os.getpid()}-{self.source}"
 
     # -- declare -------------------------------------------------------------------------------------------------
 
@@ -194,6 +202,9 @@ class Pipeline:
             except BaseException:
                 await backend.close()
                 raise
+            if self._opened_by != os.getpid():
+                self._identify()
+            self._opened_by = 0
             self._backend = backend
             self._registry = Registry(backend)
             self._payloads = Payloads(
@@ -293,7 +304,7 @@ class Pipeline:
 
         key      orders events of one key (with `ordered=True`), and chooses the partition
         delay    seconds before any handler sees them (durable channels, and live ones while a subscriber lives)
-        headers  strings that travel along
+        headers  strings that travel along; a handler's outputs take over `traceparent` and `tracestate`
 
         Raises EventTypeError, PayloadTooLarge, ChannelFull, ServerUnavailable, PublishUncertain.
         """
@@ -327,11 +338,15 @@ class Pipeline:
                 raise ConfigurationError(f"publish(channel, event): {channel!r} is not a Channel")
             codec = self.codec(channel)
             await self.registry.register(channel, codec)
-            limit = self.settings.max_frame_bytes
-            outbox = self._outboxes.setdefault(
-                (channel, partition),
-                Outbox(channel, partition, codec, self._transport(channel), self.payloads, self.source, limit),
-            )
+            outbox = self._outboxes.get((channel, partition)) or self._open_outbox(channel, partition, codec)
+        return outbox
+
+    def _open_outbox(self, channel: Channel[Any], partition: int, codec: Codec[Any]) -> Outbox:
+        """Channels of one name, declared more than once, number their events each from a source of its own."""
+        others = sum((other.name, part) == (channel.name, partition) for other, part in self._outboxes)
+        source, limit = f"{self.source}~{others}" if others else self.source, self.settings.max_frame_bytes
+        outbox = Outbox(channel, partition, codec, self._transport(channel), self.payloads, source, limit)
+        self._outboxes[channel, partition] = outbox
         return outbox
 
     async def request(
@@ -382,14 +397,16 @@ class Pipeline:
         if not self.subscribers and not self._hooks:
             raise ConfigurationError(f"pipeline {self.name!r} declares no subscriber, so there is nothing to serve")
         self._stop = stop = stop or asyncio.Event()
-        await self._open(None)
+        if not await unless(stop, self._open(None)):
+            return
         try:
-            await self._start()
-            self.ready.set()
-            tasks = [task for router, _ in self._routers for task in router.tasks()]
-            await first_failure(tasks, stop)
+            if await unless(stop, self._start()):
+                self.ready.set()
+                tasks = [task for router, _ in self._routers for task in router.tasks()]
+                await first_failure(tasks, stop)
         finally:
             self.ready.clear()
+            self._joining.clear()
             for hook in self._stop_hooks:
                 await hook()
             await drain([router for router, _ in self._routers], self.settings.drain_seconds)
@@ -407,6 +424,7 @@ class Pipeline:
                 await self.registry.register(channel, self.codec(channel))
         for hook in self._hooks:
             await hook()
+        self._joining.set()
         for subscriber in self.subscribers:
             metrics = GroupMetrics()
             context = Context(
@@ -425,11 +443,14 @@ class Pipeline:
         logger.info("%s serves %s", self.name, ", ".join(f"{s.channel.name} ({s.group})" for s in self.subscribers))
 
     def run(self) -> None:
-        """`serve`, in the foreground: SIGTERM and SIGINT drain, a second one stops now."""
+        """`serve`, in the foreground: SIGTERM and SIGINT drain, a second one stops now. See lifecycle."""
 
         async def main() -> None:
             stop = asyncio.Event()
             serving = asyncio.create_task(self.serve(stop))
+            joining = asyncio.create_task(self._joining.wait())
+            await asyncio.wait({serving, joining}, return_when=asyncio.FIRST_COMPLETED)
+            joining.cancel()
             restore = on_signals(stop, serving.cancel)
             settling = asyncio.create_task(self._settle_memory())
             try:
@@ -439,6 +460,8 @@ class Pipeline:
                 settling.cancel()
                 restore()
 
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
         asyncio.run(main())
 
     async def _settle_memory(self) -> None:

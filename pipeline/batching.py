@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 from .errors import ConfigurationError
+from .events import Event
 
-__all__ = ["Batch", "Reason"]
+__all__ = ["Batch", "Columns", "Reason", "columns"]
+
+As = Literal["events", "columns"]
+Columns = dict[str, Any]
+"""Field → numpy array of int64, float64 or bool, for fields declared int, float or bool; a list for all others."""
 
 Reason = Literal["size", "timeout", "idle", "flush"]
 """size: full · timeout: `wait` passed · idle: wait=0 and nothing more was queued · flush: asked for"""
@@ -19,11 +27,28 @@ class Batch:
 
     size  at most so many events
     wait  seconds the first event may wait for company; 0 takes what is queued at once
+    as_   "events": a list of them. "columns": a dict, each field of the events as one numpy array (see Columns)
     """
 
     size: int
     wait: float = 0.0
+    as_: As = "events"
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.wait < 0:
+        if self.size < 1 or not self.wait >= 0:
             raise ConfigurationError(f"{self!r}: size must be at least 1 and wait not negative")
+        if self.as_ not in get_args(As):
+            raise ConfigurationError(f"{self!r}: as_ is one of {get_args(As)}")
+
+
+def columns(kind: type[Event], events: Sequence[Event]) -> Columns:
+    """A batch by its fields. Raises OverflowError for an int beyond 64 bits."""
+    table: Columns = {}
+    for name, field in kind.model_fields.items():
+        values = [event.__dict__[name] for event in events]
+        dtype = _DTYPES.get(field.annotation)
+        table[name] = values if dtype is None else np.array(values, dtype)
+    return table
+
+
+_DTYPES: dict[Any, type[np.generic]] = {int: np.int64, float: np.float64, bool: np.bool_}

@@ -38,7 +38,7 @@ class Channel(Generic[T]):
     reply       the type of the answers to `request` on this channel
     frame       at most this many events travel in one stream entry; 1 spreads slow work evenly
     partitions  >1 splits a durable channel by key; with `ordered=True` each part goes to one worker at a time
-    capacity    at most this many unhandled events; then `overflow` says what happens: publishers
+    capacity    at most this many unhandled events (in each partition); then `overflow` says what happens: publishers
                 "wait", "raise" ChannelFull, or the oldest events are dropped and counted ("drop_oldest")
     keep        seconds that handled events stay readable for `since=`, replay and late viewers
     fsync       True: `publish` resolves once the server has the events on disk
@@ -75,6 +75,10 @@ class Channel(Generic[T]):
             raise ConfigurationError(f"{where}: keep is in seconds and not negative, not {self.keep!r}")
         if not self.durable and (self.capacity is not None or self.partitions != 1 or self.fsync):
             raise ConfigurationError(f"{where}: capacity, partitions and fsync are for durable channels")
+        if self.raw and self.reply is not None:
+            raise ConfigurationError(
+                f"{where}: bare {self.type.__name__} cannot say where a reply is awaited; use an Event"
+            )
 
     @property
     def raw(self) -> bool:

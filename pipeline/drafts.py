@@ -117,6 +117,8 @@ class Draft:
         self._sources = sources
         self._commit = Commit()
         self._outputs: dict[tuple[Channel[Any], int], tuple[list[Any], list[str | None]]] = {}
+        self._traces: dict[tuple[Channel[Any], int], dict[int, dict[str, str]]] = {}
+        """Of outputs, by their index."""
         self._letters: list[tuple[DeadLetter, str | None]] = []
         self._answers: dict[str, tuple[list[Any], list[str]]] = {}
         self._refusals: dict[str, tuple[list[Failure], list[str]]] = {}
@@ -138,9 +140,12 @@ class Draft:
         self._mark(held, index)
         self._commit.handled += 1
         key = held.frame.key(index)
+        trace = held.frame.trace(index)
         for event, channel in zip(events, targets, strict=False):
             where = (channel, channel.partition(key, self._commit.handled))
             published, keys = self._outputs.setdefault(where, ([], []))
+            if trace:
+                self._traces.setdefault(where, {})[len(published)] = trace
             published.append(event)
             keys.append(key)
         if address is not None:
@@ -244,8 +249,8 @@ class Draft:
             commit.segments = [
                 Segment(held.entry.id, len(held.frame.events), low, high) for held, low, high in self._runs
             ]
-        for (channel, partition), (events, keys) in self._outputs.items():
-            commit.outputs.extend(self._frames(channel, partition, events, keys, now, flight))
+        for where, (events, keys) in self._outputs.items():
+            commit.outputs.extend(self._frames(*where, events, keys, now, flight, self._traces.get(where)))
         if self._letters:
             channel = dead_channel(self._subscriber.channel.name)
             letters, keys = [letter for letter, _ in self._letters], [key for _, key in self._letters]
@@ -265,9 +270,12 @@ class Draft:
         now: float,
         sequence: int | None = None,
         place: Placer | None = None,
+        headers: list[dict[str, str] | None] | None = None,
     ) -> bytes:
         source = self._sources.durable if sequence is None else self._sources.live
-        return codec.encode(events, source=source, sequence=sequence, time=now, keys=keys, place=place)
+        return codec.encode(
+            events, source=source, sequence=sequence, time=now, keys=keys, headers=headers, place=place
+        )  # fmt: skip
 
     def _frames(
         self,
@@ -277,6 +285,7 @@ class Draft:
         keys: list[Any],
         now: float,
         flight: Flight | None,
+        traces: dict[int, dict[str, str]] | None = None,
     ) -> list[Output]:
         if channel.raw:
             bodies = [event.encode() if isinstance(event, str) else event for event in events]
@@ -288,8 +297,9 @@ class Draft:
         base = None if channel.durable else self._sources.published.get(channel.name, 0) + 1
         while start < len(events):
             part, names = events[start : start + size], keys[start : start + size]
+            headers = [traces.get(start + index) for index in range(len(part))] if traces else None
             try:
-                body = self._encode(codec, part, names, now, None if base is None else base + start, place)
+                body = self._encode(codec, part, names, now, None if base is None else base + start, place, headers)
             except Oversized as error:
                 size = max(1, len(part) * PAYLOAD_BYTES // error.nbytes)
                 continue

@@ -51,6 +51,10 @@ __all__ = [
 ]
 
 
+LONGEST_DELAY = 10 * 365 * 86400.0
+"""Seconds: what is later than this is a mistake."""
+
+
 class PipelineError(Exception):
     """Base of every error the framework raises on purpose."""
 
@@ -88,7 +92,14 @@ class PayloadTooLarge(PublishError, ValueError):
 
 
 class ChannelFull(PublishError):
-    """Raised when a channel declared `overflow="raise"` is at its capacity."""
+    """Raised when a channel declared `overflow="raise"` is at its capacity.
+
+    `published` of the caller's events, from the first on, were taken before it was full.
+    """
+
+    def __init__(self, reason: str, *, published: int = 0) -> None:
+        super().__init__(reason)
+        self.published = published
 
 
 class PublishUncertain(PublishError):
@@ -139,8 +150,8 @@ class Retry(Exception):
 
     def __init__(self, reason: str = "", *, delay: float | None = None) -> None:
         super().__init__(reason)
-        if delay is not None and not delay >= 0:
-            raise ValueError(f"Retry(delay={delay!r}): the delay is in seconds and not negative")
+        if delay is not None and not 0 <= delay < LONGEST_DELAY:
+            raise ValueError(f"Retry(delay={delay!r}): the delay is in seconds, not negative, and less than ten years")
         self.reason = reason
         self.delay = delay
 

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor as PoolExecutor
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal, Protocol
 
 from .errors import ConfigurationError, HandlerError, Reject, Retry
@@ -182,6 +183,8 @@ class _Processes:
                 pool.shutdown(wait=False)
                 self._pool = self._spawn()
             return [HandlerError("the handler's process died while it ran (killed, or out of memory)")] * count
+        except Exception as error:
+            return [HandlerError(f"the event cannot be passed to the handler's process: {error}")] * count
         return [_revive(outcome) for outcome in outcomes]
 
     def close(self) -> None:
@@ -210,9 +213,9 @@ def _child_once(argument: Any) -> list[Any]:
     return [_child_one(argument)]
 
 
-def _child_one(argument: Any) -> Any:
+def _child_one(argument: Any) -> bytes | _Died:
     try:
-        return _child_handler(argument)
+        return bytes(ForkingPickler.dumps(_child_handler(argument)))  # here, where what fails has no neighbours
     except Exception as error:
         return _Died.of(error)
 
@@ -234,9 +237,9 @@ class _Died:
         return cls(type(error).__name__, (str(error),), "".join(traceback.format_exception(error)))
 
 
-def _revive(outcome: Any) -> Any:
-    if not isinstance(outcome, _Died):
-        return outcome
+def _revive(outcome: bytes | _Died) -> Any:
+    if isinstance(outcome, bytes):
+        return ForkingPickler.loads(outcome)
     if outcome.kind == "Retry":
         return Retry(outcome.arguments[0], delay=outcome.arguments[1])
     if outcome.kind == "Reject":

@@ -20,14 +20,14 @@ import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from .channel import Channel
 from .errors import EventTypeError, FrameError, FrameInvalid, FrameTruncated, FrameVersionError
-from .message import Message, utc
+from .message import Message, trace_of, utc
 from .tensors import ALIGNMENT, Buffers, Tensor, TensorBytes
 
 __all__ = ["REFERENCE", "Codec", "Frame", "Header", "Invalid", "Placer", "reference_of"]
@@ -40,6 +40,10 @@ Placer = Callable[[Buffers, int], bytes | None]
 """Given the tensors of so many events, where it put them; None: they stay in the frame."""
 _PREFIX = struct.Struct("<4sB3xIQ")
 _JSON_START = b'{"pipeline":'
+REPLIES = "pipeline:reply:"
+"""What the keys begin with that answers go to; a frame cannot name any other."""
+_Time = Annotated[float, Field(ge=0, lt=253_402_300_800)]
+"""Unix seconds that a datetime can show: before the year 10000."""
 _REFERENCE = re.compile(rb"shm [0-9a-f]{16} [0-9]{1,9} [0-9]{1,15}|blob [0-9a-f]{24} [0-9]{1,6}")
 
 T = TypeVar("T")
@@ -56,16 +60,16 @@ class Header(BaseModel):
     fingerprint: str = Field(default="", alias="schema")
     """First 8 hex digits of the SHA-256 of the events' JSON schema."""
     source: str = ""
-    sequence: int | None = None
+    sequence: Annotated[int, Field(ge=0, lt=2**53)] | None = None
     """Of the first event; the others count on. None: the stream position tells."""
-    time: float = 0.0
+    time: _Time = 0.0
     """Unix seconds of publishing."""
-    times: list[float] | None = None
+    times: list[_Time] | None = None
     keys: list[str | None] | None = None
-    attempt: int = 1
-    due: float | None = None
+    attempt: int = Field(default=1, ge=1, lt=2**31)
+    due: _Time | None = None
     """Unix seconds before which no handler may see the events."""
-    reply: str | None = None
+    reply: Annotated[str, Field(pattern=f"^{REPLIES}")] | None = None
     """Redis key of the list on which an answer is awaited."""
     headers: list[dict[str, str] | None] | None = None
 
@@ -102,6 +106,9 @@ class Frame(Generic[T]):
 
     def time(self, index: int) -> float:
         return self.header.times[index] if self.header.times else self.header.time
+
+    def trace(self, index: int) -> dict[str, str]:
+        return trace_of(self.header.headers[index]) if self.header.headers else {}
 
     def message(self, index: int) -> Message[T]:
         header = self.header

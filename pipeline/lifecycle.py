@@ -1,6 +1,8 @@
 """The order in which an app starts and stops, written once.
 
 start:  connect → register channels → on_start hooks → join groups → report
+        Until groups are joined nothing is held, and a signal ends the process by its default action: a hook that loads
+        a model in a thread, or imports for seconds, could not be stopped otherwise.
 stop:   0. on_stop hooks           handlers that wait for each other are let go
         1. stop reading            nothing new comes in
         2. hand back               what no handler has begun goes to other workers at once, not when its lease ends
@@ -17,11 +19,12 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
 
 from .router import Router
 
-__all__ = ["drain", "first_failure", "on_signals"]
+__all__ = ["drain", "first_failure", "on_signals", "unless"]
 
 logger = logging.getLogger("pipeline.lifecycle")
 
@@ -49,6 +52,20 @@ async def first_failure(tasks: Iterable[asyncio.Task[None]], stop: asyncio.Event
                     raise error
     finally:
         stopping.cancel()
+
+
+async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Await `work`; False when `stop` came first, and cancelled it."""
+    task, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+        return task.done()
+    finally:
+        task.cancel()
+        stopping.cancel()
+        await asyncio.gather(task, stopping, return_exceptions=True)
 
 
 def on_signals(stop: asyncio.Event, now: Callable[[], object]) -> Callable[[], None]:

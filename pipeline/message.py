@@ -11,6 +11,9 @@ __all__ = ["Message", "Receipt"]
 
 T = TypeVar("T")
 
+TRACE = ("traceparent", "tracestate")
+"""Headers of W3C Trace Context: an event's outputs take them over, and CloudEvents has them beside `id`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Message(Generic[T]):
@@ -43,6 +46,11 @@ class Receipt:
     @property
     def id(self) -> str:
         return self.ids[0]
+
+
+def trace_of(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """What of an event's headers its outputs take over."""
+    return {name: headers[name] for name in TRACE if name in headers} if headers else {}
 
 
 def utc(seconds: float) -> datetime:

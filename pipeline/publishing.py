@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from .channel import Channel
-from .errors import ConfigurationError, PayloadTooLarge
+from .errors import LONGEST_DELAY, ChannelFull, ConfigurationError, PayloadTooLarge
 from .frame import Codec
 from .message import Receipt
 from .payloads import FRAME_BYTES as PAYLOAD_BYTES
@@ -89,11 +89,14 @@ class Outbox:
         self.published = 0
         """Events written since somebody last looked (and set it to 0)."""
         self._partition = partition
+        self._raw = channel.raw
         self._codec = codec
         self._transport = transport
         self._payloads = payloads if codec.tensors else None
         self._limit = limit
         self._next = 1
+        self._last = 0
+        """Sequence of the newest event that was taken."""
         self._queue: deque[_Parcel] = deque()
         self._writing = False
         self._writer: asyncio.Task[None] | None = None
@@ -112,6 +115,11 @@ class Outbox:
     ) -> Receipt:
         """Resolves when the transport has the events."""
         self._codec.check(events)
+        if self._raw and (key is not None or headers or due is not None):
+            raise ConfigurationError(
+                f"live channel {self.channel.name!r} of {self.channel.type.__name__}: its payload travels alone, "
+                "without key, headers or delay; declare an Event, or durable=True"
+            )
         if keys is None and key is not None:
             keys = [key] * len(events)
         parcel = _Parcel(events, keys, headers, due, reply, time.time(), None)
@@ -123,6 +131,8 @@ class Outbox:
             self._writing = True
             try:
                 await self._write([parcel])
+            except ChannelFull as error:
+                raise self._full(error, parcel) from None
             finally:
                 self._hand_over()
         return Receipt(_Ids(self.source, parcel.first, len(events)))  # type: ignore[arg-type]  # a lazy tuple
@@ -154,12 +164,26 @@ class Outbox:
                     await self._settle([parcel])
                 return
             for parcel in parcels:
-                if parcel.written is not None and not parcel.written.done():
+                if parcel.written is None or parcel.written.done():
+                    continue
+                if isinstance(error, ChannelFull):
+                    if self._taken(parcel) == len(parcel.events):
+                        parcel.written.set_result(parcel.first)
+                    else:
+                        parcel.written.set_exception(self._full(error, parcel))
+                else:
                     parcel.written.set_exception(error)
             return
         for parcel in parcels:
             if parcel.written is not None and not parcel.written.done():
                 parcel.written.set_result(parcel.first)
+
+    def _taken(self, parcel: _Parcel) -> int:
+        """How many of a parcel's events were taken by a write that failed."""
+        return max(0, min(len(parcel.events), self._last - parcel.first + 1))
+
+    def _full(self, error: ChannelFull, parcel: _Parcel) -> ChannelFull:
+        return ChannelFull(str(error), published=self._taken(parcel))
 
     async def _write(self, parcels: list[_Parcel]) -> None:
         start = self._next
@@ -186,8 +210,17 @@ class Outbox:
     async def _send(self, frames: list[Outgoing]) -> None:
         for index in range(0, len(frames), MOST_FRAMES):
             part = frames[index : index + MOST_FRAMES]
-            await self._transport.publish(self.channel, self._partition, part)
-            self.published += sum(frame.count for frame in part)
+            try:
+                await self._transport.publish(self.channel, self._partition, part)
+            except ChannelFull:
+                self._count([frame for frame in part if frame.taken])
+                raise
+            self._count(part)
+
+    def _count(self, taken: list[Outgoing]) -> None:
+        if taken:
+            self.published += sum(frame.count for frame in taken)
+            self._last = taken[-1].first + taken[-1].count - 1
 
     def _frames(self, group: list[_Parcel], flight: Flight | None) -> list[Outgoing]:
         events: list[Any] = group[0].events
@@ -215,8 +248,8 @@ class Outbox:
         flight: Flight | None,
     ) -> list[Outgoing]:
         """Frames within the channel's limits of events and bytes."""
-        if self.channel.raw:
-            return [self._raw(event) for event in events]
+        if self._raw:
+            return [self._bare(event) for event in events]
         frames: list[Outgoing] = []
         place = flight.placer(self.channel, self._partition) if flight is not None else None
         at = 0
@@ -254,7 +287,7 @@ class Outbox:
         by_bytes = int(self._frame_bytes / self._event_bytes) if self._event_bytes else self.channel.frame
         return max(1, min(left, self.channel.frame, by_bytes))
 
-    def _raw(self, event: Any) -> Outgoing:
+    def _bare(self, event: Any) -> Outgoing:
         body = event.encode() if isinstance(event, str) else bytes(event)
         self._check_size(len(body))
         self._next += 1
@@ -291,6 +324,6 @@ def check_delay(delay: float | None) -> float | None:
     """The Unix time at which an event is due, or None. Raises ConfigurationError."""
     if delay is None:
         return None
-    if not 0 <= delay < 10 * 365 * 86400:
-        raise ConfigurationError(f"delay={delay!r}: seconds, not negative")
+    if not 0 <= delay < LONGEST_DELAY:
+        raise ConfigurationError(f"delay={delay!r}: seconds, not negative, and less than ten years")
     return time.time() + delay if delay else None

@@ -12,7 +12,7 @@ from rich.table import Table
 from .deadletters import DeadLetter
 from .frame import preview
 from .ledger import Ledger
-from .message import Message
+from .message import Message, trace_of
 
 __all__ = ["json_line", "ledger", "letter", "letter_json", "line"]
 
@@ -29,6 +29,7 @@ def json_line(message: Message[Any], data: Any, kind: str) -> str:
             "type": kind,
             "time": message.time.isoformat(),
             "subject": message.key,
+            **trace_of(message.headers),
             "channel": message.channel,
             "attempt": message.attempt,
             "headers": dict(message.headers),

@@ -121,6 +121,8 @@ class Reporter:
                 await self._ledger()
             except (PipelineError, LinkLost, ReplyError) as error:
                 logger.debug("metrics are late: %s", error)
+            except Exception:
+                logger.exception("metrics of this second could not be reported")
 
     def sample(self) -> WorkerSample:
         now = time.monotonic()

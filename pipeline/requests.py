@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from .channel import Channel
 from .drafts import Failure, failures, reply_codec
 from .errors import ConfigurationError, FrameError, RequestFailed, RequestTimeout, ServerUnavailable
-from .frame import Header, split
+from .frame import REPLIES, Header, split
 from .transports import Backend
 from .transports.client import LinkLost, ReplyError
 
@@ -22,6 +22,8 @@ __all__ = ["Replies"]
 logger = logging.getLogger("pipeline.requests")
 
 WAIT = 1.0
+MOST_EARLY = 4096
+"""Answers kept that nobody waits for yet. Those that come too late look the same; the oldest are forgotten."""
 
 
 class _Answers:
@@ -44,7 +46,7 @@ class Replies:
     """One list in Redis a process, read by one task; answers find their request by its event's id."""
 
     def __init__(self, backend: Backend, source: str) -> None:
-        self.address = f"pipeline:reply:{source}:{secrets.token_hex(4)}"
+        self.address = f"{REPLIES}{source}:{secrets.token_hex(4)}"
         self._backend = backend
         self._waiting: dict[str, tuple[asyncio.Future[Any], Channel[Any]]] = {}
         self._early: dict[str, tuple[_Answers, int]] = {}
@@ -108,6 +110,8 @@ class Replies:
         waiting = self._waiting.get(id_)
         if waiting is None:
             if self._publishing:  # the answer overtook the acknowledgement of its question
+                if len(self._early) >= MOST_EARLY:
+                    del self._early[next(iter(self._early))]
                 self._early[id_] = (answers, index)
             return
         future, channel = waiting

@@ -14,11 +14,12 @@ import contextlib
 import logging
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .batching import columns
 from .channel import Channel
 from .drafts import Draft, Gaps, Held, Sources, Unit
 from .errors import FrameError, HandlerError, PipelineError, Reject, Retry
@@ -46,6 +47,14 @@ class Lane:
         self.units: deque[Unit] = deque()
         self.arrived = asyncio.Event()
         self.closed = False
+
+    def empty(self) -> list[Unit]:
+        """Take out all that no handler has begun. One by one: handlers' threads take some meanwhile."""
+        taken = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self.units.popleft())
+        return taken
 
     async def available(self) -> bool:
         """Wait for something to do; False when there will be nothing more."""
@@ -135,8 +144,7 @@ class Router:
         unstarted: dict[int, list[Unit]] = {}
         for lane in self._lanes:
             lane.closed = True
-            while lane.units:
-                unit = lane.units.popleft()
+            for unit in lane.empty():
                 unstarted.setdefault(id(unit[0]), []).append(unit)
             lane.arrived.set()
         whole = [units[0][0] for units in unstarted.values() if len(units) == units[0][0].open]
@@ -282,12 +290,11 @@ class Router:
             return
         logger.warning("%s: the lease of %s ended; another worker has it", self._name, id_)
         for lane in self._lanes:
-            kept = [unit for unit in lane.units if unit[0] is not held]
-            dropped = len(lane.units) - len(kept)
-            if dropped:
-                lane.units.clear()
-                lane.units.extend(kept)
-                self._forget(held, dropped)
+            units = lane.empty()
+            kept = [unit for unit in units if unit[0] is not held]
+            lane.units.extend(kept)
+            if len(kept) < len(units):
+                self._forget(held, len(units) - len(kept))
 
     def _count_overwritten(self, reader: Reader) -> None:
         overwritten = getattr(reader, "overwritten", None)
@@ -363,14 +370,16 @@ class Router:
         return units, "size" if len(units) == batch.size else "timeout"
 
     async def _release_gathered(self, units: list[Unit]) -> None:
+        """Whole frames; what is partly in another batch follows in `finish`, or it would be handled twice."""
+        many = Counter(id(unit[0]) for unit in units)
         frames = {id(unit[0]): unit[0] for unit in units}
-        await self._release([held for held in frames.values() if (id(held.reader), held.entry.id) in self._held])
+        await self._release([held for held in frames.values() if held.open == many[id(held)]])
 
     async def _call(self, units: list[Unit]) -> None:
         """Call a batch handler. A failing batch is halved until the offender is alone; the others are not punished."""
         outcomes: list[Any]
         try:
-            result = await self._executor.once([self._argument(unit) for unit in units])
+            result = await self._executor.once(self._batch([self._argument(unit) for unit in units]))
             outcomes = _outcomes(result, len(units))
         except (Retry, _WrongLength) as error:
             outcomes = [error.error if isinstance(error, _WrongLength) else error] * len(units)
@@ -383,6 +392,12 @@ class Router:
             outcomes = [error]
         self._done.extend(zip(units, outcomes, strict=True))
         self._wake.set()
+
+    def _batch(self, events: list[Any]) -> Any:
+        """What a batch handler is called with."""
+        subscriber = self.subscriber
+        assert subscriber.batch is not None
+        return columns(subscriber.channel.type, events) if subscriber.batch.as_ == "columns" else events
 
     def _finish_unit(self, unit: Unit, outcome: Any, *, final: bool = False) -> None:
         self._done.append((unit, Final(outcome) if final else outcome))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from .batching import Batch
 from .channel import Channel, check_name
 from .errors import ConfigurationError
+from .events import Event
 from .executors import RunIn
 from .message import Message
 from .retries import RetryPolicy
@@ -79,9 +80,13 @@ def declare(
         )
     if batch is not None and not isinstance(batch, Batch):
         raise ConfigurationError(f"{where}: batch is a Batch(size, wait), not {batch!r}")
+    messages = _wants_messages(handler, where)
+    if batch is not None and batch.as_ == "columns" and (messages or not issubclass(channel.type, Event)):
+        raise ConfigurationError(
+            f"{where}: columns are the fields of Events; of Messages, str, bytes and dict are none"
+        )
     return Subscriber(
-        channel, group, handler, targets, batch, concurrency, retry, lease, run_in, ordered, start,
-        _wants_messages(handler, where),
+        channel, group, handler, targets, batch, concurrency, retry, lease, run_in, ordered, start, messages,
     )  # fmt: skip
 
 

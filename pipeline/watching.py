@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import datetime
@@ -50,15 +51,21 @@ def position(since: str | float | datetime) -> str | None:
             )
         moment = since.timestamp()
     elif isinstance(since, (int, float)):
-        moment = time.time() - since
+        moment = _ago(since, since)
     else:
         ago = seconds_ago(since)
         if ago is None:
             if ":" in since and since.rpartition(":")[2].isdigit():
                 return None
             raise ConfigurationError(f'since={since!r}: use "30s", "5m", "2h", seconds, a datetime, or a message id')
-        moment = time.time() - ago
+        moment = _ago(ago, since)
     return f"{max(0, int(moment * 1000))}-0"
+
+
+def _ago(seconds: float, since: object) -> float:
+    if not 0 <= seconds < math.inf:
+        raise ConfigurationError(f"since={since!r}: a time in the past, so not negative")
+    return time.time() - seconds
 
 
 class Watch(Generic[T]):

@@ -109,9 +109,14 @@ def test_without_redis_every_verb_says_what_to_do() -> None:
     assert "Traceback" not in done.stderr
 
 
+TRACED = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+
+
 async def test_watching_prints_json_lines_and_ends_as_asked(url: str) -> None:
     async with Pipeline("app", url) as app:
-        receipt = await app.publish(readings, Reading(sensor="a", value=1, window=Tensor(np.arange(2))), key="k")
+        receipt = await app.publish(
+            readings, Reading(sensor="a", value=1, window=Tensor(np.arange(2))), key="k", headers=TRACED
+        )
         done = await ask(url, "watch", "readings", "--since", "5m", "--count", "1", "--json")
         (line,) = done.stdout.splitlines()
         event = json.loads(line)
@@ -121,6 +126,7 @@ async def test_watching_prints_json_lines_and_ends_as_asked(url: str) -> None:
             "k",
             "Reading",
         )
+        assert event["traceparent"] == event["headers"]["traceparent"] == TRACED["traceparent"]
         assert event["data"]["sensor"] == "a"
         assert event["data"]["window"] == Tensor(np.arange(2)).to_json()
         short = await ask(url, "watch", "readings", "--count", "1", "--timeout", "0.2")

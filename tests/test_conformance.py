@@ -342,9 +342,15 @@ async def test_a_foreign_entry_is_left_out_loudly(url: str, caplog: pytest.LogCa
     reader = await there.join()
     with redis.Redis.from_url(url) as client:
         client.xadd("pipeline:{c}:s", {"hello": "world"})
+        client.xadd("pipeline:{c}:s", {"n": "many", "b": "world"})
+        client.xadd("pipeline:{c}:s", {"x": "1"})
+        client.xreadgroup("g", "killed before it could say so", {"pipeline:{c}:s": ">"}, count=2)
     await there.publish(1)
     assert [entry.body for entry in await take(reader, 1)] == [b"s:1+4"]
     assert "was not written by the pipeline" in caplog.text
+    assert await reader.read(10, 3 * LEASE) == []
+    with redis.Redis.from_url(url) as client:
+        assert client.xpending("pipeline:{c}:s", "g")["pending"] == 1
     await reader.close()
     await backend.close()
 

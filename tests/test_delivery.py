@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,10 +30,14 @@ from pipeline import (
     Tensor,
 )
 from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError
+from pipeline.requests import MOST_EARLY, Replies
 from pipeline.server import Server
+from pipeline.testing import first
 from pipeline.transports.scripts import Keys
 
 from .apps import idle, serving, until
+from .processes import line_with
+from .programs import finished, program
 
 
 class Number(Event):
@@ -73,6 +79,32 @@ async def test_events_are_handled_once_each_and_outputs_follow(anywhere: str) ->
     assert {message.key for message in outputs} == {"k"}
 
 
+async def test_an_app_that_is_opened_again_and_channels_declared_twice_lose_nothing(anywhere: str) -> None:
+    """Ids would repeat, and what seems to repeat is dropped."""
+    app = Pipeline("app", anywhere)
+    async with Pipeline("reader", anywhere) as reader:
+        ids = []
+        for n in range(3):
+            async with app:
+                for channel in (numbers, Channel("numbers", Number, reply=Square)):
+                    ids += (await app.publish(channel, Number(n=n))).ids
+        ledger = (await reader.stats()).channels["numbers"]
+    assert (ledger.published, ledger.duplicates) == (6, 0)
+    assert len(set(ids)) == 6
+
+
+def test_forked_processes_are_publishers_of_their_own(valkey_url: str) -> None:
+    forks = (
+        "import os\nfrom tests.test_delivery import Number, Pipeline, numbers\napp = Pipeline('app')\n"
+        "for n in range(3):\n    if os.fork() == 0:\n        with app.blocking() as pipe:\n"
+        "            pipe.publish(numbers, Number(n=n))\n        os._exit(0)\n"
+        "for _ in range(3):\n    assert os.wait()[1] == 0\n"
+    )
+    assert finished("-c", forks, url=valkey_url).returncode == 0
+    with Pipeline("reader", valkey_url).blocking() as pipe:
+        assert pipe.stats().channels["numbers"].published == 3
+
+
 async def test_a_message_shows_its_envelope(anywhere: str) -> None:
     app, seen = Pipeline("app", anywhere), []
 
@@ -88,6 +120,34 @@ async def test_a_message_shows_its_envelope(anywhere: str) -> None:
     assert (message.id, message.channel, message.source) == (receipt.id, "numbers", app.source)
     assert (message.event, message.key, message.attempt, message.headers) == (Number(n=7), "a", 1, {"user": "eve"})
     assert before - timedelta(seconds=1) < message.time < datetime.now(UTC)
+
+
+async def test_outputs_carry_the_trace_of_what_they_were_made_from(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
+    others = Channel("others", Number)
+    traced = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=b", "own": "x"}
+
+    @app.subscriber(numbers, group="g", publishes=squares)
+    async def square(event: Number) -> list[Square]:
+        if event.n == 1:
+            raise Retry(delay=0)
+        return [Square(n=event.n, squared=event.n**2)] * 2
+
+    @app.subscriber(others, group="g", publishes=squares)
+    async def once(message: Message[Number]) -> Square | None:
+        if message.attempt == 1:
+            raise Retry(delay=0)
+        return Square(n=message.event.n, squared=-1)
+
+    async with app, serving(app), app.watch(squares) as stream:
+        await app.publish(numbers, [Number(n=2), Number(n=3)], headers=traced)
+        await app.publish(numbers, Number(n=4))
+        await app.publish(others, Number(n=5), headers=traced)
+        messages = [await first(stream) for _ in range(7)]
+    trace = {name: traced[name] for name in ("traceparent", "tracestate")}
+    assert {(message.event.n, message.headers == trace) for message in messages} == {
+        (2, True), (3, True), (4, False), (5, True)
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("run_in", ["loop", "thread"])
@@ -224,6 +284,40 @@ async def test_a_batch_result_of_the_wrong_length_is_an_error_that_says_so(anywh
     assert "the batch had 4 events and the handler returned 5 results" in letters[0].event.reason
 
 
+async def test_a_batch_may_come_as_columns(anywhere: str) -> None:
+    class Sample(Event):
+        n: int
+        level: float
+        good: bool
+        name: str
+        window: Tensor
+
+    app, samples, seen = Pipeline("app", anywhere), Channel("samples", Sample), []
+
+    @app.subscriber(samples, group="g", publishes=numbers, batch=Batch(4, wait=1.0, as_="columns"), retry=QUICK)
+    def work(batch: dict[str, Any]) -> list[Number | None]:
+        seen.append(batch)
+        if "poison" in batch["name"]:
+            raise ValueError("poison")
+        return [Number(n=n) if n % 2 else None for n in (batch["n"] + (batch["level"] > 1)).tolist()]
+
+    async with app, serving(app), app.watch(numbers) as stream:
+        many = [Sample(n=n, level=n, good=n > 1, name=str(n), window=Tensor([n])) for n in range(4)]
+        await app.publish(samples, many)
+        assert [(await first(stream)).event.n for _ in range(2)] == [1, 3]
+        await app.publish(samples, [*many[:2], many[2].model_copy(update={"name": "poison"}), many[3]])
+        ledger = (await idle(app, "samples")).groups["g"]
+    assert (ledger.handled, ledger.dead) == (7, 1)
+    batch = seen[0]
+    assert [(name, getattr(batch[name], "dtype", None)) for name in batch] == [
+        ("n", np.int64), ("level", np.float64), ("good", np.bool_), ("name", None), ("window", None)
+    ]  # fmt: skip
+    assert batch["level"].tolist() == [0, 1, 2, 3]
+    assert batch["window"][3] == Tensor([3])
+    with pytest.raises(ConfigurationError, match="columns are the fields of Events"):
+        app.subscriber(Channel("texts", str), group="g", batch=Batch(4, as_="columns"))(work)
+
+
 async def test_batches_say_why_they_were_released(anywhere: str) -> None:
     app = Pipeline("app", anywhere)
     sizes = []
@@ -282,6 +376,15 @@ async def test_a_request_is_answered_rejected_or_times_out(url: str) -> None:
             await idle(app, "numbers")
     with redis.Redis.from_url(url) as client:
         assert client.keys("pipeline:reply:*") == [], "answers must not stay"
+
+
+async def test_answers_that_come_too_late_are_forgotten() -> None:
+    """Under load somebody always publishes, so nothing else would end what waits for its question."""
+    replies = Replies(Any, "app")
+    replies._publishing = 1
+    for n in range(3 * MOST_EARLY):
+        replies._settle(str(n), Any, 0)
+    assert list(replies._early) == [str(n) for n in range(2 * MOST_EARLY, 3 * MOST_EARLY)]
 
 
 async def test_events_of_a_key_stay_in_order_even_when_one_is_retried(anywhere: str) -> None:
@@ -434,6 +537,13 @@ async def test_watching_begins_in_the_past_now_or_after_a_message(anywhere: str)
             app.watch(numbers, since="yesterday")
 
 
+@pytest.mark.parametrize("since", ["nand", "infs", float("nan"), float("inf"), "-5m", -1.0, "", "yesterday", "5x"])
+async def test_a_time_that_is_none_is_refused(since: Any) -> None:
+    async with Pipeline("app", "memory://since") as app:
+        with pytest.raises(ConfigurationError, match="since="):
+            app.watch(numbers, since=since)
+
+
 async def test_a_full_channel_makes_publishers_wait_or_tells_them_or_drops_the_oldest(anywhere: str) -> None:
     app = Pipeline("app", anywhere)
     waits = Channel("waits", Number, capacity=10, frame=1)
@@ -467,6 +577,23 @@ async def test_a_full_channel_makes_publishers_wait_or_tells_them_or_drops_the_o
     assert dropped.dropped + dropped.handled == 25
     assert dropped.dropped >= 14
     assert seen[-9:] == list(range(16, 25)), "the newest stay; what a worker holds is its own"
+
+
+async def test_who_is_told_that_a_channel_is_full_knows_what_was_taken(anywhere: str) -> None:
+    full = Channel("full", Number, capacity=10, overflow="raise", frame=1)
+    async with Pipeline("app", anywhere) as app:
+        told = await asyncio.gather(*(app.publish(full, Number(n=n)) for n in range(8)), return_exceptions=True)
+        assert not [one for one in told if isinstance(one, BaseException)]
+        await app.publish(full, Number(n=8))
+        with pytest.raises(ChannelFull) as raised:
+            await app.publish(full, [Number(n=9), Number(n=10), Number(n=11)])
+        assert raised.value.published == 1
+    roomy = Channel("roomy", Number, capacity=10, overflow="raise", frame=1)
+    async with Pipeline("app", anywhere) as app:
+        told = await asyncio.gather(*(app.publish(roomy, Number(n=n)) for n in range(50)), return_exceptions=True)
+        taken = [one for one in told if not isinstance(one, BaseException)]
+        assert len(taken) == (await app.stats()).channels["roomy"].published == 10
+        assert {type(one) for one in told if isinstance(one, BaseException)} == {ChannelFull}
 
 
 async def test_draining_hands_unstarted_work_to_another_worker_at_once(anywhere: str) -> None:
@@ -523,6 +650,37 @@ def in_a_process(event: Number) -> Square:
     return Square(n=event.n, squared=event.n**2)
 
 
+async def test_a_start_that_waits_for_redis_or_for_a_hook_can_be_stopped(anywhere: str) -> None:
+    absent, slow, begun = Pipeline("absent", "redis://127.0.0.1:9/0"), Pipeline("slow", anywhere), asyncio.Event()
+
+    @slow.on_start
+    async def load() -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    absent.on_start(load)
+    for app, waiting in ((absent, asyncio.sleep(0.2)), (slow, begun.wait())):
+        stop = asyncio.Event()
+        task = asyncio.create_task(app.serve(stop))
+        await waiting
+        stop.set()
+        async with asyncio.timeout(1):
+            await task
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_still_loads_its_model_stops_at_once(valkey_url: str, number: signal.Signals) -> None:
+    code = (
+        "import asyncio, time\nfrom pipeline import Pipeline\napp = Pipeline('app')\n"
+        "@app.on_start\nasync def load():\n    print('loading', flush=True)\n"
+        "    await asyncio.to_thread(time.sleep, 60)\napp.run()\n"
+    )
+    with program("-c", code, url=valkey_url) as process:
+        line_with("loading", process)
+        process.send_signal(number)
+        process.wait(1.0)
+
+
 async def test_handlers_run_in_processes(valkey_url: str) -> None:
     app = Pipeline("app", valkey_url)
     app.subscriber(numbers, group="g", publishes=squares, run_in="process", concurrency=2, retry=QUICK)(in_a_process)
@@ -534,6 +692,38 @@ async def test_handlers_run_in_processes(valkey_url: str) -> None:
     assert letters["two"].attempts == 1
     assert letters["HandlerError: OSError: three"].attempts == 3
     assert "in_a_process" in letters["HandlerError: OSError: three"].traceback
+
+
+def make_something_that_stays_in_its_process(event: Number) -> object:
+    return threading.Lock() if event.n == 1 else None
+
+
+async def test_a_result_that_cannot_leave_its_process_fails_its_event_alone(valkey_url: str) -> None:
+    app, quiet = Pipeline("app", valkey_url), Channel("quiet", Number)
+    app.subscriber(quiet, group="g", run_in="process", retry=RetryPolicy(attempts=1))(
+        make_something_that_stays_in_its_process
+    )
+    async with app, serving(app):
+        await app.publish(quiet, [Number(n=n) for n in range(10)])
+        ledger = (await idle(app, "quiet", 30)).groups["g"]
+        (letter,) = await app.dead_letters("quiet")
+    assert (ledger.handled, ledger.dead) == (9, 1)
+    assert "cannot pickle" in letter.event.reason
+
+
+async def test_an_event_that_cannot_enter_a_process_becomes_a_dead_letter(valkey_url: str) -> None:
+    class Local(Event):
+        n: int
+
+    app, local = Pipeline("app", valkey_url), Channel("local", Local)
+    app.subscriber(local, group="g", run_in="process", retry=RetryPolicy(attempts=1))(
+        make_something_that_stays_in_its_process
+    )
+    async with app, serving(app):
+        await app.publish(local, Local(n=0))
+        assert (await idle(app, "local", 30)).groups["g"].dead == 1
+        (letter,) = await app.dead_letters("local")
+    assert "cannot be passed to the handler's process" in letter.event.reason
 
 
 async def test_what_may_not_be_published_is_refused_with_a_reason(valkey_url: str) -> None:
@@ -593,6 +783,12 @@ async def test_a_subscriber_waits_while_the_channel_it_publishes_to_is_full(anyw
             ledger = await idle(app, "numbers")
             assert (await idle(app, "narrow")).published == 500
     assert ledger.groups["g"].handled == 500
+
+
+@pytest.mark.parametrize("delay", [float("inf"), float("nan"), -1.0, 1e12])
+def test_a_retry_that_would_never_come_is_refused(delay: float) -> None:
+    with pytest.raises(ValueError, match="delay"):
+        Retry(delay=delay)
 
 
 async def test_an_abandoned_group_expires_loudly(valkey_url: str, caplog: pytest.LogCaptureFixture) -> None:

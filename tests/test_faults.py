@@ -74,6 +74,32 @@ async def test_a_server_that_is_killed_and_restarted_loses_nothing(own: Server) 
     assert set(handled) == set(range(3000))
 
 
+async def test_a_connection_lost_while_the_disk_is_waited_for_is_no_error_and_no_false_promise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A new connection has written nothing, so it would be told at once that all it wrote is on disk."""
+    safe = Channel("safe", Number, fsync=True)
+    with Server(appendonly=True) as server:
+        async with Pipeline("app", server.url) as app:
+            await app.publish(safe, Number(n=0))
+            streams: Any = app.backend.durable
+            (publication,) = (one for channel, one in streams._publications.items() if channel[0] is safe)
+            sync, links = publication.sync, []
+
+            async def lossy(link: Any) -> None:
+                links.append(link)
+                if len(links) == 1:
+                    link.close()
+                await sync(link)
+
+            monkeypatch.setattr(publication, "sync", lossy)
+            await app.publish(safe, Number(n=1))
+            ledger = (await app.stats()).channels["safe"]
+    assert len(set(links)) == 2
+    assert ledger.published == 2
+    assert ledger.duplicates > 0, "written again over the new connection, and recognised"
+
+
 async def test_after_flushall_and_after_a_restart_without_data_work_goes_on(own: Server) -> None:
     app, handled = Pipeline("app", own.url), set()
 

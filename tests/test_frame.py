@@ -94,6 +94,13 @@ def test_noise_is_a_named_error_on_live_channels_too(noise: bytes) -> None:
         (b"[]", FrameInvalid, '"data"'),
         (b'{"pipeline":1,"keys":["a"],"data":[]}', FrameInvalid, "1 keys for 0 events"),
         (b'{"pipeline":1,"sequence":"x","data":[]}', FrameInvalid, "sequence"),
+        (b'{"pipeline":1,"sequence":-1,"data":[]}', FrameInvalid, "sequence"),
+        (b'{"pipeline":1,"sequence":1000000000000000000000000,"data":[]}', FrameInvalid, "sequence"),
+        (b'{"pipeline":1,"attempt":-1000000,"data":[]}', FrameInvalid, "attempt"),
+        (b'{"pipeline":1,"time":1e300,"data":[]}', FrameInvalid, "time"),
+        (b'{"pipeline":1,"times":[NaN],"data":[]}', FrameInvalid, "times"),
+        (b'{"pipeline":1,"due":1e308,"data":[]}', FrameInvalid, "due"),
+        (b'{"pipeline":1,"reply":"somebodys:list","data":[]}', FrameInvalid, "reply"),
     ],
 )
 def test_what_is_wrong_is_said(frame: bytes, error: type[FrameError], reason: str) -> None:

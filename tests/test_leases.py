@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,6 +143,40 @@ async def test_a_connection_that_falls_silent_is_given_up_and_nothing_is_lost(
         ledger = await idle(publisher, "jobs", 20)
     await proxy.stop()
     assert ledger.published == ledger.groups["g"].handled == 60
+
+
+async def test_threads_may_take_work_while_a_lost_lease_is_sorted_out() -> None:
+    """A deque that changes while it is looked through raises, which ended the worker."""
+    app = Pipeline("app", "memory://threads")
+
+    @app.subscriber(jobs, group="g")
+    def work(event: Number) -> None:
+        """Nothing."""
+
+    async with serving(app):
+        router: Any = app._routers[0][0]
+        reader, units, stop = router._readers[0], router._lanes[0].units, threading.Event()
+        lost, other = (SimpleNamespace(open=10**9, frame=SimpleNamespace(nbytes=0)) for _ in range(2))
+        router._held[id(reader), "lost"] = lost
+
+        def take() -> None:
+            while not stop.is_set():
+                with contextlib.suppress(IndexError):
+                    units.popleft()
+
+        taker, interval = threading.Thread(target=take), sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        taker.start()
+        try:
+            for _ in range(300):
+                units.extend([(lost, 0), (other, 0)] * 50)
+                router._lose(reader, "lost")
+        finally:
+            sys.setswitchinterval(interval)
+            stop.set()
+            taker.join()
+            router._held.clear()
+            units.clear()
 
 
 class Proxy:

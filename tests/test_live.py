@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import redis
 
-from pipeline import Batch, Channel, Event, Pipeline, Reject, RetryPolicy, Tensor
+from pipeline import Batch, Channel, Event, Pipeline, Reject, RetryPolicy, ServerUnavailable, Tensor
+from pipeline.errors import ConfigurationError
+from pipeline.server import Server
+from pipeline.testing import first
 
 from .apps import serving, until
 
@@ -102,6 +105,37 @@ async def test_nonsense_on_a_live_channel_becomes_a_dead_letter(url: str) -> Non
     assert len(letters) == 4
     assert "version" in letters[3].event.reason
     assert (ledger.handled, ledger.dead) == (1, 4)
+
+
+async def test_a_user_of_the_url_logs_in_or_is_refused_by_the_client_that_cannot() -> None:
+    """asyncio-redis would send the password alone, for another user, and without TLS whatever the URL says."""
+    with Server() as server:
+        with redis.Redis.from_url(server.url) as admin:
+            admin.acl_setuser("ml", enabled=True, passwords=["+s3cr%t"], keys=["*"], channels=["*"], commands=["+@all"])
+            admin.acl_setuser("default", enabled=False)
+        url = server.url.replace("redis://", "redis://ml:s3cr%25t@")
+        async with Pipeline("app", url) as app, app.watch(alerts) as stream:
+            await app.publish(alerts, Alert(sensor="a"))
+            assert (await first(stream)).event == Alert(sensor="a")
+        async with Pipeline("app", url, live_client="asyncio-redis") as app:
+            with pytest.raises(ConfigurationError, match="live_client='redis'") as raised:
+                await app.watch(alerts).__aenter__()
+        assert "s3cr" not in str(raised.value)
+        with pytest.raises(ServerUnavailable) as wrong:
+            async with Pipeline("app", url.replace("s3cr", "wr0ng")):
+                pass
+        assert "WRONGPASS" in str(wrong.value)
+        assert "wr0ng" not in str(wrong.value)
+
+
+async def test_what_a_bare_payload_cannot_carry_is_refused(anywhere: str) -> None:
+    options: list[dict[str, Any]] = [{"delay": 1.0}, {"key": "k"}, {"headers": {"a": "b"}}]
+    async with Pipeline("app", anywhere) as app:
+        for option in options:
+            with pytest.raises(ConfigurationError, match="travels alone"):
+                await app.publish(music, "raga", **option)
+    with pytest.raises(ConfigurationError, match="reply"):
+        Channel("questions", str, durable=False, reply=str)
 
 
 async def test_every_subscriber_process_receives_everything(url: str, live_client: LiveClient) -> None:

@@ -59,7 +59,7 @@ class Guarantees:
     """What was acknowledged is there after the server was killed and restarted (as its persistence is set)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outgoing:
     """One frame to publish. `(source, first)` identify it: publishing it twice has the effect of once."""
 
@@ -67,8 +67,8 @@ class Outgoing:
     count: int
     source: str
     first: int
-    retry: bool = False
-    """True when the same frame may have been written before (its reply was lost)."""
+    taken: bool = False
+    """Set when `publish` fails: whether this frame was taken before."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ with warnings.catch_warnings():
     from asyncio_redis.encoders import BytesEncoder
     from asyncio_redis.exceptions import Error as AsyncioRedisError
 
+from ..errors import ConfigurationError
+from ..settings import redact
 from .client import Link, LinkLost, address
 
 __all__ = ["connect_asyncio_redis"]
@@ -44,8 +46,12 @@ class _Subscription:
 
 
 async def connect_asyncio_redis(url: str, name: str, channel: str, sink: Callable[[bytes], None]) -> _Subscription:
-    """Subscribe; returns when Redis has confirmed. Raises LinkLost."""
+    """Subscribe; returns when Redis has confirmed. Raises LinkLost, ConfigurationError."""
     where = address(url)
+    if where.get("username") or url.startswith("rediss:"):
+        raise ConfigurationError(
+            f"{redact(url)}: asyncio-redis knows neither users nor TLS; use live_client='redis' (the default)"
+        )
     password = where.get("password")
     try:
         connection = await asyncio_redis.Connection.create(

@@ -120,6 +120,7 @@ class _Durable:
         place = self._store.partition(channel.name, partition)
         for frame in frames:
             await self._publish_one(channel, place, frame)
+            frame.taken = True
         place.trim(channel.keep)
 
     async def _publish_one(self, channel: Channel[Any], place: Partition, frame: Outgoing) -> None:

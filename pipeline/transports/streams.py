@@ -28,6 +28,8 @@ SOURCE_TTL_MS = 24 * 3600 * 1000
 REPLY_TTL_MS = 60_000
 TRIM_EVERY = 5.0
 CONSUMER_IDLE = 300.0
+SYNC = 5.0
+"""Seconds of one wait for the disk; less than a connection may be silent."""
 PATIENCE = 30.0
 """Seconds a publish waits for a Redis that went away before it gives up with an error."""
 
@@ -232,10 +234,12 @@ class _Publication:
         for index in range(len(frames)):
             result = results[index] if index < len(results) else None
             if not isinstance(result, list) or result[0] not in (0, 1):
+                for frame in frames[:index]:
+                    frame.taken = True
                 await self.recover(frames[index:], result)
                 break
         if self.channel.fsync:
-            await self.sync()
+            await self._on_disk(frames, link)
 
     def _send(self, link: Link, frame: Outgoing) -> asyncio.Future[Any]:
         names, *arguments = self.arguments(frame, force=False)
@@ -267,6 +271,7 @@ class _Publication:
                         f"not come back; the events may or may not be there ({error})"
                     ) from None
                 raise
+            frame.taken = True
 
     async def _insist(self, frame: Outgoing) -> None:
         force = False
@@ -289,10 +294,23 @@ class _Publication:
                 await asyncio.sleep(pause)
                 pause = min(0.1, pause * 2)
 
-    async def sync(self) -> None:
-        """Wait until the server's append-only file holds what was written."""
+    async def _on_disk(self, frames: Sequence[Outgoing], link: Link | None) -> None:
+        """The server answers for what this very connection wrote. After another one was opened the frames are written
+        again: as repeats, which are writes too, or because a restarted server has lost them."""
+        while True:
+            if link is not None and link is self.client.current:
+                with contextlib.suppress(LinkLost):
+                    return await self.sync(link)
+            before = self.client.current
+            await self.recover(frames, LinkLost("while waiting for the disk"))
+            link = before if before is self.client.current else None
+
+    async def sync(self, link: Link) -> None:
+        """Wait until the server's append-only file holds what this connection wrote."""
         try:
-            local, _ = await self.client.call("WAITAOF", 1, 0, int(PATIENCE * 1000))
+            local = 0
+            for _ in range(int(PATIENCE / SYNC)):
+                local = local or (await link.call("WAITAOF", 1, 0, int(SYNC * 1000)))[0]
             if local < 1:
                 raise PublishUncertain(f"channel {self.channel.name!r}: the append-only file was not synced in time")
         except ReplyError as error:
@@ -476,7 +494,7 @@ class StreamReader:
         )  # fmt: skip
         found = []
         for id_, fields in reply[0][1] if reply else ():
-            if len(fields) != 4 or fields[0] != b"n" or fields[2] != b"b":
+            if not _is_frame(fields):
                 await self._refuse_foreign(id_, fields)
                 continue
             entry = _entry(id_, int(fields[1]), fields[3])
@@ -565,7 +583,7 @@ class StreamTail:
             reply = await self._streams.client.persist(self._read, patience=None, what=f"watch {self._keys.base}")
             for id_, fields in reply[0][1] if reply else ():
                 self._since = id_.decode()
-                if len(fields) != 4 or fields[0] != b"n":
+                if not _is_frame(fields):
                     continue
                 entry = _entry(id_, int(fields[1]), fields[3])
                 position = entry.position or 0
@@ -607,6 +625,10 @@ def commit_arguments(keys: Keys, group: str, commit: Commit, token: str) -> tupl
 def _entry(id_: bytes, count: int, body: bytes, done: str = "", deliveries: int = 1) -> Entry:
     text = id_.decode("ascii")
     return Entry(text, body, count, done, deliveries, int(text.partition("-")[2]))
+
+
+def _is_frame(fields: list[bytes]) -> bool:
+    return len(fields) == 4 and (fields[0], fields[2]) == (b"n", b"b") and fields[1].isdigit()
 
 
 def _weight(rid: str) -> int:

@@ -3,9 +3,12 @@
 local got = redis.call('XAUTOCLAIM', KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4], 'COUNT', ARGV[5])
 local entries = {}
 for _, entry in ipairs(got[2]) do
-  if entry and entry[2] then
+  local fields = entry and entry[2]
+  if fields and not (#fields == 4 and fields[1] == 'n' and fields[3] == 'b' and string.match(fields[2], '^%d+$')) then
+    redis.call('XACK', KEYS[1], ARGV[1], entry[1])  -- not written by the pipeline; who read it has said so
+  elseif fields then
     local pending = redis.call('XPENDING', KEYS[1], ARGV[1], entry[1], entry[1], 1)
-    entries[#entries + 1] = {entry[1], entry[2][2], entry[2][4], redis.call('HGET', KEYS[2], entry[1]) or '',
+    entries[#entries + 1] = {entry[1], fields[2], fields[4], redis.call('HGET', KEYS[2], entry[1]) or '',
       pending[1] and pending[1][4] or 1}
   end
 end

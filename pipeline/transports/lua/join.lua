@@ -23,6 +23,6 @@ if ARGV[2] == 'oldest' and redis.call('EXISTS', stream) == 1 then
 end
 redis.call('XGROUP', 'CREATE', stream, ARGV[1], at, 'MKSTREAM')
 redis.call('DEL', h)
-redis.call('HSET', h, 'before', before)
+redis.call('HSET', h, 'before', before, 'seen', string.format('%.0f', now_ms()))
 redis.call('SADD', KEYS[4], ARGV[1])
 return 1

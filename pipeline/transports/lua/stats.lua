@@ -2,7 +2,7 @@
 -- KEYS: stream, meta, groups
 -- → {published, dup, entries, {{group, before, handled, dead, retried, suppressed, dropped, pending, lag, consumers, oldest ms}…}}
 local stream = KEYS[1]
-local function number(v) return tonumber(v or '0') end
+local function number(v) return tonumber(v or '0') or 0 end
 local published = number(redis.call('HGET', KEYS[2], 'published'))
 local groups, positions, consumers = {}, {}, {}
 local exists = redis.call('TYPE', stream).ok == 'stream'
