@@ -1,6 +1,7 @@
 """A worker of a training run, for tests: `python -m tests.trainer RUN '{"steps": 30, …}'`. A line of JSON a round.
 
-Its gradient is `rank + 1` everywhere, so the mean of a round tells whose gradients are in it.
+Its gradient is `rank + 1` everywhere, so the mean of a round tells whose gradients are in it. With `until` it ends with
+the first round in which somebody saw that this file is there: all workers end with the same one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +18,8 @@ from publishers.training import join
 
 
 def main(name: str, options: dict[str, object]) -> None:
-    steps = int(options.pop("steps", 30))  # type: ignore[call-overload]
+    until = options.pop("until", None)
+    steps = int(options.pop("steps", 30 if until is None else 1 << 40))  # type: ignore[call-overload]
     pause = float(options.pop("pause", 0.01))  # type: ignore[arg-type]
     raises_at = options.pop("raises_at", None)
     poisons_at = options.pop("poisons_at", None)
@@ -38,7 +41,7 @@ def main(name: str, options: dict[str, object]) -> None:
             if own == slow_at:
                 time.sleep(0.6)
             number = run.round
-            run.step(None if served else descend, gradients={"w": gradient}, loss=float(run.rank))
+            run.step(None if served else descend, gradients={"w": gradient}, loss=float(run.rank), **_stop(until))
             last = run.last
             said = {"own": own, "round": number, "time": time.time(), "rank": run.rank}
             if last is not None:
@@ -49,9 +52,15 @@ def main(name: str, options: dict[str, object]) -> None:
                 }  # fmt: skip
             print(json.dumps(said), flush=True)
             own += 1
+            if last is not None and last.values.get("stop"):
+                break
             time.sleep(pause)
     state = hashlib.sha256(model["w"].tobytes()).hexdigest()
     print(json.dumps({"final": state, "rank": run.rank, "value": float(model["w"][0])}), flush=True)
+
+
+def _stop(until: object) -> dict[str, bool]:
+    return {"stop": Path(str(until)).exists()} if until is not None else {}
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Weights(Event):
 
 
 class RunPlan(Event):
-    """What all workers of a training run agree on; it travels with everything they send, so aggregators are told all."""
+    """What all workers of a run agree on; it travels with everything they send, so any aggregator can take over."""
 
     mode: Mode = "sync"
     size: int = Field(ge=0)
@@ -72,8 +72,8 @@ class RunPlan(Event):
     checkpoint: int = Field(default=0, ge=0)
     """Rounds between two checkpoints; 0: none."""
     plane: Literal["auto", "redis", "shm", "torch"] = "redis"
-    """How vectors travel. redis: in the contributions. shm, torch: events carry members and rounds only, the workers sum
-    among themselves, in one host's shared memory or by torch.distributed. auto: shm when all begin on one host."""
+    """How vectors travel. redis: in the contributions. shm, torch: events carry members and rounds only, the workers
+    sum among themselves, in one host's shared memory or by torch.distributed. auto: shm when all begin on one host."""
 
 
 class Contribution(Event):
@@ -86,8 +86,8 @@ class Contribution(Event):
     """-1: not assigned yet."""
     plan: RunPlan
     action: Literal["join", "beat", "push", "state", "leave"]
-    """join, beat: asked as requests, answered with an Admission. push: a part of a round. state: what the worker has, for
-    a checkpoint, or for the server to begin with."""
+    """join, beat: asked as requests, answered with an Admission. push: a part of a round. state: what the worker has,
+    for a checkpoint, or for the server to begin with."""
     shard: int = Field(default=0, ge=0)
     round: int = Field(default=0, ge=-1)
     """push: in sync and local the round, else this worker's count of pushes. beat: the round waited for; -1: none."""

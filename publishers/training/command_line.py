@@ -125,7 +125,7 @@ def _work_as_child(options: dict[str, Any]) -> None:
 
 def _work(options: dict[str, Any]) -> int:
     """Be one worker. Prints the state after each run, so that workers can be compared."""
-    from .digits import Plan, work
+    from .demo import Plan, work
 
     plan = Plan(**options)
 
@@ -181,7 +181,10 @@ def _arguments() -> argparse.ArgumentParser:
     add("--batch", type=_count, default=64, metavar="N", help="samples a worker and round (default: %(default)s)")
     add("--learning-rate", type=positive, default=6e-3, metavar="X", help="of Adam (default: %(default)s)")
     add("--seed", type=int, default=0, help="of parameters and batches; run k adds k (default: %(default)s)")
-    add("--quorum", type=_count, metavar="N", help="workers that a round needs (default: all but one)")
+    add("--quorum", type=_count, metavar="N", help="workers a round needs after its deadline (default: all but one)")
+    add("--deadline", type=positive, default=2.0, metavar="S", help=(
+        "seconds a round waits for all (default: %(default)s)"
+    ))  # fmt: skip
     add("--mode", choices=get_args(Mode), default="sync", help="how they keep together (default: %(default)s)")
     add("--compress", type=_codec, default="none", metavar="NAME", help=(
         "none, bf16, fp16, int8, topk:SHARE or powersgd:RANK (default: %(default)s)"

@@ -34,7 +34,7 @@ POLL = 0.05
 """Seconds between two questions whether the run has begun."""
 MOMENT = 0.05
 """Seconds for which closed rounds gather."""
-PATIENCE = 5.0
+PATIENCE = 2.0
 """Seconds without an answer after which the user is told what is missing."""
 KEPT = 256
 """Rounds that may wait to be taken."""
@@ -81,6 +81,7 @@ class Exchange:
         self._heard = time.monotonic()
         self._published: list[asyncio.Future[None]] = []
         self._sending = 0
+        self._hurried = 0.0
         self._unsaid: list[Round] = []
 
     @property
@@ -238,8 +239,8 @@ class Exchange:
     # -- pushing -------------------------------------------------------------------------------------------------
 
     def push(
-        self, round_: int, parts: Sequence[tuple[str, Mapping[str, Tensor]]], *, samples: int, values: Mapping[str, float],
-        base: int = 0, failed: str = "",
+        self, round_: int, parts: Sequence[tuple[str, Mapping[str, Tensor]]], *, samples: int,
+        values: Mapping[str, float], base: int = 0, failed: str = "",
     ) -> None:  # fmt: skip
         """Send this worker's part of a round, one codec and its parts for each shard. Does not wait for Redis.
 
@@ -330,6 +331,13 @@ class Exchange:
         if self._waiting < 0:
             self._pipe.loop.call_soon_threadsafe(self._wake.set)
         self._waiting = round_
+
+    def hurry(self) -> None:
+        """Somebody is waited for: ask the aggregator more often who is still there."""
+        now = time.monotonic()
+        if now - self._hurried > self._plans[0].lease / 20:
+            self._hurried = now
+            self._pipe.loop.call_soon_threadsafe(self._wake.set)
 
     def announce(self, closed: Round) -> None:
         """Publish a round that the workers closed among themselves, together with those of the same moment."""

@@ -1,7 +1,7 @@
 """How the workers of a run keep together: one class a mode, each with the same few verbs, which `Run` calls.
 
 sync      every step: the mean of all gradients, applied by every worker's own optimizer (all-reduce)
-local     every `every` steps: the mean of what the workers' own steps changed, applied by an outer optimizer
+local     every `steps` steps: the mean of what the workers' own steps changed, applied by an outer optimizer
           (local SGD; DiLoCo, Douillard et al. 2023, with outer momentum)
 async     gradients go to a server that applies them as they come and keeps the weights (Downpour SGD, Dean et al. 2012)
 dogwild   the same over live channels: what is lost is lost (Noel & Osindero 2014)
@@ -90,9 +90,8 @@ class Mode:
 
     def _begin(self, *, again: bool) -> None:
         run = self.run
-        run.exchange.forget()
         while True:
-            admission = run.exchange.join(again=again, timeout=run.timeout)[0]
+            admission = run.exchange.join(again=again, timeout=run.options.timeout)[0]
             run.plane = admission.plane or run.plan.plane
             if admission.source == run.rank:
                 run.round = max(run.round, admission.round)
@@ -112,6 +111,7 @@ class Mode:
                 self.load(state)
                 if self.follow(json.loads(state.note or "{}"), admission.members):
                     return
+            run.exchange.forget()
             again = True  # whoever was to give it is gone, or what it gave has passed by
 
     def lead(self, members: list[int]) -> None:
@@ -160,7 +160,8 @@ class Sync(Mode):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self._encoders = [
-            Encoder(run.compress, size, run.parameters.matrices if len(run.sizes) == 1 else None) for size in run.sizes
+            Encoder(run.options.compress, size, run.parameters.matrices if len(run.sizes) == 1 else None)
+            for size in run.sizes
         ]
         self.shared: SharedRounds | None = None
 
@@ -235,10 +236,10 @@ class Sync(Mode):
 
     def _push(self, vector: Vector, samples: int, values: dict[str, float]) -> None:
         run = self.run
-        started = time.perf_counter()
         pieces = np.split(vector, np.cumsum(run.sizes)[:-1]) if len(run.sizes) > 1 else [vector]
-        parts = [(run.compress, encoder.encode(piece)) for encoder, piece in zip(self._encoders, pieces, strict=True)]
-        run.compressing = time.perf_counter() - started
+        parts = [
+            (run.options.compress, encoder.encode(piece)) for encoder, piece in zip(self._encoders, pieces, strict=True)
+        ]
         run.sent = sum(nbytes_of(part) for _, part in parts)
         if run.recorder is not None:
             run.recorder.contributed(run.rank, run.round, parts[0][0], parts[0][1], samples)
@@ -269,14 +270,14 @@ class Sync(Mode):
                 logger.warning(
                     "run %s: round %d is not closed yet; %s", run.name, run.round,
                     "no aggregator answers; start one: pipeline serve subscribers.aggregation:app"
-                    if exchange.silence > TOLD else f"here are ranks {exchange.members}, the quorum is {run.plan.quorum}",
+                    if exchange.silence > TOLD
+                    else f"here are ranks {exchange.members}, the quorum is {run.plan.quorum}",
                 )  # fmt: skip
         return exchange.take(run.round)
 
     def _apply(self, closed: list[Round], apply: Any) -> None:
         run = self.run
         run.last = closed[0]
-        run.received = sum(nbytes_of(one.parts) for one in closed)
         if all(one.parts for one in closed):
             mean = (
                 decode(closed[0].codec, closed[0].parts, run.sizes[0])
@@ -312,18 +313,18 @@ class Sync(Mode):
 
 
 class Local(Sync):
-    """A round every `every` steps, of deltas."""
+    """A round every `steps` steps, of deltas."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self.outer = Outer(run.parameters.read(), *run.outer)
+        self.outer = Outer(run.parameters.read(), *run.options.outer)
         self._steps = 0
         self._samples = 0
         self._values: dict[str, float] = {}
 
     def load(self, state: State) -> None:
         super().load(state)
-        self.outer = Outer(self.run.parameters.read(), *self.run.outer)
+        self.outer = Outer(self.run.parameters.read(), *self.run.options.outer)
         self.outer.load(state.tensors)
         self.run.parameters.write(self.outer.anchor)
 
@@ -338,7 +339,7 @@ class Local(Sync):
         self._samples += samples
         for name, value in values.items():
             self._values[name] = self._values.get(name, 0.0) + value * samples
-        if self._steps >= run.every:
+        if self._steps >= run.options.steps:
             self._exchange()
 
     def _exchange(self) -> None:
@@ -362,7 +363,8 @@ class Async(Mode):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self._encoders = [
-            Encoder(run.compress, size, run.parameters.matrices if len(run.sizes) == 1 else None) for size in run.sizes
+            Encoder(run.options.compress, size, run.parameters.matrices if len(run.sizes) == 1 else None)
+            for size in run.sizes
         ]
         self._gathered: Vector | None = None
         self._steps = 0
@@ -376,7 +378,7 @@ class Async(Mode):
     def begin(self) -> None:
         run = self.run
         while True:
-            admission = run.exchange.join(timeout=run.timeout)[0]
+            admission = run.exchange.join(timeout=run.options.timeout)[0]
             if admission.ready:
                 state = run.exchange.take_state(max(1.0, run.plan.lease))
                 if state is None:
@@ -410,9 +412,9 @@ class Async(Mode):
         self._steps += 1
         self._gathered_steps += 1
         self._samples += samples
-        if self._steps % run.push_every == 0 and self._may_push():
+        if self._steps % run.options.push_every == 0 and self._may_push():
             self._push(values)
-        if self._steps % run.fetch_every == 0:
+        if self._steps % run.options.fetch_every == 0:
             self._fetch()
 
     def _push(self, values: dict[str, float]) -> None:
@@ -420,10 +422,10 @@ class Async(Mode):
         assert self._gathered is not None
         vector, self._gathered = self._gathered / np.float32(self._gathered_steps), None
         self._gathered_steps = 0
-        started = time.perf_counter()
         pieces = np.split(vector, np.cumsum(run.sizes)[:-1]) if len(run.sizes) > 1 else [vector]
-        parts = [(run.compress, encoder.encode(piece)) for encoder, piece in zip(self._encoders, pieces, strict=True)]
-        run.compressing = time.perf_counter() - started
+        parts = [
+            (run.options.compress, encoder.encode(piece)) for encoder, piece in zip(self._encoders, pieces, strict=True)
+        ]
         run.sent = sum(nbytes_of(part) for _, part in parts)
         self._flow()
         run.exchange.push(self._sequence, parts, samples=self._samples, values=values, base=run.round)
@@ -434,9 +436,12 @@ class Async(Mode):
         """At most `in_flight` pushes that the server has not applied: what bounds the staleness."""
         run, exchange = self.run, self.run.exchange
         began, told = time.monotonic(), False
-        while exchange.applied() < self._sequence - 1 - run.in_flight:
+        while exchange.applied() < self._sequence - 1 - run.options.in_flight:
             exchange.wait(
-                lambda: exchange.applied() >= self._sequence - 1 - run.in_flight or exchange.state_wanted.is_set(), 0.25
+                lambda: (
+                    exchange.applied() >= self._sequence - 1 - run.options.in_flight or exchange.state_wanted.is_set()
+                ),
+                0.25,
             )
             if exchange.state_wanted.is_set():
                 self.give_state()
@@ -450,7 +455,6 @@ class Async(Mode):
         if newest is None:
             return
         run.last = newest[0]
-        run.received = sum(nbytes_of(one.parts) for one in newest)
         run.parameters.write(np.concatenate([np.asarray(one.parts["values"]) for one in newest])
                              if len(newest) > 1 else np.asarray(newest[0].parts["values"]))  # fmt: skip
         run.round = newest[0].round

@@ -29,7 +29,7 @@ class Parameters(Protocol):
     """What a mode needs of a model. Vectors are float32 [size]."""
 
     size: int
-    matrices: Mapping[int, tuple[int, int]]
+    matrices: dict[int, tuple[int, int]]
     """Offset → shape of what is a matrix (further dimensions flattened)."""
 
     def read(self) -> Vector:
@@ -80,7 +80,8 @@ def parameters_of(model: Any) -> Parameters:
 
 
 def _matrices(shapes: Iterable[tuple[int, ...]]) -> dict[int, tuple[int, int]]:
-    found, at = {}, 0
+    found: dict[int, tuple[int, int]] = {}
+    at = 0
     for shape in shapes:
         size = int(np.prod(shape))
         if len(shape) > 1 and size:
@@ -100,19 +101,23 @@ class TorchModule:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self._parameters:
             raise ConfigurationError("the model has no parameter that requires a gradient")
-        self._sizes = [parameter.numel() for parameter in self._parameters]
-        self.size = sum(self._sizes)
+        self.size = sum(parameter.numel() for parameter in self._parameters)
         self.matrices = _matrices(tuple(parameter.shape) for parameter in self._parameters)
 
     def _pieces(self, vector: Vector) -> Iterable[tuple[torch.nn.Parameter, torch.Tensor]]:
-        flat = self._torch.as_tensor(Tensor(vector))
-        for parameter, piece in zip(self._parameters, flat.split(self._sizes), strict=True):
-            yield parameter, piece.view(parameter.shape)
+        yield from self._views(self._torch.as_tensor(Tensor(vector)))
+
+    def _views(self, flat: torch.Tensor) -> Iterable[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """Each parameter and its piece of the flat tensor, in its shape."""
+        at = 0
+        for parameter in self._parameters:
+            yield parameter, flat[at : at + parameter.numel()].view(parameter.shape)
+            at += parameter.numel()
 
     def read(self) -> Vector:
         flat = self._torch.empty(self.size)
-        for parameter, piece in zip(self._parameters, flat.split(self._sizes), strict=True):
-            piece.copy_(parameter.detach().reshape(-1))
+        for parameter, piece in self._views(flat):
+            piece.copy_(parameter.detach())
         return cast(Vector, flat.numpy())
 
     def write(self, vector: Vector) -> None:
@@ -122,11 +127,11 @@ class TorchModule:
 
     def gradient(self, given: Any) -> Vector:
         flat = self._torch.empty(self.size)
-        for parameter, piece in zip(self._parameters, flat.split(self._sizes), strict=True):
+        for parameter, piece in self._views(flat):
             if parameter.grad is None:
                 piece.zero_()
             else:
-                piece.copy_(parameter.grad.reshape(-1))
+                piece.copy_(parameter.grad)
                 parameter.grad = None
         return cast(Vector, flat.numpy())
 
@@ -185,10 +190,10 @@ class TorchModule:
 
     def share(self, path: Path) -> None:
         flat = self._torch.from_file(str(path), shared=True, size=self.size)
-        for parameter, piece in zip(self._parameters, flat.split(self._sizes), strict=True):
+        for parameter, piece in self._views(flat):
             if parameter.dtype != self._torch.float32 or parameter.device.type != "cpu":
                 raise ConfigurationError("mode hogwild shares float32 parameters in a CPU's memory")
-            parameter.data = piece.view(parameter.shape)
+            parameter.data = piece
 
     def unshare(self) -> None:
         for parameter in self._parameters:

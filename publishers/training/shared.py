@@ -4,11 +4,11 @@
     slot 1 ─┼─▶ when all have, worker i sums slice i of all slots, in rank order, into the result and counts `done` up;
     slot 2 ─┘   when all have, the result is the mean, which everybody reads where it lies.
 
-A group of workers has one file, a *generation*; who joins or dies makes a new one. The lowest rank of a generation closes
-its rounds: it counts `closed` up when every `done` is set. Whoever makes the next generation claims it first, by creating
-its file, then writes its number into the old one, and only then reads which round is open; and whoever sees a round
-closed looks afterwards whether there is a next generation, which then counts. So survivors never disagree on a round,
-whatever is killed, stopped or resumed when.
+A group of workers has one file, a *generation*; who joins or dies makes a new one. The lowest rank of a generation
+closes its rounds: it counts `closed` up when every `done` is set. Whoever makes the next generation claims it first, by
+creating its file, then writes its number into the old one, and only then reads which round is open; and whoever sees a
+round closed looks afterwards whether there is a next generation, which then counts. So survivors never disagree on a
+round, whatever is killed, stopped or resumed when.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _LINES = 3
 def host(folder: Path) -> str:
     """What processes that share this folder's memory have in common, and no others."""
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}:{os.stat(folder).st_dev}:{folder}"
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}:{folder.stat().st_dev}:{folder}"
     except OSError:
         return ""
 

@@ -1,4 +1,4 @@
-"""One worker's rounds in shared memory (see `shared`): going through them, and regrouping when somebody comes or goes."""
+"""One worker's rounds in shared memory (see `shared`): going through them, regrouping when somebody comes or goes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SharedRounds:
         self._give_state = give_state
         self._group: Group | None = None
         self._old: Group | None = None
-        self._told = 0.0
+        self._began = self._told = 0.0
         self._given: set[str] = set()
         """Newcomers that have had a State."""
 
@@ -89,7 +89,7 @@ class SharedRounds:
         run = self._run
         names = sorted(values)
         began = time.perf_counter()
-        self._told = time.monotonic()
+        self._began = self._told = time.monotonic()
         if run.exchange.state_wanted.is_set() or self._joining():
             self._regroup()
         while True:
@@ -149,6 +149,8 @@ class SharedRounds:
         assert group is not None
         if group.next() is not None:
             return True
+        if time.monotonic() - self._began > run.plan.lease / 4:
+            run.exchange.hurry()
         remaining = self._remaining()
         if remaining[:1] != [run.rank]:
             return False

@@ -1,9 +1,9 @@
 """Aggregation of training runs: `pipeline serve subscribers.aggregation:app`.
 
-Everything a run's workers send has the run (and shard) as its key, so that it reaches one aggregator at a time, in order:
-partitions are leased to processes and move when one dies. The contribution that completes a round returns the Round, and
-both take effect in one commit. What an aggregator holds in memory it may lose: workers are asked for what is missing
-with their next sign of life (see `runs`), and of two Rounds with one number the first on the channel counts.
+Everything a run's workers send has the run (and shard) as its key, so that it reaches one aggregator at a time, in
+order: partitions are leased to processes and move when one dies. The contribution that completes a round returns the
+Round, and both take effect in one commit. What an aggregator holds in memory it may lose: workers are asked for what is
+missing with their next sign of life (see `runs`), and of two Rounds with one number the first on the channel counts.
 """
 
 from __future__ import annotations
@@ -70,18 +70,14 @@ class Runs:
         return outputs
 
     async def close(self, run: Run) -> Round:
-        """Raises Reject when what was contributed does not fit together."""
         now = time.monotonic()
         closed, summands = run.close(now)
         run.closing = True
         try:
             if run.plan.size * 4 >= IN_THREAD:
-                done = await asyncio.to_thread(run.mean, closed, summands, 0.0)
+                done = await asyncio.to_thread(run.mean, closed, summands)
             else:
-                done = run.mean(closed, summands, 0.0)
-        except ValueError as error:
-            logger.error("run %s, round %d has no mean: %s", run.name, closed.round, error)
-            done = closed.model_copy(update={"refused": [*closed.refused, *closed.ranks], "ranks": []})
+                done = run.mean(closed, summands)
         finally:
             run.closing = False
         done = done.model_copy(update={"seconds": closed.seconds + time.monotonic() - now})

@@ -36,7 +36,8 @@ def _momentum(gradient: Vector, rate: np.float32, state: dict[str, Vector], step
 def _adagrad(gradient: Vector, rate: np.float32, state: dict[str, Vector], step: int) -> Vector:
     squares = state["squares"]
     squares += gradient * gradient
-    return rate * gradient / (np.sqrt(squares) + TINY)
+    update: Vector = np.divide(rate * gradient, np.sqrt(squares) + TINY, dtype=np.float32)
+    return update
 
 
 def _adam(gradient: Vector, rate: np.float32, state: dict[str, Vector], step: int) -> Vector:
@@ -44,7 +45,8 @@ def _adam(gradient: Vector, rate: np.float32, state: dict[str, Vector], step: in
     mean += (1 - MOMENTUM) * (gradient - mean)
     squares += (1 - BETA) * (gradient * gradient - squares)
     corrected = mean / np.float32(1 - float(MOMENTUM) ** step)
-    return rate * corrected / (np.sqrt(squares / np.float32(1 - float(BETA) ** step)) + TINY)
+    update: Vector = rate * corrected / (np.sqrt(squares / np.float32(1 - float(BETA) ** step)) + TINY)
+    return update
 
 
 _RULES: Mapping[str, tuple[tuple[str, ...], Callable[[Vector, np.float32, dict[str, Vector], int], Vector]]] = {

@@ -1,6 +1,6 @@
 """A run as one aggregator sees it: who takes part, the open round, and when it closes. No Redis here.
 
-    joined ──(enough workers)──▶ begun ─▶ round 0 open ──all members in, or deadline and quorum──▶ Round 0 ─▶ round 1 open …
+    joined ──(enough workers)──▶ begun ─▶ round 0 open ──all members in, or deadline and quorum──▶ Round 0 ─▶ round 1 …
 
 Rounds are closed by the contribution that completes them, or by the clock (`due`). A member is whoever gave a sign of
 life within its lease; one that joined a run under way is not waited for until it has contributed. An aggregator that
@@ -137,8 +137,8 @@ class Run:
         if elsewhere or (self.plan.plane == "shm" and not sent.host):
             del self.members[sent.worker]
             reason = (
-                f"run {self.name!r} uses the shared memory of another host, or a folder of it that this worker does not "
-                'see; begin the run with join(..., plane="redis") everywhere'
+                f"run {self.name!r} uses the shared memory of another host, or a folder of it that this worker does "
+                'not see; begin the run with join(..., plane="redis") everywhere'
             )
             return Answer([self._admission(sent.worker, member, ready=False).model_copy(update={"reason": reason})])
         if not self.begun and len(self.members) >= self.plan.workers and self._may_begin(now):
@@ -191,7 +191,7 @@ class Run:
         return member
 
     def _end(self) -> None:
-        """Nobody is left that has the run's state: whoever comes next begins anew, from a checkpoint if there is one."""
+        """Nobody is left that has the run's state: whoever comes next begins anew, or from a checkpoint."""
         self.begun = False
         self.round = 0
         self._held, self._stale, self._failed = {}, [], set()
@@ -238,7 +238,7 @@ class Run:
             members=self._ranks(), source=source, push_wanted=push_wanted, plane=self.plan.plane,
             settled=self._settled,
             newcomers={
-                f"{worker} {member.attempt}": member.rank for worker, member in self.members.items() if not member.active
+                f"{name} {member.attempt}": member.rank for name, member in self.members.items() if not member.active
             }
             if self.begun
             else {},
@@ -321,10 +321,10 @@ class Run:
             self._end()
         return self._complete(now)
 
-    def close(self, now: float) -> tuple[Round, list[tuple[int, Contribution]]]:
+    def close(self, now: float) -> tuple[Round, list[tuple[float, Contribution]]]:
         """Open the next round. Returns the closed one without its mean, and what belongs into that, by rank."""
         ranks = sorted(self._held)
-        parts = [(1.0, self._held[rank]) for rank in ranks] + [
+        parts: list[tuple[float, Contribution]] = [(1.0, self._held[rank]) for rank in ranks] + [
             (1 / (1 + age), sent) for age, sent in sorted(self._stale, key=lambda item: (item[1].rank, item[1].round))
         ]
         weights = [(scale * sent.samples, sent) for scale, sent in parts]
@@ -346,21 +346,48 @@ class Run:
         self.round += 1
         return closed, [(weight / total, sent) for weight, sent in weights]
 
-    def mean(self, closed: Round, summands: list[tuple[float, Contribution]], seconds: float) -> Round:
+    def mean(self, closed: Round, summands: list[tuple[float, Contribution]]) -> Round:
         """The closed round with its mean. This is the work; it may run in a thread."""
-        more: dict[str, object] = {"seconds": closed.seconds + seconds}
-        if summands and any(sent.parts for _, sent in summands):
-            codec, parts, bad = merge([(weight, sent.codec, sent.parts) for weight, sent in summands], self.plan.size)
-            refused = sorted({*closed.refused, *(summands[index][1].rank for index in bad)})
-            if bad:
-                logger.warning("run %s, round %d: not finite, left out: ranks %s", self.name, closed.round, refused)
-            if self.plan.clip is not None and parts:
-                codec, parts = _clipped(codec, parts, self.plan.size, self.plan.clip)
-            more |= {
-                "codec": codec, "parts": parts, "refused": refused,
-                "ranks": [rank for rank in closed.ranks if rank not in refused],
-            }  # fmt: skip
-        return closed.model_copy(update=more)
+        if not any(sent.parts for _, sent in summands):
+            return closed
+        try:
+            codec, parts, bad = self._merge(summands)
+            left_out = [summands[index][1].rank for index in bad]
+        except ValueError:
+            summands, left_out = self._without_misfits(closed.round, summands)
+            codec, parts, bad = self._merge(summands)
+            left_out += [summands[index][1].rank for index in bad]
+        if bad:
+            logger.warning("run %s, round %d: not finite, left out: ranks %s", self.name, closed.round, left_out)
+        if self.plan.clip is not None and parts:
+            codec, parts = _clipped(codec, parts, self.plan.size, self.plan.clip)
+        return closed.model_copy(
+            update={
+                "codec": codec,
+                "parts": parts,
+                "refused": sorted({*closed.refused, *left_out}),
+                "ranks": [rank for rank in closed.ranks if rank not in left_out],
+            }
+        )
+
+    def _merge(self, summands: list[tuple[float, Contribution]]) -> tuple[str, dict[str, Tensor], list[int]]:
+        return merge([(weight, sent.codec, sent.parts) for weight, sent in summands], self.plan.size)
+
+    def _without_misfits(
+        self, number: int, summands: list[tuple[float, Contribution]]
+    ) -> tuple[list[tuple[float, Contribution]], list[int]]:
+        """What is of its codec and of the run's size, with weights that add up to 1; and the ranks of the rest."""
+        good: list[tuple[float, Contribution]] = []
+        misfits: list[int] = []
+        for weight, sent in summands:
+            try:
+                decode(sent.codec, sent.parts, self.plan.size)
+                good.append((weight, sent))
+            except ValueError as error:
+                misfits.append(sent.rank)
+                logger.error("run %s, round %d: what rank %d sent is left out: %s", self.name, number, sent.rank, error)
+        total = sum(weight for weight, _ in good) or 1.0
+        return [(weight / total, sent) for weight, sent in good], misfits
 
     def closed(self, closed: Round, now: float) -> None:
         """Remember it, for a worker that does not get it. The vectors of big rounds are not kept in memory for that."""

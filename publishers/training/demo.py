@@ -1,4 +1,4 @@
-"""The demonstration: workers that train the digit model together, run after run, and offer its weights for inference."""
+"""The demonstration: workers that train the digit model together, run after run, and offer weights for inference."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,9 +28,11 @@ from ..datasets import Part, digits
 from .exchange import JoinTimeout
 from .run import Run, join
 
-__all__ = ["Champion", "Diverged", "Plan", "digit_module", "work"]
+__all__ = ["Champion", "Diverged", "Plan", "digit_module", "state_of", "work"]
 
 logger = logging.getLogger("publishers.training")
+
+T = TypeVar("T")
 
 QUIET = 0.3
 """Seconds without a further event after which history is taken as read."""
@@ -36,6 +40,9 @@ PAST = 60.0
 """Seconds of rounds that are looked at to find out which run is under way."""
 MEETING = 3.0
 """Seconds after which a worker that waits for others looks again which run is under way."""
+LEASE = 3.0
+"""Seconds: a demonstration shares its cores with everything else."""
+LOCAL_STEPS = 8
 
 
 class Diverged(ConfigurationError):
@@ -55,7 +62,7 @@ class Plan:
     runs: int = 0
     """How many runs; 0: for ever."""
     rounds: int = 600
-    """Of each run; with a server, steps of each worker."""
+    """Of each run; in modes other than sync, steps of each worker."""
     batch: int = 64
     """Samples a worker and round."""
     learning_rate: float = 6e-3
@@ -63,6 +70,8 @@ class Plan:
     rate: float = 0.0
     """At most so many rounds a second; 0: as many as can be."""
     quorum: int = 1
+    deadline: float = 2.0
+    """Seconds a round waits for all."""
     publish_every: int = 10
     """Rounds between two offers of weights for inference."""
 
@@ -118,10 +127,12 @@ def digit_module(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return nn.Sequential(
             OrderedDict(
-                flatten=nn.Flatten(), hidden=nn.Linear(inputs, hidden), relu=nn.ReLU(),
+                flatten=nn.Flatten(),
+                hidden=nn.Linear(inputs, hidden),
+                relu=nn.ReLU(),
                 output=nn.Linear(hidden, classes),
             )
-        )  # fmt: skip
+        )
 
 
 def work(plan: Plan, url: str | None = None, report: Callable[[str, str], None] = lambda run, state: None) -> None:
@@ -130,21 +141,19 @@ def work(plan: Plan, url: str | None = None, report: Callable[[str, str], None] 
     Raises Diverged.
     """
     torch.set_num_threads(1)
-    data, champion = digits(), Champion(digits().validation)
     with (
         opened_blocking(Pipeline("trainer", url)) as pipe,
         pipe.watch(catalog.rounds, since=PAST) as rounds,
         pipe.watch(catalog.weights, since=catalog.weights.keep) as weights,
     ):
+        worker = _Worker(plan, pipe, weights, url)
         number = 0
         while True:
-            number = max(number, _under_way(plan, _heard(rounds)))
+            number = max(number, _under_way(plan, _history(rounds)))
             if plan.runs and number > plan.runs:
                 return
-            for published in _heard(weights):
-                champion.published(published)
             try:
-                state = _train(plan, number, data.train, pipe, champion, weights, url)
+                state = worker.train(number)
             except JoinTimeout:
                 logger.info("%s: the others are not here", plan.name(number))
                 continue
@@ -152,65 +161,80 @@ def work(plan: Plan, url: str | None = None, report: Callable[[str, str], None] 
             number += 1
 
 
-def _heard(stream: BlockingWatch[catalog.Round] | BlockingWatch[Weights]) -> Iterator[catalog.Round | Weights]:
+class _Worker:
+    """One worker through its runs."""
+
+    def __init__(self, plan: Plan, pipe: BlockingPipeline, weights: BlockingWatch[Weights], url: str | None) -> None:
+        self._plan = plan
+        self._pipe = pipe
+        self._weights = weights
+        self._url = url
+        self._images, self._labels = _tensors(digits().train.shard(plan.rank, plan.workers))
+        self._champion = Champion(digits().validation)
+        for published in _history(weights):
+            self._champion.published(published)
+
+    def train(self, number: int) -> str:
+        """One run to its last round; returns the final state. Raises JoinTimeout, Diverged."""
+        plan, seed = self._plan, self._plan.seed + number
+        module = digit_module(seed)
+        served = plan.mode in ("async", "dogwild")
+        optimizer = None if served else torch.optim.Adam(module.parameters(), plan.learning_rate)
+        with join(
+            plan.name(number), module, mode=plan.mode, compress=plan.compress, workers=plan.workers, rank=plan.rank,
+            quorum=plan.quorum, deadline=plan.deadline if plan.mode in ("sync", "local") else None, lease=LEASE,
+            server_optimizer="adam", rate=plan.learning_rate, steps=LOCAL_STEPS, url=self._url, timeout=MEETING,
+        ) as run:  # fmt: skip
+            for step in itertools.count():
+                at = run.round if plan.mode == "sync" else step
+                if at >= plan.rounds:
+                    break
+                began = time.perf_counter()
+                self._step(run, module, optimizer, np.random.default_rng((seed, plan.rank, at)))
+                if run.is_reporter and at and at % plan.publish_every == 0:
+                    self._offer(run, module)
+                if plan.rate:
+                    time.sleep(max(0.0, 1 / plan.rate - (time.perf_counter() - began)))
+        return state_of(module, optimizer)
+
+    def _step(
+        self, run: Run, module: nn.Module, optimizer: torch.optim.Optimizer | None, random: np.random.Generator
+    ) -> None:
+        batch = min(self._plan.batch, len(self._labels))
+        chosen = random.choice(len(self._labels), batch, replace=False)
+        logits = module(self._images[chosen])
+        loss: torch.Tensor = functional.cross_entropy(logits, self._labels[chosen])
+        if not math.isfinite(loss.item()):
+            raise Diverged(f"the loss of round {run.round} is {loss.item()}; use a smaller --learning-rate")
+        loss.backward()  # type: ignore[no-untyped-call]
+        run.step(optimizer, loss=loss, accuracy=_accuracy(logits, self._labels[chosen]), samples=batch)
+
+    def _offer(self, run: Run, module: nn.Module) -> None:
+        while (message := self._weights.next(0)) is not None:
+            self._champion.published(message.event)
+        offered = self._champion.offer(module, run.name, run.round)
+        if offered is not None:
+            self._pipe.publish(catalog.weights, offered)
+            self._champion.published(offered)
+
+
+def _history(stream: BlockingWatch[T]) -> Iterator[T]:
+    """What is on the channel up to now."""
+    started = datetime.now(UTC)
     while (message := stream.next(QUIET)) is not None:
         yield message.event
+        if message.time >= started:
+            return
 
 
-def _under_way(plan: Plan, heard: Iterator[Round | Weights]) -> int:
+def _under_way(plan: Plan, heard: Iterator[Round]) -> int:
     """The number of the run that others are in; 1 when there is none."""
     latest = (1, -1)
     for closed in heard:
-        assert isinstance(closed, Round)
         number = closed.run.removeprefix(f"{plan.run}.")
         if closed.run.startswith(f"{plan.run}.") and number.isdecimal():
             latest = max(latest, (int(number), closed.round))
-    return latest[0] + (latest[1] >= plan.rounds - 1)
-
-
-def _train(
-    plan: Plan, number: int, data: Part, pipe: BlockingPipeline, champion: Champion, weights: BlockingWatch[Weights],
-    url: str | None,
-) -> str:  # fmt: skip
-    """One run to its last round; returns the final state."""
-    seed = plan.seed + number
-    module = digit_module(seed)
-    images, labels = _tensors(data.shard(plan.rank, plan.workers))
-    batch = min(plan.batch, len(labels))
-    served = plan.mode in ("async", "dogwild")
-    optimizer = None if served else torch.optim.Adam(module.parameters(), plan.learning_rate)
-    with join(
-        plan.name(number), module, mode=plan.mode, compress=plan.compress, workers=plan.workers, rank=plan.rank,
-        quorum=plan.quorum, server_optimizer="adam", rate=plan.learning_rate, every=8, url=url, timeout=MEETING,
-    ) as run:  # fmt: skip
-        for step in itertools.count():
-            at = step if served or plan.mode == "local" else run.round
-            if at >= plan.rounds:
-                break
-            began = time.perf_counter()
-            chosen = np.random.default_rng((seed, plan.rank, at)).choice(len(labels), batch, replace=False)
-            logits = module(images[chosen])
-            loss = functional.cross_entropy(logits, labels[chosen])
-            if not math.isfinite(loss.item()):
-                raise Diverged(f"the loss of round {at} is {loss.item()}; use a smaller --learning-rate")
-            loss.backward()
-            run.step(optimizer, loss=loss, accuracy=_accuracy(logits, labels[chosen]), samples=batch)
-            if run.is_reporter and at and at % plan.publish_every == 0:
-                _offer(run, module, pipe, champion, weights)
-            if plan.rate:
-                time.sleep(max(0.0, 1 / plan.rate - (time.perf_counter() - began)))
-    return state_of(module, optimizer)
-
-
-def _offer(
-    run: Run, module: nn.Module, pipe: BlockingPipeline, champion: Champion, weights: BlockingWatch[Weights]
-) -> None:
-    while (message := weights.next(0)) is not None:
-        champion.published(message.event)
-    offered = champion.offer(module, run.name, run.round)
-    if offered is not None:
-        pipe.publish(catalog.weights, offered)
-        champion.published(offered)
+    return latest[0] + (plan.mode == "sync" and latest[1] >= plan.rounds - 1)
 
 
 def state_of(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> str:
