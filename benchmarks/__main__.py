@@ -6,10 +6,11 @@ import argparse
 import os
 import tempfile
 
-from . import events, growth, latency, serving, tensors
+from . import allreduce, events, growth, latency, serving, tensors
 from .report import show
 
 BENCHMARKS = {
+    "allreduce": allreduce.run,
     "events": events.run,
     "growth": growth.run,
     "latency": latency.run,
