@@ -6,7 +6,7 @@ import argparse
 import os
 import tempfile
 
-from . import allreduce, events, growth, latency, serving, tensors
+from . import allreduce, events, growth, latency, serving, tensors, training
 from .report import show
 
 BENCHMARKS = {
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "latency": latency.run,
     "serving": serving.run,
     "tensors": tensors.run,
+    "training": training.run,
 }
 
 

@@ -45,6 +45,8 @@ Vector = npt.NDArray[np.float32]
 LOST = 1.0
 """Seconds for which a missed round may still come."""
 TOLD = 5.0
+UNHEARD = 0.02
+"""Seconds after which a dogwild push of which nothing was heard counts as lost."""
 
 
 class Outer:
@@ -468,12 +470,20 @@ class Async(Mode):
 
 
 class Dogwild(Async):
-    """Nothing is waited for: while Redis does not take a push, the gradients of further steps join the next one."""
+    """Nothing is waited for: while the last push is on its way, the gradients of further steps join the next one.
+
+    Without that bound a backlog would gather in Redis, and everything in it would be stale.
+    """
+
+    _pushed = 0.0
 
     def _may_push(self) -> bool:
-        return not self.run.exchange.sending
+        exchange = self.run.exchange
+        heard = exchange.applied() >= self._sequence - 1 or time.monotonic() - self._pushed > UNHEARD
+        return heard and not exchange.sending
 
     def _flow(self) -> None:
+        self._pushed = time.monotonic()
         if self.run.exchange.state_wanted.is_set():
             self.give_state()
 
