@@ -6,15 +6,17 @@ import argparse
 import os
 import tempfile
 
-from . import events, growth, latency, serving, tensors
+from . import allreduce, events, growth, latency, serving, tensors, training
 from .report import show
 
 BENCHMARKS = {
+    "allreduce": allreduce.run,
     "events": events.run,
     "growth": growth.run,
     "latency": latency.run,
     "serving": serving.run,
     "tensors": tensors.run,
+    "training": training.run,
 }
 
 

@@ -26,8 +26,9 @@ class BlockingPipeline:
 
     def __init__(self, app: Pipeline) -> None:
         self._app = app
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=f"pipeline-{app.name}", daemon=True)
+        self.loop = asyncio.new_event_loop()
+        """The pipeline's, in a thread of its own."""
+        self._thread = threading.Thread(target=self.loop.run_forever, name=f"pipeline-{app.name}", daemon=True)
 
     def __enter__(self) -> BlockingPipeline:
         self._thread.start()
@@ -45,16 +46,16 @@ class BlockingPipeline:
             self._end()
 
     def _end(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(5)
-        self._loop.close()
+        self.loop.close()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the pipeline's loop and wait for it."""
         if threading.current_thread() is self._thread:
             work.close()
             raise PipelineError("a blocking verb was called on the pipeline's own loop; use the async one there")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result()
         except BaseException:

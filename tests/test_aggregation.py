@@ -1,233 +1,460 @@
-"""Gradient rounds: one mean a round, whoever is late, twice, wrong or killed."""
+"""The aggregator: one mean a round, whoever is late, twice, wrong or gone; and what a server does with gradients.
+
+Most of it by the clock of the test, on the runs themselves; at the end through Redis.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline import Pipeline, Tensor, catalog
-from pipeline.catalog import Gradient, Round, Weights
+from pipeline import Pipeline, Reject, RequestFailed, Tensor, catalog
+from pipeline.catalog import Admission, Contribution, Round, RunPlan
+from pipeline.catalog.compression import Encoder, decode
+from pipeline.settings import settings
 from subscribers import aggregation
+from subscribers.aggregation.checkpoints import Checkpoint, folder_of, latest, save
+from subscribers.aggregation.optimizers import Optimizer
+from subscribers.aggregation.runs import Run, Server
 
 from .apps import idle, until
-from .processes import line_with
-from .programs import app_program, collect, events, program, served
+from .programs import collect, events, served
+
+LEASE = 1.0
 
 
-def gradient(rank: int, values: list[float] | Any, **more: Any) -> Gradient:
-    fields = {"run": "r", "round": 0, "workers": 2, "quorum": 2, "deadline": 30.0, "samples": 1, "loss": 1.0}
-    tensor = values if isinstance(values, Tensor) else Tensor(np.array(values, np.float32))
-    return Gradient(**{**fields, "accuracy": 0.5, "rank": rank, "gradient": tensor, **more})
+class Team:
+    """A run and its workers, by the clock of the test."""
+
+    def __init__(self, kind: type[Run] = Run, size: int = 3, **plan: Any) -> None:
+        self.plan = RunPlan(**{"size": size, "workers": 2, "lease": LEASE, **plan})
+        self.now = 100.0
+        self.run = kind("r", 0, self.plan, self.now)
+        self.closed: list[Round] = []
+
+    def send(self, rank: int, action: Any, **more: Any) -> list[Any]:
+        """What comes of a message of the worker of this rank."""
+        sent = Contribution(run="r", worker=f"w{rank}", rank=rank, plan=self.plan, action=action, **more)
+        answer = self.run.take(sent, self.now)
+        if answer.close:
+            self.close()
+        return answer.outputs
+
+    def join(self, *ranks: int, **more: Any) -> Admission:
+        admission: Admission
+        for rank in ranks:
+            [admission] = self.send(rank, "join", **more)
+        return admission
+
+    def push(self, rank: int, vector: Any, round_: int | None = None, **more: Any) -> list[Any]:
+        number = self.run.round if round_ is None else round_
+        return self.send(rank, "push", round=number, parts={"values": Tensor(np.array(vector, np.float32))}, **more)
+
+    def close(self) -> None:
+        closed, summands = self.run.close(self.now)
+        done = self.run.mean(closed, summands)
+        self.run.closed(done, self.now)
+        self.closed.append(done)
+
+    def wait(self, seconds: float, *alive: int) -> None:
+        """Time passes, in which these give signs of life."""
+        for _ in range(round(seconds / 0.1)):
+            self.now += 0.1
+            for rank in alive:
+                self.send(rank, "beat", round=self.run.round)
+            if self.run.due(self.now):
+                self.close()
+
+    def mean(self, index: int = -1) -> list[float]:
+        closed = self.closed[index]
+        found: list[float] = decode(closed.codec, closed.parts, self.plan.size).tolist()
+        return found
 
 
-@pytest.fixture
-async def app(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pipeline]:
-    """The aggregator is served; what is yielded publishes to it."""
-    monkeypatch.setattr(aggregation, "rounds", aggregation.Rounds())
-    async with served(aggregation.app, valkey_url), Pipeline("t", valkey_url) as app:
-        yield app
+def test_a_run_begins_when_enough_workers_are_here() -> None:
+    team = Team(workers=3)
+    assert not team.join(0, 1).ready
+    admission = team.join(2)
+    assert (admission.ready, admission.members, admission.source) == (True, [0, 1, 2], 0)
 
 
-async def reasons(app: Pipeline) -> list[str]:
-    return [letter.event.reason for letter in await app.dead_letters("training.gradients")]
+def test_ranks_are_the_lowest_free_ones_or_what_was_asked_for() -> None:
+    run = Run("r", 0, RunPlan(size=1, workers=9), 0.0)
+    wanted = [("a", -1), ("b", 5), ("c", -1), ("d", 5), ("e", -1)]
+    ranks = [
+        run.take(Contribution(run="r", worker=name, rank=rank, plan=run.plan, action="join"), 0.0).outputs[0].rank  # type: ignore[union-attr]
+        for name, rank in wanted
+    ]
+    assert ranks == [0, 5, 1, 2, 3]
 
 
-async def test_a_round_is_the_mean_weighted_by_samples(app: Pipeline) -> None:
-    await app.publish(catalog.gradients, gradient(0, [1, 2], samples=1, loss=4.0, accuracy=0.0))
-    await app.publish(catalog.gradients, gradient(1, [5, 10], samples=3, loss=8.0, accuracy=1.0))
-    [closed] = events(await collect(app, catalog.rounds, 1))
-    assert closed.gradient == Tensor(np.array([4, 8], np.float32))
-    assert (closed.run, closed.round, closed.ranks, closed.loss, closed.accuracy) == ("r", 0, [0, 1], 7.0, 0.75)
+def test_a_round_is_the_mean_weighted_by_samples() -> None:
+    team = Team(size=2)
+    team.join(0, 1)
+    team.push(0, [1, 2], samples=1, values={"loss": 4.0})
+    assert team.closed == []
+    team.push(1, [5, 10], samples=3, values={"loss": 8.0})
+    [closed] = team.closed
+    assert team.mean() == [4, 8]
+    assert (closed.round, closed.ranks, closed.members, closed.samples) == (0, [0, 1], [0, 1], 4)
+    assert closed.values == {"loss": 7.0}
 
 
-async def test_the_order_of_arrival_does_not_change_a_bit(app: Pipeline) -> None:
+def test_the_order_of_arrival_does_not_change_a_bit() -> None:
     values = np.random.default_rng(0).standard_normal((3, 1000)).astype(np.float32) * [[1e-8], [1], [1e8]]
-    for number, order in enumerate(itertools.permutations(range(3))):
+    found = set()
+    for order in itertools.permutations(range(3)):
+        team = Team(size=1000, workers=3)
+        team.join(0, 1, 2)
         for rank in order:
-            await app.publish(
-                catalog.gradients, gradient(rank, values[rank], round=number, workers=3, samples=rank + 1)
-            )
-    closed = events(await collect(app, catalog.rounds, 6))
-    assert [one.ranks for one in closed] == [[0, 1, 2]] * 6
-    assert len({one.gradient.buffer().tobytes() for one in closed}) == 1
+            team.push(rank, values[rank], samples=rank + 1)
+        found.add(team.closed[0].parts["values"].buffer().tobytes())
+    assert len(found) == 1
 
 
-async def test_nothing_is_acknowledged_before_its_round_is_closed(app: Pipeline) -> None:
-    await app.publish(catalog.gradients, gradient(0, [1]))
-    await asyncio.sleep(0.2)
-    assert (await app.stats()).channels["training.gradients"].groups["aggregation"].pending == 1
-    await app.publish(catalog.gradients, gradient(1, [1]))
-    ledger = await idle(app, "training.gradients")
-    assert ledger.groups["aggregation"].handled == 2
-
-
-async def test_after_the_deadline_a_quorum_is_enough(app: Pipeline) -> None:
-    started = time.monotonic()
-    for rank in (2, 0):
-        await app.publish(catalog.gradients, gradient(rank, [rank], workers=3, deadline=0.3))
-    [closed] = events(await collect(app, catalog.rounds, 1))
-    assert closed.ranks == [0, 2]
-    assert 0.25 < time.monotonic() - started < 2
-    assert 0.25 < closed.seconds < 2
-
-
-async def test_below_the_quorum_a_round_waits_past_its_deadline(app: Pipeline) -> None:
-    await app.publish(catalog.gradients, gradient(0, [1], deadline=0.1))
-    await asyncio.sleep(0.4)
-    assert await collect_now(app, catalog.rounds) == []
-    await app.publish(catalog.gradients, gradient(1, [3], deadline=0.1))
-    assert events(await collect(app, catalog.rounds, 1))[0].ranks == [0, 1]
-
-
-async def test_a_round_that_never_reaches_its_quorum_is_set_aside(
-    app: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(aggregation, "ABANDONED", 0.1)
-    for rank in range(2):
-        await app.publish(catalog.gradients, gradient(rank, [1], workers=4, quorum=3, deadline=0.1))
-    ledger = await idle(app, "training.gradients")
-    assert ledger.groups["aggregation"].dead == 2
-    assert {*await reasons(app)} == {"run 'r', round 0: 2 of 4 workers, below the quorum of 3, after 0.1 s"}
-
-
-async def test_a_gradient_that_comes_twice_counts_once(app: Pipeline) -> None:
+def test_a_contribution_that_comes_twice_counts_once_and_one_to_a_closed_round_not_at_all() -> None:
+    team = Team()
+    team.join(0, 1)
     for _ in range(3):
-        await app.publish(catalog.gradients, gradient(0, [2]))
-    await app.publish(catalog.gradients, gradient(1, [4]))
+        team.push(0, [2, 2, 2])
+    team.push(1, [4, 4, 4])
+    team.push(0, [100, 100, 100], round_=0)
+    assert [one.ranks for one in team.closed] == [[0, 1]]
+    assert team.mean() == [3, 3, 3]
+    assert team.run.late == 1
+    team.push(0, [1, 1, 1])
+    team.push(1, [1, 1, 1])
+    assert team.mean() == [1, 1, 1]
+
+
+def test_a_late_contribution_is_scaled_by_its_age_where_that_is_asked_for() -> None:
+    team = Team(late="scale", deadline=0.2)
+    team.join(0, 1)
+    team.push(0, [1, 1, 1])
+    team.wait(0.3, 0, 1)
+    assert [one.ranks for one in team.closed] == [[0]]
+    team.push(1, [4, 4, 4], round_=0)
+    team.push(0, [1, 1, 1])
+    team.push(1, [1, 1, 1])
+    assert team.closed[1].late == 1
+    assert team.mean() == pytest.approx([(1 + 1 + 0.5 * 4) / 2.5] * 3)
+
+
+def test_a_member_is_waited_for_as_long_as_its_lease_lasts_and_no_longer() -> None:
+    team = Team()
+    team.join(0, 1)
+    team.push(0, [1, 1, 1])
+    team.wait(0.8, 0)
+    assert team.closed == []
+    team.wait(0.3, 0)
+    assert [(one.ranks, one.members) for one in team.closed] == [([0], [0])]
+
+
+def test_after_the_deadline_a_quorum_is_enough_and_below_it_the_round_waits() -> None:
+    team = Team(workers=3, quorum=2, deadline=0.3)
+    team.join(0, 1, 2)
+    team.push(0, [1, 1, 1])
+    team.wait(2.0, 0, 1, 2)
+    assert team.closed == []
+    team.push(1, [3, 3, 3])
+    team.wait(0.1, 0, 1, 2)
+    assert [one.ranks for one in team.closed] == [[0, 1]]
+    assert team.mean() == [2, 2, 2]
+    assert team.closed[0].seconds == pytest.approx(2.05, abs=0.1)
+
+
+def test_an_adaptive_deadline_is_a_multiple_of_what_rounds_usually_take() -> None:
+    team = Team(quorum=1, deadline="adaptive")
+    team.join(0, 1)
+    for _ in range(100):
+        team.push(0, [1, 1, 1])
+        team.wait(0.1, 0, 1)
+        team.push(1, [1, 1, 1])
+    team.push(0, [1, 1, 1])
+    team.wait(0.3, 0, 1)
+    assert len(team.closed) == 100, "four times the usual 0.1 s is not over"
+    team.wait(0.3, 0, 1)
+    assert [one.ranks for one in team.closed[100:]] == [[0]]
+
+
+def test_who_joins_midway_is_not_waited_for_before_it_has_the_runs_state() -> None:
+    team = Team()
+    team.join(0, 1)
     for rank in range(2):
-        await app.publish(catalog.gradients, gradient(rank, [100]))
-    ledger = await idle(app, "training.gradients")
-    assert (ledger.groups["aggregation"].handled, ledger.groups["aggregation"].dead) == (6, 0)
-    [closed] = await collect_now(app, catalog.rounds)
-    assert closed.gradient == Tensor(np.array([3], np.float32))
-
-
-async def test_a_late_gradient_is_acknowledged_without_effect_by_an_aggregator_that_began_after_its_round(
-    valkey_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(aggregation, "rounds", aggregation.Rounds())
-    async with Pipeline("t", valkey_url) as app:
-        past = Round(run="r", round=7, ranks=[0], gradient=Tensor([0.0]), loss=0, accuracy=0, seconds=0)
-        await app.publish(catalog.rounds, past)
-        await app.publish(catalog.gradients, gradient(0, [1], round=7))
-        async with served(aggregation.app, valkey_url):
-            ledger = await idle(app, "training.gradients")
-        assert ledger.groups["aggregation"].handled == 1
-        assert await collect_now(app, catalog.rounds) == [past]
-
-
-async def test_runs_do_not_mix(app: Pipeline) -> None:
+        team.push(rank, [1, 1, 1])
+    admission = team.join(2)
+    assert (admission.ready, admission.source) == (True, 0)
     for rank in range(2):
-        for run in ("a", "b"):
-            await app.publish(catalog.gradients, gradient(rank, [1 if run == "a" else 5], run=run))
-    closed = {one.run: one.gradient.tolist() for one in events(await collect(app, catalog.rounds, 2))}
-    assert closed == {"a": [1.0], "b": [5.0]}
+        team.push(rank, [1, 1, 1])
+    assert [(one.ranks, one.state_from) for one in team.closed] == [([0, 1], None), ([0, 1], 0)]
+    team.send(2, "beat", round=2)
+    for rank in range(2):
+        team.push(rank, [1, 1, 1])
+    assert len(team.closed) == 2
+    team.push(2, [7, 7, 7])
+    assert team.mean() == [3, 3, 3]
+    assert team.closed[2].state_from is None
+
+
+def test_who_leaves_is_not_waited_for() -> None:
+    team = Team(lease=60.0)
+    team.join(0, 1)
+    team.push(0, [1, 1, 1])
+    team.send(1, "leave")
+    assert [(one.ranks, one.members) for one in team.closed] == [([0], [0])]
+
+
+def test_a_gradient_that_is_not_finite_counts_for_nothing_and_is_reported() -> None:
+    team = Team(workers=3)
+    team.join(0, 1, 2)
+    team.push(0, [1, 1, 1])
+    team.push(1, [1, np.nan, np.inf])
+    team.push(2, [3, 3, 3])
+    [closed] = team.closed
+    assert (closed.ranks, closed.refused) == ([0, 2], [1])
+    assert team.mean() == [2, 2, 2]
+
+
+def test_the_mean_is_clipped() -> None:
+    team = Team(size=2, clip=1.0)
+    team.join(0, 1)
+    team.push(0, [6, 0])
+    team.push(1, [0, 8])
+    assert team.mean() == pytest.approx([0.6, 0.8])
 
 
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (gradient(1, [1, np.nan, np.inf]), "run 'r', round 0, rank 1: 2 of 3 values are NaN or infinite"),
-        (
-            gradient(1, [1, 2, 3], loss=float("nan")),
-            "run 'r', round 0, rank 1: loss nan, accuracy 0.5, expected finite",
-        ),
-        (gradient(1, [1, 2]), "sent Tensor(float32, shape=[2]); expected Tensor(float32, shape=[3])"),
-        (gradient(1, Tensor(np.ones((3, 1)))), "Tensor(float64, shape=[3, 1]), expected float32 of one dimension"),
-        (gradient(2, [1, 2, 3]), "rank 2: ranks of 2 workers are 0…1"),
+        ({"parts": {"values": Tensor(np.ones(2, np.float32))}}, "expected values of float32"),
+        ({"parts": {"values": Tensor(np.ones(3))}}, "expected values of float32"),
+        ({"codec": "int8", "parts": {"values": Tensor(np.ones(3, np.int8))}}, "expected scales"),
+        ({"codec": "zip", "parts": {"values": Tensor(np.ones(3))}}, "compression 'zip' is unknown"),
     ],
-    ids=["nan", "loss", "shape", "dtype", "rank"],
+    ids=["shape", "dtype", "scales", "codec"],
 )
-async def test_a_gradient_that_does_not_fit_is_refused_with_the_reason_and_the_round_goes_on(
-    bad: Gradient, said: str, app: Pipeline
+def test_what_does_not_fit_is_left_out_with_the_reason_and_the_round_goes_on(
+    bad: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await app.publish(catalog.gradients, [gradient(0, [1, 1, 1]), bad, gradient(1, [3, 3, 3])])
-    [closed] = events(await collect(app, catalog.rounds, 1))
-    assert closed.gradient == Tensor(np.array([2, 2, 2], np.float32))
-    ledger = await idle(app, "training.gradients")
-    assert ledger.groups["aggregation"].dead == 1
-    [reason] = await reasons(app)
-    assert said in reason
+    team = Team(workers=3)
+    team.join(0, 1, 2)
+    team.push(0, [1, 1, 1])
+    team.send(1, "push", round=0, **bad)
+    team.push(2, [3, 3, 3])
+    assert team.mean() == [2, 2, 2]
+    assert (team.closed[0].ranks, team.closed[0].refused) == ([0, 2], [1])
+    assert f"run r, round 0: what rank 1 sent is left out: {said}" in caplog.text
 
 
-async def test_weights_come_out_together_with_their_round(app: Pipeline) -> None:
-    offers = [
-        Weights(model="m", version=rank + 1, parameters={"w": Tensor([float(rank)])}, run="r", round=0)
-        for rank in range(2)
-    ]
-    for rank in (1, 0):
-        await app.publish(catalog.gradients, gradient(rank, [1], weights=offers[rank]))
-    assert events(await collect(app, catalog.weights, 1)) == offers[:1]
-    assert len(await collect(app, catalog.rounds, 1)) == 1
+@pytest.mark.parametrize("plan", [{"mode": "local"}, {"size": 4}, {"plane": "shm"}])
+def test_a_worker_of_another_plan_is_refused(plan: dict[str, Any]) -> None:
+    team = Team()
+    team.join(0)
+    team.plan = team.plan.model_copy(update=plan)
+    with pytest.raises(
+        Reject, match=r"run 'r' has (mode|size|plane) .*; worker w1 came with .*Give the run another name"
+    ):
+        team.join(1)
 
 
-async def test_a_killed_aggregators_gradients_go_to_the_next_one(valkey_url: str) -> None:
-    async with Pipeline("t", valkey_url) as app:
-        with program(*app_program("subscribers.aggregation"), url=valkey_url) as first:
-            await asyncio.to_thread(line_with, "ready", first)
-            await app.publish(catalog.gradients, gradient(0, [1], round=3))
-            await until_pending(app, 1)
-            first.kill()
-        with program(*app_program("subscribers.aggregation"), url=valkey_url) as second:
-            await asyncio.to_thread(line_with, "ready", second)
-            await app.publish(catalog.gradients, gradient(1, [3], round=3))
-            [closed] = events(await collect(app, catalog.rounds, 1))
-        assert (closed.round, closed.ranks, closed.gradient.tolist()) == (3, [0, 1], [2.0])
-
-
-async def test_a_stopping_aggregator_hands_its_open_rounds_back_at_once(
-    valkey_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with Pipeline("t", valkey_url) as app:
-        monkeypatch.setattr(aggregation, "rounds", aggregation.Rounds())
-        async with served(aggregation.app, valkey_url):
-            for rank in (0, 2):
-                await app.publish(catalog.gradients, gradient(rank, [rank], workers=3))
-            await until_pending(app, 2)
-            started = time.monotonic()
-        assert time.monotonic() - started < 1
-        monkeypatch.setattr(aggregation, "rounds", aggregation.Rounds())
-        async with served(aggregation.app, valkey_url):
-            await app.publish(catalog.gradients, gradient(1, [1], workers=3))
-            assert events(await collect(app, catalog.rounds, 1, seconds=2.0))[0].ranks == [0, 1, 2]
-
-
-async def test_another_aggregators_round_releases_what_is_held_for_it(app: Pipeline) -> None:
+@pytest.mark.parametrize("codec", ["bf16", "fp16", "int8", "topk:0.5", "powersgd:1"])
+def test_compressed_contributions_are_averaged(codec: str) -> None:
+    size = 64 * 32
+    values = np.random.default_rng(1).standard_normal((2, size)).astype(np.float32)
+    team = Team(size=size)
+    team.join(0, 1)
     for rank in range(2):
-        await app.publish(catalog.gradients, gradient(rank, [1], workers=3))
-    await until_pending(app, 2)
-    await app.publish(
-        catalog.rounds, Round(run="r", round=0, ranks=[2], gradient=Tensor([0.0]), loss=0, accuracy=0, seconds=0)
-    )
-    ledger = await idle(app, "training.gradients", 2.0)
-    assert ledger.groups["aggregation"].handled == 2
-    assert len(await collect_now(app, catalog.rounds)) == 1
+        parts = Encoder(codec, size, {0: (64, 32)}).encode(values[rank])
+        team.send(rank, "push", round=0, codec=codec, parts=parts)
+    exact = values.mean(0)
+    off = np.linalg.norm(np.array(team.mean()) - exact) / np.linalg.norm(exact)
+    assert off < {"bf16": 0.01, "fp16": 0.01, "int8": 0.02, "topk:0.5": 0.7, "powersgd:1": 1.2}[codec]
 
 
-async def test_many_runs_side_by_side(app: Pipeline) -> None:
-    runs = [f"run-{number}" for number in range(40)]
-    for rank, number, run in itertools.product(range(2), range(3), runs):
-        await app.publish(catalog.gradients, gradient(rank, [rank], run=run, round=number))
-    closed = events(await collect(app, catalog.rounds, 120))
-    assert len({(one.run, one.round) for one in closed}) == 120
-    await until(lambda: not aggregation.rounds._open)
+# -- taking over ---------------------------------------------------------------------------------------------------
 
 
-async def collect_now(app: Pipeline, channel: Any) -> list[Any]:
-    """What the channel holds."""
-    return events(await collect(app, channel, (await app.stats()).channels[channel.name].published))
+def test_who_takes_over_asks_for_what_it_does_not_have_and_closes_no_round_too_early() -> None:
+    team = Team()
+    team.run.heard = team.now
+    sent = {"round": 7, "peers": 2}
+    [first] = team.send(0, "beat", **sent)
+    assert (first.round, first.push_wanted, first.settled) == (7, True, False)
+    team.push(0, [1, 1, 1], round_=7, peers=2)
+    team.wait(0.3, 0)
+    assert team.closed == [], "rank 1 may be about to speak"
+    [second] = team.send(1, "beat", **sent)
+    assert (second.push_wanted, second.settled) == (True, True)
+    team.push(1, [3, 3, 3], round_=7, peers=2)
+    assert [(one.round, one.ranks) for one in team.closed] == [(7, [0, 1])]
 
 
-async def until_pending(app: Pipeline, count: int) -> None:
-    async with asyncio.timeout(10):
-        while True:
-            groups = (await app.stats()).channels["training.gradients"].groups
-            if "aggregation" in groups and groups["aggregation"].pending == count and not groups["aggregation"].lag:
-                return
-            await asyncio.sleep(0.02)
+def test_a_worker_that_missed_a_round_is_sent_it_again() -> None:
+    team = Team()
+    team.join(0, 1)
+    team.push(0, [1, 1, 1])
+    team.push(1, [3, 3, 3])
+    team.now += 0.5
+    outputs = team.send(1, "beat", round=0)
+    assert [one.round for one in outputs if isinstance(one, Round)] == [0]
+
+
+# -- servers -------------------------------------------------------------------------------------------------------
+
+
+def served_team(**plan: Any) -> Team:
+    team = Team(Server, **{"mode": "async", "optimizer": "sgd", "rate": 0.5, **plan})
+    team.join(0, 1)
+    team.send(0, "state", parts={"values": Tensor(np.zeros(3, np.float32))})
+    return team
+
+
+def test_a_server_applies_every_push_when_it_comes_and_says_how_stale_it_was() -> None:
+    team = served_team()
+    [first] = team.push(0, [1, 1, 1], 0, base=0)
+    [second] = team.push(1, [2, 2, 2], 0, base=0)
+    [third] = team.push(0, [1, 1, 1], 1, base=2)
+    assert [one.parts["values"].tolist() for one in (first, second, third)] == [[-0.5] * 3, [-1.5] * 3, [-2.0] * 3]
+    assert [(one.round, one.staleness, one.worker) for one in (first, second, third)] == [
+        (1, 0, "w0"), (2, 1, "w1"), (3, 0, "w0"),
+    ]  # fmt: skip
+
+
+def test_a_push_that_comes_twice_is_applied_once() -> None:
+    team = served_team()
+    team.push(0, [1, 1, 1], 0)
+    assert team.push(0, [1, 1, 1], 0) == []
+    assert team.run.round == 1
+
+
+def test_a_stale_push_moves_less_where_that_is_asked_for() -> None:
+    team = served_team(late="scale")
+    for number in range(3):
+        team.push(0, [1, 1, 1], number, base=number)
+    [late] = team.push(1, [1, 1, 1], 0, base=0)
+    assert late.parts["values"].tolist() == pytest.approx([-1.5 - 0.5 / 4] * 3)
+
+
+def test_a_push_that_is_not_finite_changes_nothing_and_is_reported() -> None:
+    team = served_team()
+    [applied] = team.push(0, [np.inf, 1, 1], 0)
+    assert (applied.refused, applied.ranks, applied.parts["values"].tolist()) == ([0], [], [0.0] * 3)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adagrad", "adam"])
+def test_the_servers_optimizers_are_torchs(name: str) -> None:
+    import torch
+
+    parameter = torch.nn.Parameter(torch.ones(50))
+    reference: torch.optim.Optimizer = {
+        "sgd": lambda: torch.optim.SGD([parameter], 0.1),
+        "momentum": lambda: torch.optim.SGD([parameter], 0.1, momentum=0.9),
+        "adagrad": lambda: torch.optim.Adagrad([parameter], 0.1),
+        "adam": lambda: torch.optim.Adam([parameter], 0.1),
+    }[name]()
+    weights, random = np.ones(50, np.float32), np.random.default_rng(0)
+    ours = Optimizer(name, 0.1, 50)
+    for _ in range(20):
+        gradient = random.standard_normal(50).astype(np.float32)
+        parameter.grad = torch.from_numpy(gradient.copy())
+        reference.step()
+        ours.apply(weights, gradient)
+    assert np.allclose(weights, parameter.detach().numpy(), atol=1e-5)
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(Reject, match="'lion' is unknown; use one of sgd, momentum, adagrad, adam"):
+        Team(Server, mode="async", optimizer="lion")
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("PIPELINE_DATA_DIR", str(tmp_path))
+    settings.cache_clear()
+    yield tmp_path
+    settings.cache_clear()
+
+
+def test_a_server_goes_on_bit_for_bit_from_its_checkpoint(data: Path) -> None:
+    def pushes(team: Team, numbers: range) -> None:
+        for number in numbers:
+            gradient = np.random.default_rng(number).standard_normal(3)
+            team.push(0, gradient, number, base=team.run.round)
+
+    unbroken = served_team(optimizer="adam")
+    pushes(unbroken, range(30))
+    broken = served_team(optimizer="adam", checkpoint=5)
+    pushes(broken, range(17))
+    resumed = Team(Server, mode="async", optimizer="adam", rate=0.5, checkpoint=5)
+    [admission] = resumed.send(0, "beat", round=16)
+    assert (resumed.run.round, admission.push_wanted) == (15, True)
+    pushes(resumed, range(15, 30))
+    assert resumed.run.weights.tobytes() == unbroken.run.weights.tobytes()  # type: ignore[attr-defined]
+
+
+def test_the_two_newest_checkpoints_are_kept_and_a_torn_one_is_left_out(data: Path) -> None:
+    for number in (10, 20, 30):
+        save("a/b", 0, Checkpoint(number, {"w": np.full(3, number, np.float32)}, {"note": str(number)}))
+    files = sorted(folder_of("a/b", 0).iterdir())
+    assert [file.name for file in files] == ["round-000000020.safetensors", "round-000000030.safetensors"]
+    files[1].write_bytes(files[1].read_bytes()[:50])
+    found = latest("a/b", 0)
+    assert found is not None
+    assert (found.round, found.tensors["w"].tolist(), found.note) == (20, [20.0] * 3, {"note": "20"})
+
+
+# -- through Redis -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def app(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pipeline]:
+    """The aggregator is served; what is yielded publishes to it."""
+    monkeypatch.setattr(aggregation, "runs", aggregation.Runs())
+    async with served(aggregation.app, valkey_url), Pipeline("t", valkey_url) as app:
+        yield app
+
+
+def sent(run: str, rank: int, action: Any, **more: Any) -> Contribution:
+    plan = more.pop("plan", RunPlan(size=1, workers=2, lease=60.0))
+    return Contribution(run=run, worker=f"w{rank}", rank=rank, plan=plan, action=action, **more)
+
+
+async def test_many_runs_side_by_side_do_not_mix(app: Pipeline) -> None:
+    runs = [f"run-{number}" for number in range(20)]
+    for run, rank in itertools.product(runs, range(2)):
+        await app.request(catalog.contributions, sent(run, rank, "join"), key=run)
+    for number, rank, (index, run) in itertools.product(range(3), range(2), enumerate(runs)):
+        parts = {"values": Tensor(np.full(1, index + rank, np.float32))}
+        await app.publish(catalog.contributions, sent(run, rank, "push", round=number, parts=parts), key=run)
+    closed: list[Round] = events(await collect(app, catalog.rounds, 60))
+    assert {(one.run, one.round) for one in closed} == set(itertools.product(runs, range(3)))
+    assert all(one.parts["values"].tolist() == [int(one.run[4:]) + 0.5] for one in closed)
+
+
+async def test_a_stranger_becomes_a_dead_letter_that_says_why(app: Pipeline) -> None:
+    await app.publish(catalog.contributions, sent("r", -1, "push"), key="r")
+    ledger = await idle(app, "training.contributions")
+    assert ledger.groups["aggregation"].dead == 1
+    [letter] = await app.dead_letters("training.contributions")
+    assert "worker w-1 has not joined" in letter.event.reason
+
+
+async def test_a_worker_of_another_model_is_told_so(app: Pipeline) -> None:
+    await app.request(catalog.contributions, sent("r", 0, "join"), key="r")
+    with pytest.raises(RequestFailed, match="run 'r' has size 1; worker w1 came with 2"):
+        await app.request(catalog.contributions, sent("r", 1, "join", plan=RunPlan(size=2)), key="r")
+
+
+async def test_a_run_that_nobody_speaks_of_is_let_go(app: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregation, "FORGOTTEN", 0.1)
+    await app.request(catalog.contributions, sent("r", 0, "join", plan=RunPlan(size=1, lease=0.2)), key="r")
+    assert len(aggregation.runs._runs) == 1
+    await until(lambda: not aggregation.runs._runs)

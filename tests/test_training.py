@@ -16,24 +16,23 @@ import psutil
 import pytest
 import torch
 
-from pipeline import Pipeline, Tensor, catalog
+from pipeline import Pipeline, catalog
 from pipeline.catalog import Round, TrainingMetrics
 from pipeline.server import Server
 from publishers.datasets import digits
 from publishers.training import Metrics
-from publishers.training.worker import Champion, Diverged, LogIncomplete, Plan, Trainer, work
-from subscribers import aggregation
-from subscribers.models import DigitClassifier, digit_module
+from publishers.training.demo import Champion, Diverged, Plan, digit_module, state_of, work
+from subscribers import aggregation, models
+from subscribers.models import DigitClassifier
 
-from .apps import until
 from .processes import ended, line_with
-from .programs import app_program, collect, events, program, served
+from .programs import collect, events, program, served
 
 
 @pytest.fixture
 async def aggregator(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
     """The URL at which one is served."""
-    monkeypatch.setattr(aggregation, "rounds", aggregation.Rounds())
+    monkeypatch.setattr(aggregation, "runs", aggregation.Runs())
     async with served(aggregation.app, valkey_url):
         yield valkey_url
 
@@ -44,7 +43,7 @@ async def states(url: str, *plans: Plan) -> list[list[tuple[str, str]]]:
     async with asyncio.timeout(60):
         await asyncio.gather(
             *(
-                work(plan, url, lambda run, state, mine=mine: mine.append((run, state)))  # type: ignore[misc]
+                asyncio.to_thread(work, plan, url, lambda run, state, mine=mine: mine.append((run, state)))
                 for plan, mine in zip(plans, reported, strict=True)
             )
         )
@@ -55,18 +54,25 @@ def team(workers: int, **more: Any) -> list[Plan]:
     return [Plan("t", rank=rank, workers=workers, runs=1, quorum=workers, **more) for rank in range(workers)]
 
 
-# -- rounds --------------------------------------------------------------------------------------------------------
+async def rounds_of(url: str, run: str, count: int) -> list[Round]:
+    async with Pipeline("t", url) as app:
+        closed: list[Round] = events(await collect(app, catalog.rounds, count))
+    assert {one.run for one in closed} == {run}
+    return closed
+
+
+# -- the demonstration -----------------------------------------------------------------------------------------------
 
 
 async def test_all_workers_end_identical_to_the_bit_and_the_next_time_too(aggregator: str) -> None:
     first, second, third = await states(aggregator, *team(3, rounds=20))
     assert first == second == third
     assert [run for run, _ in first] == ["t.1"]
-    async with Pipeline("t", aggregator) as app:
-        rounds = events(await collect(app, catalog.rounds, 20))
+    rounds = await rounds_of(aggregator, "t.1", 20)
     assert [(one.round, one.ranks) for one in rounds] == [(number, [0, 1, 2]) for number in range(20)]
-    [again] = await states(aggregator, Plan("t", rank=2, workers=3, runs=1, rounds=20))
-    assert again == first, "a worker that only replays the rounds ends where the others did"
+    plans = [Plan("u", rank=rank, workers=3, runs=1, quorum=3, rounds=20) for rank in range(3)]
+    again = await states(aggregator, *plans)
+    assert {state for reports in again for _, state in reports} == {first[0][1]}, "the same seed, the same state"
 
 
 async def test_each_run_has_its_own_seed(aggregator: str) -> None:
@@ -75,80 +81,54 @@ async def test_each_run_has_its_own_seed(aggregator: str) -> None:
     assert len({state for _, state in reported}) == 3
 
 
-async def test_a_worker_that_joins_late_becomes_identical(aggregator: str) -> None:
-    early, late = (Plan("t", rank=rank, workers=2, runs=1, rounds=40, rate=50, deadline=0.05) for rank in range(2))
-
-    async def join_later() -> list[list[tuple[str, str]]]:
-        async with Pipeline("t", aggregator) as app:
-            await collect(app, catalog.rounds, 8)
-        return await states(aggregator, late)
-
-    [first], [second] = await asyncio.gather(states(aggregator, early), join_later())
-    assert first == second
-    async with Pipeline("t", aggregator) as app:
-        ranks = [one.ranks for one in events(await collect(app, catalog.rounds, 40))]
-    assert ranks[0] == [0]
-    assert [0, 1] in ranks
-
-
-async def test_a_run_whose_beginning_is_gone_cannot_be_joined_and_says_so(valkey_url: str) -> None:
-    async with Pipeline("t", valkey_url) as app:
-        orphan = Round(
-            run="t.4", round=9, ranks=[0], gradient=Tensor(np.zeros(2410, np.float32)), loss=0, accuracy=0, seconds=0
-        )
-        await app.publish(catalog.rounds, orphan)
-    with pytest.raises(LogIncomplete, match=r"run t\.4 cannot be joined: round 0 is not on channel 'training\.rounds'"):
-        await states(valkey_url, Plan("t"))
-
-
-async def test_only_the_first_of_two_rounds_with_one_number_is_applied(aggregator: str) -> None:
-    [reported] = await states(aggregator, Plan("t", runs=1, rounds=5))
-    async with Pipeline("t", aggregator) as app:
-        other = Round(
-            run="t.1", round=2, ranks=[0], gradient=Tensor(np.ones(2410, np.float32)), loss=0, accuracy=0, seconds=0
-        )
-        await app.publish(catalog.rounds, other)
-    assert await states(aggregator, Plan("t", runs=1, rounds=5)) == [reported]
-
-
-async def test_a_round_of_another_shape_is_left_out(aggregator: str, caplog: pytest.LogCaptureFixture) -> None:
-    async with Pipeline("t", aggregator) as app:
-        odd = Round(run="t.1", round=0, ranks=[0], gradient=Tensor([1.0, 2.0]), loss=0, accuracy=0, seconds=0)
-        await app.publish(catalog.rounds, odd)
-    aggregation.rounds = aggregation.Rounds()  # one that has not seen it
-    [[(run, _)]] = await states(aggregator, Plan("t", runs=1, rounds=1, patience=0.2))
-    assert run == "t.1"
-    assert "is left out; expected float32 [2410]" in caplog.text
-
-
-async def test_training_outlives_a_killed_aggregator(valkey_url: str) -> None:
-    plans = team(2, rounds=120, rate=60, patience=0.5)
-    async with Pipeline("t", valkey_url) as app:
-        training = asyncio.create_task(states(valkey_url, *plans))
-        with program(*app_program("subscribers.aggregation"), url=valkey_url) as first:
-            await collect(app, catalog.rounds, 30)
-            first.kill()
-        with program(*app_program("subscribers.aggregation"), url=valkey_url):
-            one, two = await training
-        assert one == two
-        rounds = events(await collect(app, catalog.rounds, 120))
-        assert [closed.round for closed in rounds] == list(range(120))
-        assert [closed.ranks for closed in rounds] == [[0, 1]] * 120
-        assert one[0][1] == unbroken(plans), "the kill left no trace in the result"
+async def test_the_result_is_that_of_the_same_steps_without_redis(aggregator: str) -> None:
+    plans = team(2, rounds=30)
+    first, second = await states(aggregator, *plans)
+    assert first == second == [("t.1", unbroken(plans))]
 
 
 def unbroken(plans: list[Plan]) -> str:
-    """The state after the same run without Redis: means in rank order, as the aggregator computes them."""
-    trainers = [Trainer(plan, 1, digits().train) for plan in plans]
-    for _ in range(plans[0].rounds):
-        total = np.zeros(2410)
-        for trainer in trainers:
-            total += trainer.gradient()[0].numpy().astype(np.float64) * trainer.batch
-        mean = Tensor((total / sum(trainer.batch for trainer in trainers)).astype(np.float32))
-        for trainer in trainers:
-            trainer.apply(mean)
-    [state] = {trainer.state() for trainer in trainers}
-    return state
+    """The state after the same run in one process: means in rank order, as the aggregator computes them."""
+    module = digit_module(plans[0].seed + 1)
+    optimizer = torch.optim.Adam(module.parameters(), plans[0].learning_rate)
+    shards = [digits().train.shard(plan.rank, plan.workers) for plan in plans]
+    for number in range(plans[0].rounds):
+        gradients = []
+        for plan, part in zip(plans, shards, strict=True):
+            random = np.random.default_rng((plan.seed + 1, plan.rank, number))
+            chosen = random.choice(len(part), plan.batch, replace=False)
+            logits = module(torch.from_numpy(part.images)[chosen] / 16)
+            loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(part.labels)[chosen])
+            gradients.append(torch.autograd.grad(loss, list(module.parameters())))
+        for parameter, parts in zip(module.parameters(), zip(*gradients, strict=True), strict=True):
+            parameter.grad = sum(parts[1:], parts[0]) * (1 / len(parts))
+        optimizer.step()
+    return state_of(module, optimizer)
+
+
+async def test_the_trainer_logs_its_own_figures(aggregator: str) -> None:
+    await states(aggregator, Plan("t", runs=1, rounds=5))
+    rounds = await rounds_of(aggregator, "t.1", 5)
+    async with Pipeline("t", aggregator) as app:
+        logged = events(await collect(app, catalog.training_metrics, 5))
+    for one, closed in zip(logged, rounds, strict=True):
+        assert (one.run, one.step, one.values["loss"]) == ("t.1", closed.round, closed.values["loss"])
+        assert {*one.values} == {
+            "loss", "accuracy", "gradient_norm", "staleness", "samples_per_second", "round_seconds", "members",
+            "bytes_sent", "bytes_raw", "refused",
+        }  # fmt: skip
+        assert one.values["bytes_sent"] == one.values["bytes_raw"] == 4 * 2410
+
+
+@pytest.mark.parametrize("mode", ["local", "async", "dogwild", "hogwild"])
+async def test_every_mode_learns_the_digits(mode: Any, aggregator: str) -> None:
+    plans = [Plan("t", rank=rank, workers=2, runs=1, mode=mode, rounds=300, rate=100) for rank in range(2)]
+    await states(aggregator, *plans)
+    async with Pipeline("t", aggregator) as app:
+        published = (await app.stats()).channels["weights"].published
+        best = DigitClassifier.of((await collect(app, catalog.weights, published))[-1].event)
+    part = digits().held_out
+    assert (np.argmax(best.predict(part.images), axis=1) == part.labels).mean() > 0.9
 
 
 # -- processes -----------------------------------------------------------------------------------------------------
@@ -176,7 +156,7 @@ async def test_a_killed_worker_is_started_again_and_ends_identical(aggregator: s
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 async def test_no_worker_outlives_its_launcher(number: signal.Signals, valkey_url: str) -> None:
     with program("-m", "publishers.training", url=valkey_url) as launcher:
-        await asyncio.to_thread(line_with, "has no mean yet; is an aggregator running?", launcher)
+        await asyncio.to_thread(line_with, "no aggregator answers; start one", launcher)
         workers = workers_of(launcher)
         assert len(workers) == 2
         launcher.send_signal(number)
@@ -205,36 +185,19 @@ def test_impossible_arguments_are_refused(arguments: list[str], said: str, capsy
 
 def test_the_trainers_model_is_the_one_that_inference_serves() -> None:
     champion = Champion(digits().validation)
-    trainer = Trainer(Plan("t"), 1, digits().train)
-    offered = champion.offer(trainer, "t.1")
+    module = digit_module(1)
+    offered = champion.offer(module, "t.1", 0)
     assert offered is not None
     served_ = DigitClassifier.of(offered)
     part = digits().validation
     labels = np.argmax(served_.predict(part.images), axis=1)
     assert (labels == part.labels).mean() == pytest.approx(offered.score)
-    assert list(digit_module().state_dict()) == list(trainer.parameters), "gradients are flattened in state_dict order"
+    assert list(models.digit_module().state_dict()) == list(module.state_dict())
 
 
-def test_the_gradient_is_that_of_the_loss_over_the_shards_samples() -> None:
-    trainer = Trainer(Plan("t", batch=10_000), 1, digits().train)
-    flat, loss, accuracy = trainer.gradient()
-    module = digit_module().requires_grad_()
-    module.load_state_dict(trainer.parameters)
-    part = digits().train
-    logits = module(torch.from_numpy(part.images) / 16)
-    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(part.labels))
-    expected.backward()
-    gradients = torch.cat([parameter.grad.reshape(-1) for parameter in module.parameters()])  # type: ignore[union-attr]
-    assert torch.allclose(flat, gradients, atol=1e-6)
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
-    assert 0 <= accuracy < 0.4
-
-
-def test_a_gradient_that_is_not_finite_ends_the_run() -> None:
-    trainer = Trainer(Plan("t"), 1, digits().train)
-    trainer.apply(Tensor(np.full(2410, np.nan, np.float32)))
-    with pytest.raises(Diverged, match="the gradient of round 1 is not finite; use a smaller --learning-rate"):
-        trainer.gradient()
+async def test_a_loss_that_is_not_finite_ends_the_run(aggregator: str) -> None:
+    with pytest.raises(Diverged, match=r"the loss of round \d+ is nan; use a smaller --learning-rate"):
+        await states(aggregator, Plan("t", runs=1, rounds=40, learning_rate=1e30))
 
 
 async def test_the_first_run_carries_held_out_accuracy_above_95_percent(aggregator: str) -> None:
@@ -262,15 +225,15 @@ async def test_weights_that_are_worse_than_the_last_are_not_published(aggregator
 
 def test_the_last_weights_are_published_again_before_the_channel_forgets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     champion = Champion(digits().validation)
-    trainer = Trainer(Plan("t"), 1, digits().train)
-    good = champion.offer(trainer, "t.1")
+    module = digit_module(1)
+    good = champion.offer(module, "t.1", 0)
     assert good is not None
     champion.published(good)
     champion._score = 1.0
-    assert champion.offer(trainer, "t.2") is None
+    assert champion.offer(module, "t.2", 0) is None
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + catalog.weights.keep * 0.6)
-    assert champion.offer(trainer, "t.2") is good
+    assert champion.offer(module, "t.2", 0) is good
 
 
 # -- metrics -------------------------------------------------------------------------------------------------------
@@ -330,14 +293,3 @@ async def test_metrics_wait_for_a_redis_that_comes_later() -> None:
             assert [one.step for one in events(await collect(app, catalog.training_metrics, 2))] == [1, 2]
         await asyncio.to_thread(metrics.close)
     assert metrics.dropped == 0
-
-
-async def test_the_trainer_logs_its_own_figures(aggregator: str) -> None:
-    await states(aggregator, Plan("t", runs=1, rounds=5))
-    async with Pipeline("t", aggregator) as app:
-        logged = events(await collect(app, catalog.training_metrics, 5))
-        rounds = events(await collect(app, catalog.rounds, 5))
-    await until(lambda: True)
-    for one, closed in zip(logged, rounds, strict=True):
-        assert (one.run, one.step, one.values["loss"]) == ("t.1", closed.round, closed.loss)
-        assert {*one.values} == {"loss", "accuracy", "gradient_norm", "samples_per_second", "round_seconds"}

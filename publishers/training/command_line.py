@@ -20,9 +20,13 @@ import threading
 import time
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
-from typing import Any
+from typing import Any, get_args
 
-from ..command import fail, positive, run, start_logging
+from pipeline.catalog import Mode
+from pipeline.catalog.compression import check_codec
+from pipeline.errors import ConfigurationError
+
+from ..command import fail, positive, start_logging
 
 __all__ = ["main"]
 
@@ -121,14 +125,26 @@ def _work_as_child(options: dict[str, Any]) -> None:
 
 def _work(options: dict[str, Any]) -> int:
     """Be one worker. Prints the state after each run, so that workers can be compared."""
-    from .worker import Plan, work
+    from .demo import Plan, work
 
     plan = Plan(**options)
 
     def report(name: str, state: str) -> None:
         print(f"run {name} rank {plan.rank} state {state}", flush=True)
 
-    return run(lambda: work(plan, report=report))
+    signal.signal(signal.SIGTERM, _interrupt)
+    start_logging()
+    try:
+        work(plan, report=report)
+    except (ConfigurationError, OSError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _count(text: str) -> int:
@@ -137,6 +153,14 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
+
+
+def _codec(text: str) -> str:
+    """For argparse: the name of a compression."""
+    try:
+        return check_codec(text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -158,15 +182,12 @@ def _arguments() -> argparse.ArgumentParser:
     add("--learning-rate", type=positive, default=6e-3, metavar="X", help="of Adam (default: %(default)s)")
     add("--seed", type=int, default=0, help="of parameters and batches; run k adds k (default: %(default)s)")
     add("--quorum", type=_count, metavar="N", help="workers a round needs after its deadline (default: all but one)")
-    add(
-        "--deadline",
-        type=positive,
-        default=2.0,
-        metavar="S",
-        help="seconds a round waits for all (default: %(default)s)",
-    )
-    add("--patience", type=positive, default=2.0, metavar="S", help=(
-        "seconds after which a gradient without a mean is published again (default: %(default)s)"
+    add("--deadline", type=positive, default=2.0, metavar="S", help=(
+        "seconds a round waits for all (default: %(default)s)"
+    ))  # fmt: skip
+    add("--mode", choices=get_args(Mode), default="sync", help="how they keep together (default: %(default)s)")
+    add("--compress", type=_codec, default="none", metavar="NAME", help=(
+        "none, bf16, fp16, int8, topk:SHARE or powersgd:RANK (default: %(default)s)"
     ))  # fmt: skip
     add("--publish-every", type=_count, default=10, metavar="N", help=(
         "rounds between weights for inference, which are published if no worse than the last (default: %(default)s)"

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from typing import Any, Self
 
 from pipeline import Pipeline, catalog
@@ -18,6 +19,8 @@ __all__ = ["Metrics"]
 logger = logging.getLogger("publishers.training")
 
 MOST_AT_ONCE = 256
+MOMENT = 0.02
+"""Seconds for which steps gather: a quick loop's share one event frame."""
 RECONNECT = 0.5
 
 
@@ -111,6 +114,8 @@ class Metrics:
             if not batch:
                 with contextlib.suppress(queue.Empty):
                     batch.append(self._queue.get(timeout=0.1))
+                    if not self._closing.is_set():
+                        time.sleep(MOMENT)
                     while len(batch) < MOST_AT_ONCE:
                         batch.append(self._queue.get_nowait())
             if batch:

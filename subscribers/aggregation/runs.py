@@ -1,0 +1,517 @@
+"""A run as one aggregator sees it: who takes part, the open round, and when it closes. No Redis here.
+
+    joined ──(enough workers)──▶ begun ─▶ round 0 open ──all members in, or deadline and quorum──▶ Round 0 ─▶ round 1 …
+
+Rounds are closed by the contribution that completes them, or by the clock (`due`). A member is whoever gave a sign of
+life within its lease; one that joined a run under way is not waited for until it has contributed. An aggregator that
+takes over knows nothing: the first message of a run tells it the plan, and it closes no round before it has heard from
+as many members as that worker knew of, or for the length of a lease.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pipeline import Reject, Tensor
+from pipeline.catalog import Admission, Contribution, Round, RunPlan, State
+from pipeline.catalog.compression import decode, merge, nbytes_of
+
+from .checkpoints import Checkpoint, latest, save
+from .optimizers import Optimizer
+
+__all__ = ["Answer", "Member", "Run", "Server"]
+
+logger = logging.getLogger("subscribers.aggregation")
+
+Output = Admission | Round | State
+
+SHORTEST_DEADLINE = 0.2
+"""Seconds that an adaptive deadline leaves at least."""
+REPEAT = 0.3
+"""Seconds after which a worker that still waits for a closed round is sent it again."""
+
+
+@dataclass(slots=True)
+class Member:
+    rank: int
+    seen: float
+    active: bool
+    """It is waited for."""
+    fed: bool = False
+    """It has the run's state, and takes part."""
+    host: str = ""
+    attempt: int = 0
+    """How often it has joined."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """What comes of a message."""
+
+    outputs: list[Output]
+    close: bool = False
+    """The open round is complete: close it."""
+
+
+class Run:
+    """Modes sync and local, and of hogwild the membership. Times are seconds of a monotonic clock."""
+
+    def __init__(self, run: str, shard: int, plan: RunPlan, now: float) -> None:
+        self.name = run
+        self.shard = shard
+        self.plan = plan
+        self.members: dict[str, Member] = {}
+        self.round = 0
+        self.begun = False
+        self.late = 0
+        """Contributions that came after their round was closed."""
+        self.closing = False
+        self.heard = now
+        """The last message."""
+        self._held: dict[int, Contribution] = {}
+        self._stale: list[tuple[int, Contribution]] = []
+        self._failed: set[int] = set()
+        self._first = 0.0
+        """When the open round's first contribution came."""
+        self._gathering = 0.0
+        """What rounds usually take from the first to the last contribution."""
+        self._held_back = 0.0
+        self._expected = 0
+        self._wanted = False
+        """Somebody waits for a State."""
+        self._last: tuple[Round, float] | None = None
+
+    # -- members -------------------------------------------------------------------------------------------------
+
+    def take(self, sent: Contribution, now: float) -> Answer:
+        """Whatever a worker sends. Raises Reject saying what was expected."""
+        self._check(sent)
+        self.heard = now
+        if sent.action == "leave":
+            return self._leave(sent, now)
+        if sent.action == "join":
+            return self._join(sent, now)
+        member = self._member(sent, now)
+        if sent.action == "push":
+            return self._push(sent, member, now)
+        if sent.action == "state":
+            return self._state(sent)
+        return self._beat(sent, member, now)
+
+    def _check(self, sent: Contribution) -> None:
+        mine, theirs = self.plan, sent.plan
+        for name in ("mode", "size", "plane"):
+            if getattr(mine, name) != getattr(theirs, name) and "auto" not in (
+                getattr(mine, name),
+                getattr(theirs, name),
+            ):
+                raise Reject(
+                    f"run {self.name!r} has {name} {getattr(mine, name)!r}; worker {sent.worker} came with "
+                    f"{getattr(theirs, name)!r}. Give the run another name, or all workers the same"
+                )
+
+    def _join(self, sent: Contribution, now: float) -> Answer:
+        member = self.members.get(sent.worker)
+        if member is None:
+            taken = {other.rank for other in self.members.values()}
+            rank = sent.rank if sent.rank >= 0 and sent.rank not in taken else _lowest_free(taken)
+            member = self.members[sent.worker] = Member(rank, now, active=not self.begun, host=sent.host)
+            logger.info("run %s: rank %d joins (%s)", self.name, rank, sent.worker)
+        member.seen = now
+        if sent.base != member.attempt:
+            member.active = not self.begun or (member.active and sent.round >= 0)  # else it lost track
+            member.fed = False
+            member.attempt = sent.base
+        member.active = member.active or not self.begun
+        elsewhere = (
+            self.begun
+            and self.plan.plane == "shm"
+            and sent.host not in {m.host for m in self.members.values() if m.host}
+        )
+        if elsewhere or (self.plan.plane == "shm" and not sent.host):
+            del self.members[sent.worker]
+            reason = (
+                f"run {self.name!r} uses the shared memory of another host, or a folder of it that this worker does "
+                'not see; begin the run with join(..., plane="redis") everywhere'
+            )
+            return Answer([self._admission(sent.worker, member, ready=False).model_copy(update={"reason": reason})])
+        if not self.begun and len(self.members) >= self.plan.workers and self._may_begin(now):
+            self._begin()
+        if self.begun and not member.fed and self._resumed is None and any(m.fed for m in self.members.values()):
+            self._wanted = True
+        return Answer([self._admission(sent.worker, member, ready=self._ready())])
+
+    def _may_begin(self, now: float) -> bool:
+        return True
+
+    def _begin(self) -> None:
+        self.begun = True
+        if self.plan.plane == "auto":
+            hosts = {member.host for member in self.members.values()}
+            plane: Literal["shm", "redis"] = "shm" if len(hosts) == 1 and "" not in hosts else "redis"
+            self.plan = self.plan.model_copy(update={"plane": plane})
+        found = latest(self.name, self.shard) if self.plan.checkpoint else None
+        if found is not None:
+            self.round = found.round
+            self._resumed = found
+            logger.info("run %s goes on from the checkpoint of round %d", self.name, found.round)
+
+    _resumed: Checkpoint | None = None
+    """What the run begins with; until somebody takes part."""
+
+    def state(self) -> State | None:
+        """What a worker that joins begins with, where that is the aggregator's to say."""
+        return None if self._resumed is None else _state(self.name, self._resumed)
+
+    def _ready(self) -> bool:
+        return self.begun
+
+    def _member(self, sent: Contribution, now: float) -> Member:
+        """Raises Reject for who never joined; a worker that was given up, or that another aggregator knew, is back."""
+        if sent.rank < 0:
+            raise Reject(f"run {self.name!r}: worker {sent.worker} has not joined")
+        member = self.members.get(sent.worker)
+        if member is None:
+            if not self.begun:  # we take over
+                self.begun = True
+                self.round = max(self.round, sent.round)
+                self._held_back, self._expected = now + self.plan.lease, sent.peers
+                logger.info("run %s is taken over in round %d", self.name, self.round)
+            for worker, other in list(self.members.items()):
+                if other.rank == sent.rank:  # the place was given away; whoever is older keeps it
+                    del self.members[worker]
+            member = self.members[sent.worker] = Member(sent.rank, now, active=now < self._held_back)
+        member.seen = now
+        return member
+
+    def _end(self) -> None:
+        """Nobody is left that has the run's state: whoever comes next begins anew, or from a checkpoint."""
+        self.begun = False
+        self.round = 0
+        self._held, self._stale, self._failed = {}, [], set()
+        self._last = None
+        for member in self.members.values():
+            member.active, member.fed = True, False
+
+    def _leave(self, sent: Contribution, now: float) -> Answer:
+        member = self.members.pop(sent.worker, None)
+        if member is not None:
+            logger.info("run %s: rank %d leaves", self.name, member.rank)
+        if not any(member.active for member in self.members.values()):
+            self._end()
+        answer = Admission(
+            run=self.name, worker=sent.worker, rank=sent.rank, shard=self.shard, ready=False, round=self.round,
+            members=self._ranks(),
+        )  # fmt: skip
+        return Answer([answer], close=self._complete(now))
+
+    def _beat(self, sent: Contribution, member: Member, now: float) -> Answer:
+        if sent.round >= 0:
+            member.active, member.fed, self._resumed = True, True, None
+        outputs: list[Output] = []
+        push = False
+        if sent.round >= 0 and self.begun:
+            if sent.round > self.round and not self._held:
+                self.round = sent.round  # we took over, and others were further
+            if self._last is not None and sent.round == self._last[0].round and now - self._last[1] > REPEAT:
+                outputs.append(self._last[0])
+                self._last = self._last[0], now
+            push = (
+                self.plan.plane == "redis"
+                and sent.round == self.round
+                and member.rank not in self._held
+                and member.rank not in self._failed
+            )
+        admission = self._admission(sent.worker, member, ready=self._ready(), push_wanted=push)
+        return Answer([admission, *outputs], close=self._complete(now))
+
+    def _admission(self, worker: str, member: Member, *, ready: bool, push_wanted: bool = False) -> Admission:
+        source = self._source()
+        return Admission(
+            run=self.name, worker=worker, rank=member.rank, shard=self.shard, ready=ready, round=self.round,
+            members=self._ranks(), source=source, push_wanted=push_wanted, plane=self.plan.plane,
+            settled=self._settled,
+            newcomers={
+                f"{name} {member.attempt}": member.rank for name, member in self.members.items() if not member.active
+            }
+            if self.begun
+            else {},
+            state_wanted=self._wanted and member.rank == source and member.active,
+        )  # fmt: skip
+
+    @property
+    def _settled(self) -> bool:
+        return self.heard >= self._held_back or len(self.members) >= self._expected
+
+    def _source(self) -> int:
+        """Who gives new workers what they begin with; -1: the aggregator's own checkpoint."""
+        if self._resumed is not None:
+            return -1
+        fed = [member.rank for member in self.members.values() if member.fed]
+        return min(fed or [member.rank for member in self.members.values() if member.active], default=-1)
+
+    def _ranks(self) -> list[int]:
+        return sorted(member.rank for member in self.members.values())
+
+    def _state(self, sent: Contribution) -> Answer:
+        """A worker's state, for a checkpoint."""
+        self._save(Checkpoint(sent.round, {name: np.asarray(t) for name, t in sent.parts.items()}, {"note": sent.note}))
+        return Answer([])
+
+    def _save(self, checkpoint: Checkpoint) -> None:
+        try:
+            save(self.name, self.shard, checkpoint)
+        except OSError as error:
+            logger.error("run %s: no checkpoint of round %d: %s", self.name, checkpoint.round, error)
+
+    # -- rounds --------------------------------------------------------------------------------------------------
+
+    def _push(self, sent: Contribution, member: Member, now: float) -> Answer:
+        if sent.round > self.round and not self._held:
+            self.round = sent.round
+        if sent.round != self.round:
+            self.late += 1
+            if sent.round > self.round or self.plan.late == "drop":
+                return Answer([])
+            self._stale.append((self.round - sent.round, sent))
+            member.active = True
+            return Answer([])
+        member.active, member.fed, self._resumed = True, True, None
+        if member.rank in self._held:
+            return Answer([])  # it came twice
+        if not self._held and not self._failed:
+            self._first = now
+        if sent.failed:
+            self._failed.add(member.rank)
+        else:
+            self._held[member.rank] = sent
+        return Answer([], close=self._complete(now))
+
+    def _complete(self, now: float) -> bool:
+        if self.closing or not self.begun or not (self._held or self._failed):
+            return False
+        if now < self._held_back and len(self.members) < self._expected:
+            return False
+        here = self._held.keys() | self._failed
+        awaited = {member.rank for member in self.members.values() if member.active}
+        if awaited <= here:
+            return len(here) >= self.plan.quorum  # below it we wait for others to come
+        return len(self._held) >= self.plan.quorum and now >= self._first + self._deadline()
+
+    def _deadline(self) -> float:
+        if self.plan.deadline is None:
+            return math.inf
+        if self.plan.deadline == "adaptive":
+            return max(SHORTEST_DEADLINE, 4 * self._gathering)
+        return self.plan.deadline
+
+    def due(self, now: float) -> bool:
+        """By the clock: drop members whose lease has ended. Returns whether the open round is complete."""
+        for worker, member in list(self.members.items()):
+            if now - member.seen > self.plan.lease:
+                del self.members[worker]
+                logger.warning("run %s: rank %d gave no sign of life for %g s", self.name, member.rank, self.plan.lease)
+        if self.begun and not any(member.active for member in self.members.values()):
+            self._end()
+        return self._complete(now)
+
+    def close(self, now: float) -> tuple[Round, list[tuple[float, Contribution]]]:
+        """Open the next round. Returns the closed one without its mean, and what belongs into that, by rank."""
+        ranks = sorted(self._held)
+        parts: list[tuple[float, Contribution]] = [(1.0, self._held[rank]) for rank in ranks] + [
+            (1 / (1 + age), sent) for age, sent in sorted(self._stale, key=lambda item: (item[1].rank, item[1].round))
+        ]
+        weights = [(scale * sent.samples, sent) for scale, sent in parts]
+        total = sum(sent.samples * scale for scale, sent in parts) or 1.0
+        self._gathering += 0.1 * (now - self._first - self._gathering)
+        values = {name for _, sent in parts for name in sent.values}
+        closed = Round(
+            run=self.name, round=self.round, shard=self.shard, ranks=ranks, members=self._ranks(),
+            refused=sorted(self._failed), late=len(self._stale),
+            values={
+                name: sum(weight * sent.values.get(name, math.nan) for weight, sent in weights) / total
+                for name in sorted(values)
+            },
+            samples=sum(sent.samples for _, sent in parts), seconds=now - self._first,
+            state_from=self._source() if self._wanted else None,
+        )  # fmt: skip
+        self._wanted = False
+        self._held, self._stale, self._failed = {}, [], set()
+        self.round += 1
+        return closed, [(weight / total, sent) for weight, sent in weights]
+
+    def mean(self, closed: Round, summands: list[tuple[float, Contribution]]) -> Round:
+        """The closed round with its mean. This is the work; it may run in a thread."""
+        if not any(sent.parts for _, sent in summands):
+            return closed
+        try:
+            codec, parts, bad = self._merge(summands)
+            left_out = [summands[index][1].rank for index in bad]
+        except ValueError:
+            summands, left_out = self._without_misfits(closed.round, summands)
+            codec, parts, bad = self._merge(summands)
+            left_out += [summands[index][1].rank for index in bad]
+        if bad:
+            logger.warning("run %s, round %d: not finite, left out: ranks %s", self.name, closed.round, left_out)
+        if self.plan.clip is not None and parts:
+            codec, parts = _clipped(codec, parts, self.plan.size, self.plan.clip)
+        return closed.model_copy(
+            update={
+                "codec": codec,
+                "parts": parts,
+                "refused": sorted({*closed.refused, *left_out}),
+                "ranks": [rank for rank in closed.ranks if rank not in left_out],
+            }
+        )
+
+    def _merge(self, summands: list[tuple[float, Contribution]]) -> tuple[str, dict[str, Tensor], list[int]]:
+        return merge([(weight, sent.codec, sent.parts) for weight, sent in summands], self.plan.size)
+
+    def _without_misfits(
+        self, number: int, summands: list[tuple[float, Contribution]]
+    ) -> tuple[list[tuple[float, Contribution]], list[int]]:
+        """What is of its codec and of the run's size, with weights that add up to 1; and the ranks of the rest."""
+        good: list[tuple[float, Contribution]] = []
+        misfits: list[int] = []
+        for weight, sent in summands:
+            try:
+                decode(sent.codec, sent.parts, self.plan.size)
+                good.append((weight, sent))
+            except ValueError as error:
+                misfits.append(sent.rank)
+                logger.error("run %s, round %d: what rank %d sent is left out: %s", self.name, number, sent.rank, error)
+        total = sum(weight for weight, _ in good) or 1.0
+        return [(weight / total, sent) for weight, sent in good], misfits
+
+    def closed(self, closed: Round, now: float) -> None:
+        """Remember it, for a worker that does not get it. The vectors of big rounds are not kept in memory for that."""
+        self._last = (closed, now) if nbytes_of(closed.parts) <= 64 << 20 else None
+
+
+class Server(Run):
+    """Modes async and dogwild: the weights are here, and every push is applied when it comes."""
+
+    def __init__(self, run: str, shard: int, plan: RunPlan, now: float) -> None:
+        super().__init__(run, shard, plan, now)
+        self.weights: np.ndarray[tuple[int], np.dtype[np.float32]] | None = None
+        self._optimizer = Optimizer(plan.optimizer, plan.rate, plan.size)
+        self._applied: dict[str, int] = {}
+        self._note = ""
+
+    def _begin(self) -> None:
+        self.begun = True
+        self._load()
+
+    def _load(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        found = latest(self.name, self.shard) if self.plan.checkpoint else None
+        weights = found.tensors.get("weights") if found is not None else None
+        if found is None or weights is None or weights.shape != (self.plan.size,):
+            return
+        self.round, self.weights = found.round, weights.astype(np.float32)
+        self._optimizer.step = int(found.note.get("step", 0))
+        for name, array in self._optimizer.state.items():
+            if name in found.tensors:
+                array[:] = found.tensors[name]
+        self._applied = {str(worker): int(count) for worker, count in found.note.get("applied", {}).items()}
+        self._note = str(found.note.get("note", ""))
+        logger.info("run %s goes on from the checkpoint of version %d", self.name, self.round)
+
+    def _member(self, sent: Contribution, now: float) -> Member:
+        taking_over = not self.begun
+        member = super()._member(sent, now)
+        if taking_over:
+            self.round = 0
+            self._load()
+        member.active = True
+        return member
+
+    def _ready(self) -> bool:
+        return self.weights is not None
+
+    def _source(self) -> int:
+        return -1 if self.weights is not None else min(self._ranks(), default=-1)
+
+    def _state(self, sent: Contribution) -> Answer:
+        """What the server begins with: the first worker's parameters, or after a loss those of the furthest."""
+        values = sent.parts.get("values")
+        if values is None or values.dtype != "float32" or values.shape != (self.plan.size,):
+            raise Reject(f"run {self.name!r}: expected the weights as float32 [{self.plan.size}], not {values!r}")
+        if self.weights is None:
+            self.weights, self.round, self._note = np.asarray(values).copy(), max(0, sent.round), sent.note
+        return Answer([])
+
+    def _beat(self, sent: Contribution, member: Member, now: float) -> Answer:
+        push = sent.round >= 0 and self._applied.get(sent.worker, -1) < sent.round and self.weights is not None
+        admission = self._admission(sent.worker, member, ready=self._ready(), push_wanted=push)
+        if self.weights is None and member.rank == self._source():
+            admission = admission.model_copy(update={"state_wanted": True})
+        return Answer([admission])
+
+    def _complete(self, now: float) -> bool:
+        return False
+
+    def state(self) -> State | None:
+        """For a worker that joins: a copy of the weights."""
+        if self.weights is None:
+            return None
+        return State(
+            run=self.name, round=self.round, rank=-1, tensors={"values": Tensor(self.weights.copy())}, note=self._note
+        )
+
+    def _push(self, sent: Contribution, member: Member, now: float) -> Answer:
+        if self.weights is None:
+            return Answer([])  # the worker is told to push it again
+        if sent.round <= self._applied.get(sent.worker, -1):
+            return Answer([])  # it came twice
+        self._applied[sent.worker] = sent.round
+        while len(self._applied) > 4096:
+            del self._applied[next(iter(self._applied))]
+        staleness = max(0, self.round - sent.base)
+        refused: list[int] = []
+        gradient = decode(sent.codec, sent.parts, self.plan.size) if sent.parts else None
+        if gradient is None or not np.isfinite(norm := float(np.linalg.norm(gradient))):
+            refused.append(member.rank)
+        else:
+            scale = 1 / (1 + staleness) if self.plan.late == "scale" else 1.0
+            if self.plan.clip is not None and norm > self.plan.clip:
+                scale *= self.plan.clip / norm
+            self._optimizer.apply(self.weights, gradient, scale)
+            self.round += 1
+            if self.plan.checkpoint and self.round % self.plan.checkpoint == 0:
+                self._checkpoint()
+        applied = Round(
+            run=self.name, round=self.round, shard=self.shard, ranks=[] if refused else [member.rank], refused=refused,
+            members=self._ranks(), parts={"values": Tensor(self.weights.copy())}, values=sent.values,
+            samples=sent.samples, worker=sent.worker, sequence=sent.round, staleness=staleness,
+        )  # fmt: skip
+        return Answer([applied])
+
+    def _checkpoint(self) -> None:
+        assert self.weights is not None
+        note = {"step": self._optimizer.step, "applied": self._applied, "note": self._note}
+        self._save(Checkpoint(self.round, {"weights": self.weights, **self._optimizer.state}, note))
+
+
+def _lowest_free(taken: set[int]) -> int:
+    return next(rank for rank in range(len(taken) + 1) if rank not in taken)
+
+
+def _state(run: str, found: Checkpoint) -> State:
+    tensors = {name: Tensor(array) for name, array in found.tensors.items()}
+    return State(run=run, round=found.round, rank=-1, tensors=tensors, note=str(found.note.get("note", "")))
+
+
+def _clipped(codec: str, parts: Mapping[str, Tensor], size: int, most: float) -> tuple[str, dict[str, Tensor]]:
+    """Scaled to a norm of `most` where it is larger; what is scaled travels exact."""
+    vector = decode(codec, parts, size)
+    norm = float(np.linalg.norm(vector))
+    if norm <= most:
+        return codec, dict(parts)
+    return "none", {"values": Tensor(vector * np.float32(most / norm))}

@@ -1,0 +1,387 @@
+"""Training runs of real processes: whatever is killed, paused, late or wrong, those that live agree on every round."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.server import Server
+from publishers.training import join, replay
+
+from .processes import line_with
+from .programs import app_program, program
+
+LEASE = 1.0
+
+
+class Worker:
+    """A process of `tests.trainer`, and what it said."""
+
+    def __init__(self, url: str, run: str, **options: Any) -> None:
+        self._stack = contextlib.ExitStack()
+        command = ("-m", "tests.trainer", run, json.dumps({"lease": LEASE, **options}))
+        self.process = self._stack.enter_context(program(*command, url=url))
+        self.said: list[dict[str, Any]] = []
+        self.output: list[str] = []
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        with contextlib.suppress(ValueError):
+            for line in self.process.stdout:
+                self.output.append(line)
+                if line.startswith("{"):
+                    self.said.append(json.loads(line))
+
+    def until(self, closed: int, seconds: float = 30.0) -> None:
+        """Wait until it has seen a round closed."""
+        self.sees(lambda line: line["closed"] >= closed, seconds)
+
+    def sees(self, what: Callable[[dict[str, Any]], bool], seconds: float = 30.0) -> None:
+        """Wait until it has seen a round like that."""
+        deadline = time.monotonic() + seconds
+        while not any("closed" in line and what(line) for line in list(self.said)):
+            assert time.monotonic() < deadline, f"no such round:\n{''.join(self.output)}"
+            assert self.process.poll() is None, "".join(self.output)
+            time.sleep(0.01)
+
+    def final(self, seconds: float = 40.0) -> str:
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"it does not end:\n{''.join(self.output[-30:])}", pytrace=False)
+        self._thread.join(5)
+        assert self.process.returncode == 0, "".join(self.output)
+        state: str = self.said[-1]["final"]
+        return state
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        return [line for line in self.said if "closed" in line]
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture
+def aggregator(valkey_url: str, tmp_path: Path) -> Iterator[str]:
+    with aggregating(valkey_url, tmp_path):
+        yield valkey_url
+
+
+@contextlib.contextmanager
+def aggregating(url: str, data: Path) -> Iterator[subprocess.Popen[str]]:
+    with program(*app_program("subscribers.aggregation"), url=url, PIPELINE_DATA_DIR=str(data)) as process:
+        line_with("ready", process)
+        yield process
+
+
+@pytest.fixture
+def team() -> Iterator[Any]:
+    """`team(url, run, 3, …)` starts workers, which end with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(url: str, run: str, count: int, **options: Any) -> list[Worker]:
+            workers = [Worker(url, run, **options) for _ in range(count)]
+            for worker in workers:
+                stack.callback(worker.close)
+            return workers
+
+        yield start
+
+
+def check(*workers: Worker) -> None:
+    """Every round's mean is that of the ranks in it, and all workers saw the same rounds."""
+    seen: dict[int, tuple[list[int], float]] = {}
+    for worker in workers:
+        for line in worker.rounds:
+            ranks, mean = line["ranks"], line["mean"]
+            if not ranks:
+                continue
+            assert mean == pytest.approx(sum(rank + 1 for rank in ranks) / len(ranks), abs=1e-6)
+            assert seen.setdefault(line["closed"], (ranks, mean)) == (ranks, mean)
+
+
+planes = pytest.mark.parametrize("plane", ["shm", "redis", "torch"])
+
+
+@planes
+def test_after_a_sigkill_the_others_go_on_with_the_mean_of_those_that_live(
+    plane: str, aggregator: str, team: Any
+) -> None:
+    workers = team(aggregator, "r", 3, plane=plane, workers=3, steps=60)
+    for worker in workers:
+        worker.until(8)
+    victim = workers[1]
+    victim.send(signal.SIGKILL)
+    killed = time.time()
+    survivors = [workers[0], workers[2]]
+    assert len({worker.final() for worker in survivors}) == 1
+    check(*survivors)
+    after = [line["time"] for line in survivors[0].rounds if line["time"] > killed + 0.1]
+    before = max(line["time"] for line in survivors[0].rounds if line["time"] <= killed + 0.1)
+    assert after[0] - before < LEASE + 2.0
+    assert [len(line["members"]) for line in survivors[0].rounds][-1] == 2
+    numbers = [line["closed"] for line in survivors[0].rounds if line["mean"] is not None]
+    assert len(numbers) == len({*numbers})
+
+
+@planes
+def test_a_worker_that_raises_is_not_waited_for(plane: str, aggregator: str, team: Any) -> None:
+    [good] = team(aggregator, "r", 1, plane=plane, workers=2, steps=40, lease=20.0)
+    [bad] = team(aggregator, "r", 1, plane=plane, workers=2, steps=40, lease=20.0, raises_at=10)
+    good.final()
+    bad.process.wait(20)
+    assert "as it happens" in "".join(bad.output)
+    check(good, bad)
+    assert len(good.rounds[-1]["members"]) == 1
+
+
+@planes
+def test_a_paused_worker_is_given_up_and_is_one_of_them_again_when_it_wakes(
+    plane: str, aggregator: str, team: Any, tmp_path: Path
+) -> None:
+    until = tmp_path / "until"
+    workers = team(aggregator, "r", 3, plane=plane, workers=3, until=str(until))
+    for worker in workers:
+        worker.until(5)
+    sleeper = next(worker for worker in workers if worker.said[0]["rank"] == 0)
+    awake = [worker for worker in workers if worker is not sleeper]
+    sleeper.send(signal.SIGSTOP)
+    reached = awake[0].rounds[-1]["closed"]
+    awake[0].sees(lambda line: line["closed"] > reached + 20 and len(line["ranks"]) == 2)
+    sleeper.send(signal.SIGCONT)
+    reached = awake[0].rounds[-1]["closed"]
+    awake[0].sees(lambda line: line["closed"] > reached and len(line["ranks"]) == 3)
+    until.touch()
+    assert len({worker.final() for worker in workers}) == 1
+    check(*workers)
+
+
+@planes
+def test_who_joins_midway_begins_with_what_the_others_have(
+    plane: str, aggregator: str, team: Any, tmp_path: Path
+) -> None:
+    until = tmp_path / "until"
+    first = team(aggregator, "r", 2, plane=plane, workers=2, until=str(until))
+    for worker in first:
+        worker.until(10)
+    late = team(aggregator, "r", 1, plane=plane, workers=2, until=str(until))
+    late[0].sees(lambda line: line["ranks"] == [0, 1, 2])
+    until.touch()
+    assert len({worker.final() for worker in [*first, *late]}) == 1
+    check(*first, *late)
+    assert late[0].rounds[0]["closed"] >= 10
+    assert late[0].rounds[-1]["ranks"] == [0, 1, 2]
+
+
+@planes
+def test_a_killed_aggregator_loses_no_round(plane: str, valkey_url: str, team: Any, tmp_path: Path) -> None:
+    with aggregating(valkey_url, tmp_path) as first:
+        workers = team(valkey_url, "r", 2, plane=plane, workers=2, steps=80)
+        for worker in workers:
+            worker.until(10)
+        first.kill()
+    time.sleep(0.3)
+    with aggregating(valkey_url, tmp_path):
+        assert len({worker.final() for worker in workers}) == 1
+    check(*workers)
+    assert [line["closed"] for line in workers[0].rounds] == list(range(80))
+    assert {tuple(line["ranks"]) for line in workers[0].rounds} == {(0, 1)}
+
+
+@planes
+def test_all_die_and_come_back_where_the_checkpoint_was(plane: str, valkey_url: str, team: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"workers": 2, "checkpoint": 10, "plane": plane}
+    with aggregating(valkey_url, tmp_path) as first:
+        workers = team(valkey_url, "r", 2, steps=500, **options)
+        for worker in workers:
+            worker.until(25)
+        for worker in workers:
+            worker.send(signal.SIGKILL)
+        first.kill()
+    with aggregating(valkey_url, tmp_path):
+        again = team(valkey_url, "r", 2, steps=60, **options)
+        assert len({worker.final() for worker in again}) == 1
+    begun = again[0].rounds[0]["closed"]
+    assert begun >= 20
+    assert begun % 10 == 0
+    assert again[0].said[-1]["value"] == pytest.approx(-0.001 * 1.5 * 60, rel=1e-4)
+
+
+@pytest.mark.parametrize("plane", ["shm", "redis"])
+def test_below_the_quorum_a_round_waits_for_somebody_to_come(plane: str, aggregator: str, team: Any) -> None:
+    workers = team(aggregator, "r", 2, plane=plane, workers=2, quorum=2, steps=60)
+    for worker in workers:
+        worker.until(5)
+    workers[1].send(signal.SIGKILL)
+    time.sleep(LEASE + 0.6)
+    reached = len(workers[0].rounds)
+    time.sleep(0.4)
+    assert len(workers[0].rounds) == reached, "one of two is no quorum"
+    [new] = team(aggregator, "r", 1, plane=plane, workers=2, quorum=2, steps=60)
+    assert workers[0].final() == new.final()
+    check(workers[0], new)
+    assert {len(line["ranks"]) for line in workers[0].rounds} == {2}
+
+
+@pytest.mark.parametrize("plane", ["shm", "redis"])
+def test_the_same_run_ends_in_the_same_state(plane: str, aggregator: str, team: Any) -> None:
+    states = set()
+    for number in range(2):
+        workers = team(aggregator, f"r{number}", 2, plane=plane, workers=2, steps=20, pause=0.0)
+        states |= {worker.final() for worker in workers}
+    assert len(states) == 1
+
+
+@pytest.mark.parametrize("plane", ["shm", "redis"])
+def test_a_gradient_that_is_not_finite_counts_for_nothing_and_is_reported(
+    plane: str, aggregator: str, team: Any
+) -> None:
+    [good] = team(aggregator, "r", 1, plane=plane, workers=2, steps=20)
+    [bad] = team(aggregator, "r", 1, plane=plane, workers=2, steps=20, poisons_at=7)
+    assert good.final() == bad.final()
+    check(good, bad)
+    [poisoned] = [line for line in good.rounds if line["refused"]]
+    assert poisoned["refused"] == [bad.said[0]["rank"]]
+    assert poisoned["ranks"] == [good.said[0]["rank"]]
+
+
+def test_after_the_deadline_a_round_goes_on_without_the_slow_one(aggregator: str, team: Any) -> None:
+    [quick] = team(aggregator, "r", 1, workers=2, steps=40, deadline=0.2, pause=0.05)
+    [slow] = team(aggregator, "r", 1, workers=2, steps=40, deadline=0.2, pause=0.05, slow_at=10)
+    assert quick.final() == slow.final()
+    check(quick, slow)
+    alone = [line["closed"] for line in quick.rounds if len(line["ranks"]) == 1]
+    assert alone
+    assert len(alone) < 10
+
+
+def test_a_late_gradient_is_scaled_into_the_next_round_where_that_is_asked_for(aggregator: str, team: Any) -> None:
+    options: dict[str, Any] = {"workers": 2, "steps": 30, "deadline": 0.2, "pause": 0.05, "late": "scale"}
+    [quick] = team(aggregator, "r", 1, **options)
+    [slow] = team(aggregator, "r", 1, slow_at=10, **options)
+    assert quick.final() == slow.final()
+    assert [line["late"] for line in quick.rounds if line["late"]] == [1]
+
+
+def test_a_recorded_run_replays_bit_for_bit_though_its_aggregator_was_killed(
+    valkey_url: str, team: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "record"
+    with aggregating(valkey_url, tmp_path) as first:
+        workers = team(valkey_url, "r", 2, workers=2, steps=40, record=str(folder))
+        for worker in workers:
+            worker.until(10)
+        first.kill()
+    with aggregating(valkey_url, tmp_path):
+        [state] = {worker.final() for worker in workers}
+    model = {"w": np.ones(1000, np.float32)}
+
+    def descend(parameters: dict[str, Any], gradients: dict[str, Any]) -> None:
+        parameters["w"] -= 0.001 * gradients["w"]
+
+    assert replay(folder, model, descend) == 40
+    import hashlib
+
+    assert hashlib.sha256(model["w"].tobytes()).hexdigest() == state
+
+
+@pytest.mark.parametrize("mode", ["async", "dogwild"])
+def test_a_server_applies_what_comes(mode: str, aggregator: str, team: Any) -> None:
+    workers = team(aggregator, "r", 2, mode=mode, workers=2, steps=60, server_optimizer="sgd", rate=0.001, pause=0.005)
+    for worker in workers:
+        worker.final()
+    values = [worker.said[-1]["value"] for worker in workers]
+    expected = -0.001 * 60 * 3
+    if mode == "async":
+        assert min(values) == pytest.approx(expected, rel=1e-3)
+    else:
+        assert expected * 1.01 <= min(values) < expected * 0.2
+
+
+def test_a_server_that_is_killed_goes_on_from_its_checkpoint(valkey_url: str, team: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"mode": "async", "workers": 2, "steps": 120, "server_optimizer": "sgd", "rate": 0.001}
+    with aggregating(valkey_url, tmp_path) as first:
+        workers = team(valkey_url, "r", 2, checkpoint=1, **options)
+        for worker in workers:
+            worker.until(20)
+        first.kill()
+    with aggregating(valkey_url, tmp_path):
+        for worker in workers:
+            worker.final()
+    assert min(worker.said[-1]["value"] for worker in workers) == pytest.approx(-0.001 * 120 * 3, rel=0.02)
+
+
+def test_several_aggregators_share_a_big_model(valkey_url: str, team: Any, tmp_path: Path) -> None:
+    with aggregating(valkey_url, tmp_path), aggregating(valkey_url, tmp_path):
+        time.sleep(1.0)
+        workers = team(valkey_url, "r", 2, workers=2, steps=20, shards=4, size=100_003, compress="bf16")
+        assert len({worker.final() for worker in workers}) == 1
+        check(*workers)
+
+
+def test_nothing_is_left_in_shared_memory(aggregator: str, team: Any) -> None:
+    from .conftest import SHARED
+
+    for mode in ("sync", "hogwild"):
+        workers = team(aggregator, f"r-{mode}", 2, mode=mode, workers=2, steps=20)
+        for worker in workers:
+            worker.final()
+    assert [
+        name for name in [path.name for path in Path(SHARED).iterdir()] if "group" in name or "hogwild" in name
+    ] == []
+
+
+def test_what_does_not_fit_a_run_is_refused_with_the_reason(aggregator: str, team: Any) -> None:
+    [first] = team(aggregator, "r", 1, steps=100_000, size=10)
+    first.until(3)
+    [other] = team(aggregator, "r", 1, steps=100, size=11)
+    other.process.wait(20)
+    assert "run 'r' has size 10" in "".join(other.output)
+    [third] = team(aggregator, "r", 1, steps=100, size=10, mode="local")
+    third.process.wait(20)
+    assert "has mode 'sync'" in "".join(third.output)
+
+
+def test_redis_may_go_and_come_back(team: Any, tmp_path: Path) -> None:
+    with Server(tmp_path / "redis", appendonly=True) as server, aggregating(server.url, tmp_path):
+        workers = team(server.url, "r", 2, workers=2, steps=60, plane="redis", lease=3.0)
+        for worker in workers:
+            worker.until(10)
+        server.kill()
+        time.sleep(0.3)
+        server.start()
+        assert len({worker.final() for worker in workers}) == 1
+        check(*workers)
+
+
+def test_options_that_do_not_go_together_are_refused() -> None:
+    model = np.zeros(4, np.float32)
+    for options, said in [
+        ({"mode": "fast"}, "mode 'fast' is unknown; use one of sync, local, async, dogwild, hogwild"),
+        ({"compress": "zip"}, "compression 'zip' is unknown"),
+        ({"plane": "shm", "compress": "bf16"}, 'plane="shm" is for modes sync and local'),
+        ({"plane": "torch", "compress": "int8"}, 'plane="torch" is for modes sync and local'),
+        ({"mode": "async", "record": "x"}, "record= is for modes sync and local"),
+        ({"shards": 2, "compress": "powersgd"}, "take shards=1"),
+        ({"steps": 0}, "at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            join("r", model, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a list cannot be trained"):
+        join("r", [1.0])

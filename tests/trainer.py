@@ -1,0 +1,67 @@
+"""A worker of a training run, for tests: `python -m tests.trainer RUN '{"steps": 30, …}'`. A line of JSON a round.
+
+Its gradient is `rank + 1` everywhere, so the mean of a round tells whose gradients are in it. With `until` it ends with
+the first round in which somebody saw that this file is there: all workers end with the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from publishers.training import join
+
+
+def main(name: str, options: dict[str, object]) -> None:
+    until = options.pop("until", None)
+    steps = int(options.pop("steps", 30 if until is None else 1 << 40))  # type: ignore[call-overload]
+    pause = float(options.pop("pause", 0.01))  # type: ignore[arg-type]
+    raises_at = options.pop("raises_at", None)
+    poisons_at = options.pop("poisons_at", None)
+    slow_at = options.pop("slow_at", None)
+    model = {"w": np.zeros(int(options.pop("size", 1000)), np.float32)}  # type: ignore[call-overload]
+    served = options.get("mode") in ("async", "dogwild")
+
+    def descend(parameters: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> None:  # type: ignore[type-arg]
+        parameters["w"] -= 0.001 * gradients["w"]
+
+    with join(name, model, metrics=False, **options) as run:  # type: ignore[arg-type]
+        own = 0
+        while (own if served else run.round) < steps:
+            gradient = np.full_like(model["w"], run.rank + 1)
+            if own == raises_at:
+                raise RuntimeError("as it happens")
+            if own == poisons_at:
+                gradient[7] = np.nan
+            if own == slow_at:
+                time.sleep(0.6)
+            number = run.round
+            run.step(None if served else descend, gradients={"w": gradient}, loss=float(run.rank), **_stop(until))
+            last = run.last
+            said = {"own": own, "round": number, "time": time.time(), "rank": run.rank}
+            if last is not None:
+                said |= {
+                    "closed": last.round, "ranks": last.ranks, "members": last.members, "refused": last.refused,
+                    "late": last.late, "loss": last.values.get("loss"), "staleness": last.staleness,
+                    "mean": None if run.mean is None else float(run.mean[7]),
+                }  # fmt: skip
+            print(json.dumps(said), flush=True)
+            own += 1
+            if last is not None and last.values.get("stop"):
+                break
+            time.sleep(pause)
+    state = hashlib.sha256(model["w"].tobytes()).hexdigest()
+    print(json.dumps({"final": state, "rank": run.rank, "value": float(model["w"][0])}), flush=True)
+
+
+def _stop(until: object) -> dict[str, bool]:
+    return {"stop": Path(str(until)).exists()} if until is not None else {}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
