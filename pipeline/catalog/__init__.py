@@ -16,8 +16,10 @@ from .handwriting import (
 from .matmul import (
     MatmulJob,
     MatmulResult,
+    SystolicCycle,
     matmul_jobs,
     matmul_results,
+    systolic_cycles,
 )
 from .rows import (
     Record,
@@ -62,6 +64,7 @@ __all__ = [
     "Record",
     "Round",
     "Score",
+    "SystolicCycle",
     "TrainingMetrics",
     "Weights",
     "answers",
@@ -75,6 +78,7 @@ __all__ = [
     "records",
     "requests_of",
     "rounds",
+    "systolic_cycles",
     "training_metrics",
     "weights",
 ]
