@@ -13,7 +13,7 @@ cublas          cuda    blas                    torch on the GPU
 cuda-naive      cuda    cuda_ladder     cuda    Numba: a thread an element
 cuda-tiled      cuda    cuda_ladder     cuda    Numba: tiles in shared memory
 cuda-register   cuda    cuda_ladder     cuda    Numba: a tile of C in every thread's registers, 128-bit loads
-triton          cuda    tensor_cores    cuda    Triton: tensor cores, autotuned tiles, split-K; float32 as TF32, only by name
+triton          cuda    tensor_cores    cuda    Triton: tensor cores, split-K; float32 as TF32, so only by name
 
 Transposes are views: `a.mT` is multiplied as it lies in memory.
 """
@@ -184,7 +184,7 @@ def choose(
 
 
 def measured_peak(device: Device, dtype: str) -> float:
-    """GFLOP/s of the fastest product of big square matrices on `device`, measured once and kept as `choose`'s choices."""
+    """GFLOP/s of the fastest product of big square matrices on `device`, measured once and kept like `choose`."""
     from . import tuning
 
     return tuning.measured_peak(device, dtype)
