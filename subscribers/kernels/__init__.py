@@ -25,6 +25,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Literal, Protocol, cast
 
+import numpy as np
 import torch
 
 from pipeline.errors import ConfigurationError
@@ -237,8 +238,8 @@ def _shape(
             f"{', '.join(kernel.dtypes)}"
         )
     try:
-        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    except RuntimeError:
+        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except ValueError:
         raise ValueError(
             f"A has shape {list(a.shape)} and B {list(b.shape)}; their leading dimensions do not broadcast"
         ) from None
@@ -271,8 +272,8 @@ def _flat(matrices: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 def _broadcast(shape: Any, other: tuple[int, ...]) -> tuple[int, ...] | None:
     try:
-        return tuple(torch.broadcast_shapes(shape, other))
-    except RuntimeError:
+        return np.broadcast_shapes(tuple(shape), other)
+    except ValueError:
         return None
 
 
