@@ -131,7 +131,7 @@ class Kernel:
 
     def wait(self) -> None:
         """Return when the device has done its work."""
-        if self.device == "cuda":
+        if self.device == "cuda" and torch.cuda.is_available():  # in a simulator there is nothing to wait for
             torch.cuda.synchronize()
 
 

@@ -70,7 +70,14 @@ def _block(a: Any, b: Any, sums: Any, n: int) -> None:
             a4, a5, a6, a7 = a[i, p + 4], a[i, p + 5], a[i, p + 6], a[i, p + 7]
             for j in range(n):
                 row[j] += (
-                    a0 * b0[j] + a1 * b1[j] + a2 * b2[j] + a3 * b3[j] + a4 * b4[j] + a5 * b5[j] + a6 * b6[j] + a7 * b7[j]
+                    a0 * b0[j]
+                    + a1 * b1[j]
+                    + a2 * b2[j]
+                    + a3 * b3[j]
+                    + a4 * b4[j]
+                    + a5 * b5[j]
+                    + a6 * b6[j]
+                    + a7 * b7[j]
                 )
     for p in range(k - k % 8, k):
         for i in range(m):

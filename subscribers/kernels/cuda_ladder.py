@@ -23,7 +23,7 @@ import numba
 import torch
 from numba import cuda, types
 
-__all__ = ["SIMULATED", "multiply", "ptx"]
+__all__ = ["SIMULATED", "multiply", "ptx", "threads"]
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 TILE = 8 if SIMULATED else 32
@@ -45,7 +45,7 @@ _SUMMED_IN = {
 
 @dataclass(frozen=True, slots=True)
 class Blocking:
-    """Of `cuda-register`: a block computes [rows, columns] of C in slices of `depth`, a thread [height, width] of it."""
+    """Of `cuda-register`: a block computes [rows, columns] of C, a thread [height, width], in slices of `depth`."""
 
     rows: int
     columns: int
@@ -73,18 +73,23 @@ def multiply(name: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, alp
     if name == "cuda-register":
         plan = blocking(dtype)
         kernel = _register(dtype, _vectors(a) and _vectors(b), beta != 0)
-        rows, columns, threads = plan.rows, plan.columns, (plan.threads, 1)
+        rows, columns, block = plan.rows, plan.columns, (plan.threads, 1)
     else:
         kernel = (_naive if name == "cuda-naive" else _tiled)(dtype)
-        rows, columns, threads = TILE, TILE, (TILE, TILE)
+        rows, columns, block = TILE, TILE, (TILE, TILE)
     grid = (-(-m // rows) * -(-n // columns), min(batch, MAX_GRID))
     scalars = (summed_in(alpha), summed_in(beta))
     if SIMULATED:
-        kernel[grid, threads](a.numpy(), b.numpy(), out.numpy(), *scalars)
+        kernel[grid, block](a.numpy(), b.numpy(), out.numpy(), *scalars)
     else:
         stream = cuda.external_stream(torch.cuda.current_stream().cuda_stream)
         arrays = [cuda.as_cuda_array(one.detach(), sync=False) for one in (a, b, out)]
-        kernel[grid, threads, stream](*arrays, *scalars)
+        kernel[grid, block, stream](*arrays, *scalars)
+
+
+def threads(name: str, dtype: str) -> int:
+    """In a block."""
+    return blocking(dtype).threads if name == "cuda-register" else TILE * TILE
 
 
 def ptx(name: str, dtype: str, capability: tuple[int, int]) -> str:
@@ -167,10 +172,10 @@ def _register(dtype: str, vectors: bool = True, adds: bool = False) -> Any:
     """
     summed_in, plan, alignment = _SUMMED_IN[dtype], blocking(dtype), ALIGNMENT
     rows, columns, depth, height, width = plan.rows, plan.columns, plan.depth, plan.height, plan.width
-    threads, across_block = plan.threads, columns // width
+    team, across_block = plan.threads, columns // width
     chunk = vector = vector_width(dtype)
     from_global, from_shared, one_from_global, store = _loader(vector, 1), _loader(chunk, 3), _loader(1, 1), _storer()
-    a_vectors, b_vectors = rows * depth // vector // threads, depth * columns // vector // threads
+    a_vectors, b_vectors = rows * depth // vector // team, depth * columns // vector // team
     a_row, b_row = depth // vector, columns // vector
     a_shape, b_shape = (depth, rows + chunk), (depth, columns)
     high, wide = height // chunk, width // chunk
@@ -195,7 +200,7 @@ def _register(dtype: str, vectors: bool = True, adds: bool = False) -> Any:
                     total[i, j] = summed_in(0)
             for start in range(0, k, depth):
                 for step in range(a_vectors):
-                    position = step * threads + thread
+                    position = step * team + thread
                     i, p = position // a_row, position % a_row * vector
                     row, column = top + i, start + p
                     if vectors and row < m and column + vector <= k:
@@ -207,7 +212,7 @@ def _register(dtype: str, vectors: bool = True, adds: bool = False) -> Any:
                             inside = row < m and column + v < k
                             a_tile[p + v, i] = summed_in(a[index, row, column + v]) if inside else summed_in(0)
                 for step in range(b_vectors):
-                    position = step * threads + thread
+                    position = step * team + thread
                     p, j = position // b_row, position % b_row * vector
                     row, column = start + p, left + j
                     if vectors and row < k and column + vector <= n:
@@ -243,7 +248,7 @@ def _register(dtype: str, vectors: bool = True, adds: bool = False) -> Any:
                                 value += beta * summed_in(one_from_global(out, (index, row, column))[0])
                             store(out, (index, row, column), value)
 
-    return cuda.jit(register, **({} if SIMULATED else {"launch_bounds": (threads, BLOCKS)}))
+    return cuda.jit(register, **({} if SIMULATED else {"launch_bounds": (team, BLOCKS)}))
 
 
 def vector_width(dtype: str) -> int:

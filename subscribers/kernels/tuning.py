@@ -27,7 +27,7 @@ from pipeline.settings import settings
 
 from . import KERNELS, Device, Kernel, choose, result_dtype
 
-__all__ = ["fastest", "measured_peak", "share_of_peak", "shape_class"]
+__all__ = ["fastest", "known", "measured_peak", "share_of_peak", "shape_class"]
 
 logger = logging.getLogger("subscribers.kernels")
 
@@ -59,7 +59,7 @@ def fastest(candidates: list[Kernel], dtype: str, m: int, k: int, n: int) -> Ker
         logger.info("%s on %s: %s", key, device, ", ".join(f"{name} {s:.3g} s" for name, s in seconds.items()))
         return {"kernel": min(seconds, key=seconds.__getitem__), "seconds": seconds}
 
-    chosen = _known(device, "choices", key, measure, lambda known: set(known["seconds"]) == names)
+    chosen = known(device, "choices", key, measure, lambda known: set(known["seconds"]) == names)
     return KERNELS[chosen["kernel"]]
 
 
@@ -71,7 +71,7 @@ def measured_peak(device: Device, dtype: str) -> float:
         sizes = (PEAK_SIZES_OF_INTEGERS if integers else PEAK_SIZES)[device]
         return max(2 * n**3 / _seconds(choose(device, dtype, n, n, n), dtype, n, n, n) / 1e9 for n in sizes)
 
-    return float(_known(device, "peaks", dtype, measure))
+    return float(known(device, "peaks", dtype, measure))
 
 
 def share_of_peak(device: Device, dtype: str, gflops: float) -> float:
@@ -110,7 +110,7 @@ def _operand(dtype: str, rows: int, columns: int, device: str) -> torch.Tensor:
     return values.view(rows, columns).to(getattr(torch, dtype))
 
 
-def _known(
+def known(
     device: Device,
     kind: str,
     key: str,
