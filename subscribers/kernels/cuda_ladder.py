@@ -80,7 +80,7 @@ def multiply(name: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, alp
     grid = (-(-m // rows) * -(-n // columns), min(batch, MAX_GRID))
     scalars = (summed_in(alpha), summed_in(beta))
     if SIMULATED:
-        kernel[grid, block](a.numpy(), b.numpy(), out.numpy(), *scalars)
+        kernel[grid, block](*(FakeCUDAArray(one.numpy()) for one in (a, b, out)), *scalars)
     else:
         stream = cuda.external_stream(torch.cuda.current_stream().cuda_stream)
         arrays = [cuda.as_cuda_array(one.detach(), sync=False) for one in (a, b, out)]
@@ -265,6 +265,7 @@ def _vectors(matrices: torch.Tensor) -> bool:
 
 
 if SIMULATED:
+    from numba.cuda.cudadrv.devicearray import FakeCUDAArray
 
     def _loader(width: int, space: int) -> Any:
         return lambda array, index: [array[(*index[:-1], index[-1] + v)] for v in range(width)]
