@@ -28,7 +28,8 @@ def multiply(message: Message[MatmulJob]) -> MatmulResult:
     """The product's figures, and the product itself where the job asks for it."""
     job = message.event
     check(job)
-    kernel = choose(_device(job))
+    (m, k), n = job.a.shape, job.b.shape[1]
+    kernel = choose(_device(job), job.a.dtype, m, k, n)
     a = torch.as_tensor(job.a).to(kernel.device)
     b = torch.as_tensor(job.b).to(kernel.device)
     kernel.wait()
@@ -36,7 +37,6 @@ def multiply(message: Message[MatmulJob]) -> MatmulResult:
     c = kernel.multiply(a, b)
     kernel.wait()
     seconds = time.perf_counter() - started
-    (m, k), n = job.a.shape, job.b.shape[1]
     return MatmulResult(
         job=message.id,
         m=m,

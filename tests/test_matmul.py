@@ -13,7 +13,6 @@ import torch
 from pipeline import Message, Pipeline, Reject, RequestFailed, Tensor, catalog
 from pipeline.catalog import MatmulJob, MatmulResult
 from subscribers import matmul
-from subscribers.kernels import KERNELS, best_device, choose
 
 from .programs import collect, events, served
 
@@ -99,11 +98,6 @@ def test_a_job_for_a_gpu_is_rejected_where_there_is_none() -> None:
     with pytest.raises(Reject) as rejected:
         multiply(matrix(2, 2), matrix(2, 2), device="cuda")
     assert "expected 'auto' or 'cpu'" in rejected.value.reason
-
-
-def test_every_device_has_a_kernel() -> None:
-    assert choose(best_device()).name in KERNELS
-    assert choose("cpu").name == "blas"
 
 
 async def test_jobs_become_results_and_a_bad_one_is_a_dead_letter(app: Pipeline) -> None:

@@ -23,8 +23,10 @@ from .mapreduce import (
 from .matmul import (
     MatmulJob,
     MatmulResult,
+    SystolicCycle,
     matmul_jobs,
     matmul_results,
+    systolic_cycles,
 )
 from .rows import (
     Record,
@@ -83,6 +85,7 @@ __all__ = [
     "State",
     "Task",
     "TaskResult",
+    "SystolicCycle",
     "TrainingMetrics",
     "Value",
     "Weights",
@@ -103,6 +106,7 @@ __all__ = [
     "rounds",
     "rounds_live",
     "states",
+    "systolic_cycles",
     "training_metrics",
     "weights",
 ]

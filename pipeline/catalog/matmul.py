@@ -11,8 +11,10 @@ from ..tensors import Tensor
 __all__ = [
     "MatmulJob",
     "MatmulResult",
+    "SystolicCycle",
     "matmul_jobs",
     "matmul_results",
+    "systolic_cycles",
 ]
 
 
@@ -49,3 +51,19 @@ matmul_jobs: Channel[MatmulJob] = Channel("matmul.jobs", MatmulJob, reply=Matmul
 
 
 matmul_results: Channel[MatmulResult] = Channel("matmul.results", MatmulResult)
+
+
+class SystolicCycle(Event):
+    """One tick of the simulated systolic array: the picture of the wavefront."""
+
+    job: str
+    """Id of the job's event."""
+    cycle: int
+    """From 0."""
+    cycles: int
+    """How many the job takes: m + n + k - 2."""
+    active: Tensor
+    """bool [m, n]: the cells that multiply in this cycle."""
+
+
+systolic_cycles: Channel[SystolicCycle] = Channel("matmul.systolic", SystolicCycle, durable=False)
