@@ -1,0 +1,217 @@
+"""The files of matmul jobs, all below one folder: operands that jobs refer to, products, and what workers share.
+
+    <folder>/**.npy, **.safetensors     operands, put there by whoever asks for products
+    <folder>/products/<job>.npy         products (bfloat16, which .npy lacks: .safetensors)
+    <folder>/jobs/<job>/                a product that is being computed in tiles
+
+Tensors are memory-mapped: nothing is read before it is needed, and what was read may be forgotten again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import Reject, Tensor
+from pipeline.catalog import ProductOf, TensorFile
+
+__all__ = ["Folder", "Mapped", "create", "create_whole", "open_tensor"]
+
+SAFETENSORS = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I8": "int8",
+}  # fmt: skip
+SAFETENSORS_HEADER = 100_000_000
+"""Bytes at most, says the format."""
+ALIGNMENT = 64
+
+_PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.:-]{0,200}")
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A tensor over a file. Read-only unless it was created here."""
+
+    tensor: torch.Tensor
+    mapping: mmap.mmap
+
+    def forget(self) -> None:
+        """Let go of the pages that were read; what was written stays in the file."""
+        self.mapping.madvise(mmap.MADV_DONTNEED)
+
+
+class Folder:
+    """Names of files, checked: whatever a job says, nothing outside `root` is touched."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._root = root.resolve()
+
+    def path(self, operand: TensorFile | ProductOf) -> Path:
+        """Where an operand is. Raises Reject."""
+        if isinstance(operand, ProductOf):
+            return self._product(operand.job)
+        name = Path(operand.file)
+        found = (self._root / name).resolve()
+        if ".." in name.parts or not found.is_relative_to(self._root):
+            raise Reject(
+                f"file {operand.file!r} is not below the workers' PIPELINE_MATMUL_DIR; expected a path within it"
+            )
+        if found.suffix not in (".npy", ".safetensors"):
+            raise Reject(f"file {operand.file!r}: expected .npy or .safetensors")
+        if not found.is_file():
+            raise Reject(f"there is no file {operand.file!r} in the workers' PIPELINE_MATMUL_DIR")
+        return found
+
+    def open(self, operand: TensorFile | ProductOf) -> Mapped:
+        """Raises Reject saying what was expected."""
+        path = self.path(operand)
+        try:
+            return open_tensor(path, operand.name if isinstance(operand, TensorFile) else "")
+        except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
+            raise Reject(f"{path.name} cannot be read: {error}") from None
+
+    def product(self, job: str, dtype: str) -> Path:
+        """Where the product of a job goes."""
+        return self._root / "products" / f"{_plain(job)}{'.safetensors' if dtype == 'bfloat16' else '.npy'}"
+
+    def shared(self, job: str) -> Path:
+        """What the workers of a job share."""
+        return self._root / "jobs" / _plain(job)
+
+    def name(self, path: Path) -> str:
+        """As results and jobs say it."""
+        return str(path.relative_to(self._root))
+
+    def sweep(self, seconds: float) -> None:
+        """Delete products, and what is left of jobs, that nothing has touched for so long."""
+        before = time.time() - seconds
+        for path in (*self._root.glob("products/*"), *self._root.glob("jobs/*")):
+            with contextlib.suppress(OSError):
+                if max(one.stat().st_mtime for one in (path, *path.glob("*"))) >= before:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+
+    def _product(self, job: str) -> Path:
+        for dtype in ("", "bfloat16"):
+            path = self.product(job, dtype)
+            if path.is_file():
+                return path
+        raise Reject(
+            f"there is no product of job {job!r}; expected a job that ran with result='file' and is not too old"
+        )
+
+
+def open_tensor(path: Path, name: str = "") -> Mapped:
+    """A `.npy` file, or a tensor of a `.safetensors` file. Raises ValueError, OSError."""
+    if path.suffix == ".safetensors":
+        dtype, shape, offset = _in_safetensors(path, name)
+        return _mapped(path, "r", dtype, shape, offset)
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.memmap):
+        raise ValueError("it is not one array; expected a .npy file")
+    if not array.dtype.isnative:
+        raise ValueError(f"its byte order is not this machine's (dtype {array.dtype.str})")
+    if not array.flags.c_contiguous and array.ndim != 2:
+        raise ValueError("it is in Fortran order, which only matrices may be; expected C order")
+    base: Any = array
+    while isinstance(base, np.memmap):
+        base = base.base
+    if array.flags.c_contiguous:
+        return Mapped(torch.as_tensor(Tensor(array)), base)
+    return Mapped(torch.as_tensor(Tensor(array.T)).mT, base)
+
+
+def create(path: Path, dtype: str, shape: tuple[int, ...]) -> Mapped:
+    """A new file, to be written through its tensor; its space is taken now. Raises OSError if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words, nbytes = _words(dtype), math.prod(shape) * _words(dtype).itemsize
+    with path.open("w+b") as file:
+        if path.suffix == ".safetensors":
+            kind = next(key for key, value in SAFETENSORS.items() if value == dtype)
+            text = json.dumps({"product": {"dtype": kind, "shape": list(shape), "data_offsets": [0, nbytes]}}).encode()
+            text += b" " * (-(len(text) + 8) % ALIGNMENT)
+            file.write(len(text).to_bytes(8, "little") + text)
+        else:
+            np.lib.format.write_array_header_1_0(file, {"descr": words.str, "fortran_order": False, "shape": shape})
+        offset = file.tell()
+        file.flush()
+        os.posix_fallocate(file.fileno(), 0, offset + max(1, nbytes))  # now, with an error; not at a write, with SIGBUS
+        os.ftruncate(file.fileno(), offset + nbytes)
+    return _mapped(path, "r+", dtype, shape, offset)
+
+
+@contextlib.contextmanager
+def create_whole(path: Path, dtype: str, shape: tuple[int, ...]) -> Iterator[Mapped]:
+    """As `create`, but there under its name only when the block has ended without an error."""
+    scratch = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield create(scratch, dtype, shape)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def open_written(path: Path) -> Mapped:
+    """A file that `create` made, to be written on."""
+    if path.suffix == ".safetensors":
+        dtype, shape, offset = _in_safetensors(path, "product")
+        return _mapped(path, "r+", dtype, shape, offset)
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return _mapped(path, "r+", array.dtype.name, array.shape, array.offset)
+
+
+def _mapped(path: Path, mode: str, dtype: str, shape: tuple[int, ...], offset: int) -> Mapped:
+    array: Any = np.memmap(path, _words(dtype), mode, offset, shape)  # type: ignore[call-overload]
+    tensor = torch.from_numpy(array) if mode == "r+" else torch.as_tensor(Tensor(array))
+    return Mapped(tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor, array.base)
+
+
+def _words(dtype: str) -> np.dtype[Any]:
+    return np.dtype(np.int16 if dtype == "bfloat16" else dtype)
+
+
+def _in_safetensors(path: Path, name: str) -> tuple[str, tuple[int, ...], int]:
+    """dtype, shape and offset of a tensor. The library's own reader keeps all it has read in memory."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= SAFETENSORS_HEADER:
+            raise ValueError("it is no safetensors file")
+        header = json.loads(file.read(length))
+        size = os.fstat(file.fileno()).st_size
+    tensors = {key: entry for key, entry in header.items() if key != "__metadata__"}
+    if not name and len(tensors) == 1:
+        name = next(iter(tensors))
+    if name not in tensors:
+        raise ValueError(f"it has no tensor {name!r}; it has {', '.join(sorted(tensors))[:500]}")
+    kind, shape, (begin, end) = (tensors[name][key] for key in ("dtype", "shape", "data_offsets"))
+    if kind not in SAFETENSORS:
+        raise ValueError(f"tensor {name!r} is {kind}; expected one of {', '.join(SAFETENSORS)}")
+    dtype = SAFETENSORS[kind]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"tensor {name!r} has shape {shape} at {begin}…{end}")
+    if end - begin != math.prod(shape) * _words(dtype).itemsize or 8 + length + end > size:
+        raise ValueError(f"tensor {name!r} does not lie within the file")
+    return dtype, tuple(shape), 8 + length + begin
+
+
+def _plain(job: str) -> str:
+    """A job's id as the name of a file: ids hold what publishers call themselves, which may be anything."""
+    return job if _PLAIN.fullmatch(job) else hashlib.sha256(job.encode()).hexdigest()
