@@ -6,13 +6,14 @@ import argparse
 import os
 import tempfile
 
-from . import events, growth, latency, serving, tensors
+from . import events, growth, latency, matmul, serving, tensors
 from .report import show
 
 BENCHMARKS = {
     "events": events.run,
     "growth": growth.run,
     "latency": latency.run,
+    "matmul": matmul.run,
     "serving": serving.run,
     "tensors": tensors.run,
 }

@@ -65,7 +65,7 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
             for strip in plan.strips():
                 tiles = [MatmulTile(job=id_, index=index) for index in strip if not board.is_done(plan.final(index))]
                 await app.publish(catalog.matmul_tiles, tiles)
-            while not worker.is_complete(plan, board):  # noqa: ASYNC110  # what other processes do shows in a file
+            while not worker.is_complete(id_, plan, board):  # noqa: ASYNC110  # what other processes do shows in a file
                 await asyncio.sleep(LOOK_EVERY)
             return await worker.run(worker.finish, id_, work, plan, board)
         except Reject:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["Board"]
+__all__ = ["Board", "fail", "failure"]
 
 RECORD = np.dtype([("done", "u1"), ("begun", "u1"), ("unused", "u2"), ("seconds", "<f4")])
 MOST_BEGUN = 4
@@ -30,7 +30,6 @@ class Board:
         """Raises OSError when the job is over."""
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._records = np.memmap(path, RECORD, "r+")
-        self._failure = path.with_name("failure")
 
     @staticmethod
     def make(path: Path, entries: int) -> None:
@@ -92,17 +91,19 @@ class Board:
                     return int(index)
         return None
 
-    def fail(self, reason: str) -> None:
-        """The job cannot be done; the first reason stands."""
-        with contextlib.suppress(FileExistsError), self._failure.open("x") as file:
-            file.write(reason)
-
-    def failure(self) -> str:
-        """Why it cannot be done; "" while it can."""
-        try:
-            return self._failure.read_text() or "a tile failed"
-        except FileNotFoundError:
-            return ""
-
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def fail(where: Path, reason: str) -> None:
+    """The job whose workers share this folder cannot be done; the first reason stands."""
+    with contextlib.suppress(FileExistsError, FileNotFoundError), (where / "failure").open("x") as file:
+        file.write(reason)
+
+
+def failure(where: Path) -> str:
+    """Why it cannot be done; "" while it can."""
+    try:
+        return (where / "failure").read_text() or "a tile failed"
+    except FileNotFoundError:
+        return ""

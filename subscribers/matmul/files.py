@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import mmap
 import os
 import re
 import shutil
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +41,8 @@ SAFETENSORS = {
 SAFETENSORS_HEADER = 100_000_000
 """Bytes at most, says the format."""
 ALIGNMENT = 64
+MOST_OPEN = 8
+"""Operands' files that stay mapped."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.:-]{0,200}")
 
@@ -60,6 +65,8 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._root = root.resolve()
+        self._open: OrderedDict[tuple[Path, str], tuple[os.stat_result, Mapped]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def path(self, operand: TensorFile | ProductOf) -> Path:
         """Where an operand is. Raises Reject."""
@@ -78,10 +85,16 @@ class Folder:
         return found
 
     def open(self, operand: TensorFile | ProductOf) -> Mapped:
-        """Raises Reject saying what was expected."""
-        path = self.path(operand)
+        """Raises Reject saying what was expected. The last used files stay mapped, so their pages are found once."""
+        path, name = self.path(operand), operand.name if isinstance(operand, TensorFile) else ""
         try:
-            return open_tensor(path, operand.name if isinstance(operand, TensorFile) else "")
+            with self._lock:
+                known = self._open.pop((path, name), None)
+                found = known if known and _is_still(path, known[0]) else (path.stat(), open_tensor(path, name))
+                self._open[path, name] = found
+                while len(self._open) > MOST_OPEN:
+                    self._open.popitem(last=False)
+            return found[1]
         except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
             raise Reject(f"{path.name} cannot be read: {error}") from None
 
@@ -97,10 +110,19 @@ class Folder:
         """As results and jobs say it."""
         return str(path.relative_to(self._root))
 
+    def close_gone(self) -> None:
+        """Let go of files that were deleted or written anew: their memory is held as long as they are mapped."""
+        with self._lock:
+            for key, (stat, _) in list(self._open.items()):
+                if not _is_still(key[0], stat):
+                    del self._open[key]
+
     def sweep(self, seconds: float) -> None:
-        """Delete products, and what is left of jobs, that nothing has touched for so long."""
+        """Delete products, and what is left of jobs and of who asked for them, that nothing has touched for so long."""
         before = time.time() - seconds
-        for path in (*self._root.glob("products/*"), *self._root.glob("jobs/*")):
+        for path in itertools.chain.from_iterable(
+            self._root.glob(f"{kind}/*") for kind in ("products", "jobs", "staged")
+        ):
             with contextlib.suppress(OSError):
                 if max(one.stat().st_mtime for one in (path, *path.glob("*"))) >= before:
                     continue
@@ -210,6 +232,17 @@ def _in_safetensors(path: Path, name: str) -> tuple[str, tuple[int, ...], int]:
     if end - begin != math.prod(shape) * _words(dtype).itemsize or 8 + length + end > size:
         raise ValueError(f"tensor {name!r} does not lie within the file")
     return dtype, tuple(shape), 8 + length + begin
+
+
+def _is_still(path: Path, before: os.stat_result) -> bool:
+    """Whether a file is the one it was."""
+    try:
+        now = path.stat()
+    except OSError:
+        return False
+    return (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns) == (
+        before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns,
+    )  # fmt: skip
 
 
 def _plain(job: str) -> str:

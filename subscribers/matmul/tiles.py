@@ -17,6 +17,8 @@ from .plan import Plan, Tile
 __all__ = ["Blocks", "SharedProduct", "prepare"]
 
 PLAN, BOARD, PARTIALS = "plan.json", "board", "partials.npy"
+MAPPED = 32 << 20
+"""Bytes of a file that are mapped at a time, where a product takes more memory than there is."""
 
 
 class Blocks:
@@ -138,9 +140,11 @@ class SharedProduct:
         nbytes = part.numel() * dtype.itemsize
 
         def read() -> torch.Tensor:
-            copy = part.to(kernel.device, dtype, copy=True)
-            self._forget()
-            return copy
+            block = torch.empty(part.shape, dtype=dtype, device=kernel.device)
+            for piece, copy in zip(_pieces(part), _pieces(block, part), strict=True):
+                copy.copy_(piece)
+                self._forget()
+            return block
 
         return self._blocks.get((name, tile.batch, rows, columns), nbytes, read)
 
@@ -200,6 +204,15 @@ def prepare(folder: Folder, job: str, plan: Plan) -> Path:
 
 def product_path(where: Path, plan: Plan) -> Path:
     return where / ("product.safetensors" if plan.shapes.out_dtype == "bfloat16" else "product.npy")
+
+
+def _pieces(part: torch.Tensor, like: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+    """A part of a mapped matrix, piece by piece: to read some of each row, the kernel maps all of them."""
+    strides = (like if like is not None else part).stride()
+    dimension = 0 if strides[0] >= strides[1] else 1
+    step = max(1, MAPPED // max(1, strides[dimension] * (like if like is not None else part).element_size()))
+    for start in range(0, part.shape[dimension], step):
+        yield part.narrow(dimension, start, min(step, part.shape[dimension] - start))
 
 
 def _part(matrix: torch.Tensor, tile: Tile) -> torch.Tensor:

@@ -19,7 +19,7 @@ from pipeline.catalog import MatmulJob, MatmulResult, Operand, TensorFile
 from pipeline.settings import Settings
 
 from ..kernels import KernelUnavailable, best_device, choose, measured_peak, share_of_peak
-from .board import Board
+from .board import Board, fail, failure
 from .files import Folder, create_whole, open_tensor
 from .plan import Plan, Shapes, check
 from .tiles import BOARD, PLAN, SharedProduct, plan_kernel, prepare, product_path
@@ -150,16 +150,16 @@ class Worker:
 
     def compute_tile(self, job: str, index: int, *, last_attempt: bool) -> tuple[Plan, int, float] | None:
         """(plan, tiles done, seconds of this one); None if there was nothing to do. Raises Retry."""
-        shared = self._open_shared(job)
-        if shared is None:
-            return None
         try:
+            shared = self._open_shared(job)
+            if shared is None:
+                return None
             seconds = shared.compute(index)
         except BlockingIOError:
             raise Retry("another worker computes it", delay=ASIDE) from None
         except Exception as error:
             if last_attempt or isinstance(error, (Reject, KernelUnavailable, ValueError)):
-                shared.board.fail(f"tile {index} of {shared.plan.tiles}: {error}")
+                fail(self.folder.shared(job), f"tile {index}: {error}")
             raise
         return None if seconds is None else (shared.plan, shared.board.done(slice(shared.plan.tiles)), seconds)
 
@@ -180,15 +180,16 @@ class Worker:
         """Let go of a job that is over, and of files that are too old."""
         if self._shared is not None and not (self._shared.where / PLAN).exists():
             self.close_shared()
+        self.folder.close_gone()
         self.folder.sweep(keep)
 
-    def is_complete(self, plan: Plan, board: Board) -> bool:
+    def is_complete(self, id_: str, plan: Plan, board: Board) -> bool:
         """Whether all tiles of C are there. Raises Reject when that will never be, Retry when we are to stop."""
         if board.done(plan.finals) == plan.corners:
             return True
         if self.stopping:
             raise Retry("this worker stops; another one goes on", delay=0.0)
-        if reason := board.failure():
+        if reason := failure(self.folder.shared(id_)):
             raise Reject(reason)
         if (index := board.deadly()) is not None:
             raise Reject(
