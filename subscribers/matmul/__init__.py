@@ -21,6 +21,8 @@ __all__ = ["make"]
 
 COORDINATING = 2
 """Jobs at a time: one may be computed while another waits for its tiles."""
+AT_HAND = 2
+"""Tiles: one that is computed, and the next."""
 LOOK_EVERY = 0.004
 TIDY_EVERY = 5.0
 ATTEMPTS = 5
@@ -75,8 +77,8 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
             board.close()
 
     @app.subscriber(
-        catalog.matmul_tiles, group="matmul", publishes=catalog.matmul_progress, lease=options.matmul_lease,
-        retry=PATIENT,
+        catalog.matmul_tiles, group="matmul", publishes=catalog.matmul_progress, concurrency=AT_HAND,
+        lease=options.matmul_lease, retry=PATIENT,
     )  # fmt: skip
     async def compute_tile(message: Message[MatmulTile]) -> TileProgress | None:
         tile, last = message.event, message.attempt >= ATTEMPTS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import shutil
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from pipeline.settings import Settings
 
 from ..kernels import KernelUnavailable, best_device, choose, measured_peak, share_of_peak
 from .board import Board, fail, failure
-from .files import Folder, create_whole, open_tensor
+from .files import Folder, open_tensor, save
 from .plan import Plan, Shapes, check
 from .tiles import BOARD, PLAN, SharedProduct, plan_kernel, prepare, product_path
 
@@ -96,20 +97,16 @@ class Worker:
         with _rejecting():
             kernel = choose(job.device, shapes.dtype, shapes.m, shapes.k, shapes.n, name=job.kernel)
             a, b, *c = (tensor.to(kernel.device) for tensor in work.operands())
-            with contextlib.ExitStack() as stack:
-                target, file = None, ""
-                if job.result == "file":
-                    path = self.folder.product(id_, shapes.out_dtype)
-                    file = self.folder.name(path)
-                    target = stack.enter_context(create_whole(path, shapes.out_dtype, shapes.product)).tensor
-                out = target if kernel.device == "cpu" else None
-                kernel.wait()
-                began = time.perf_counter()
-                product = kernel.multiply(a, b, alpha=job.alpha, beta=job.beta, c=c[0] if c else None, out=out)
-                kernel.wait()
-                seconds = time.perf_counter() - began
-                if target is not None and target is not product:
-                    target.copy_(product)
+            kernel.wait()
+            began = time.perf_counter()
+            product = kernel.multiply(a, b, alpha=job.alpha, beta=job.beta, c=c[0] if c else None)
+            kernel.wait()
+            seconds = time.perf_counter() - began
+        file = ""
+        if job.result == "file":
+            path = self.folder.product(id_, shapes.out_dtype)
+            save(path, product)
+            file = self.folder.name(path)
         gflops = shapes.operations / seconds / 1e9
         return _result(
             id_, shapes, device=kernel.device, kernel=kernel.name, seconds=seconds, gflops=gflops,
@@ -144,8 +141,7 @@ class Worker:
             return TensorFile(file=self.folder.name(self.folder.path(operand)))
         dtype = str(tensor.dtype).removeprefix("torch.")
         path = path.with_suffix(".safetensors" if dtype == "bfloat16" else ".npy")
-        with create_whole(path, dtype, tuple(tensor.shape)) as file:
-            file.tensor.copy_(tensor)
+        save(path, tensor)
         return TensorFile(file=self.folder.name(path))
 
     def compute_tile(self, job: str, index: int, *, last_attempt: bool) -> tuple[Plan, int, float] | None:
@@ -234,6 +230,10 @@ def _rejecting() -> Any:
         yield
     except (KernelUnavailable, ValueError) as error:
         raise Reject(str(error)) from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise Reject(f"there is no space for the product: {error}") from error
 
 
 def _result(id_: str, shapes: Shapes, **more: Any) -> MatmulResult:
