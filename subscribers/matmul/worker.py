@@ -33,7 +33,6 @@ FREE_SHARE = 4
 """Of the memory that is free, one part in so many is used by default."""
 ASIDE = 0.5
 """Seconds after which a tile that another worker computes is looked at again."""
-RESULT = "result.json"
 
 
 class Work:
