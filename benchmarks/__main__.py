@@ -6,7 +6,7 @@ import argparse
 import os
 import tempfile
 
-from . import allreduce, events, growth, latency, serving, tensors, training
+from . import allreduce, events, growth, latency, matmul, serving, tensors, training
 from .report import show
 
 BENCHMARKS = {
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "events": events.run,
     "growth": growth.run,
     "latency": latency.run,
+    "matmul": matmul.run,
     "serving": serving.run,
     "tensors": tensors.run,
     "training": training.run,

@@ -99,6 +99,23 @@ class Settings(BaseSettings):
     compile_models: bool = False
     """Serve torch modules through torch.compile."""
 
+    matmul_dir: Path | None = None
+    """Where matmul jobs' files are, operands and products, and the only place where they may be; a folder that all
+    workers see. Unset: `matmul` in the data directory."""
+
+    matmul_memory: int | None = Field(default=None, ge=1 << 20)
+    """Bytes of matrices that a matmul worker holds at most; a product that takes more is computed in tiles. Unset: a
+    quarter of the memory that is free when it starts."""
+
+    matmul_threads: int = Field(default=1, ge=1)
+    """Threads of a matmul worker's CPU kernels."""
+
+    matmul_lease: float = Field(default=10.0, gt=0)
+    """Seconds after which a dead matmul worker's jobs and tiles are another's."""
+
+    matmul_keep: float = Field(default=86400.0, gt=0)
+    """Seconds after which products in files are deleted."""
+
     gateway_inflight: int = Field(default=512, ge=1)
     """Predictions a gateway process has under way at most; more are answered 429 at once."""
 
@@ -115,6 +132,10 @@ class Settings(BaseSettings):
     """Seconds for a prediction whose request names no deadline (header `x-deadline`, seconds)."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @property
+    def matmul_folder(self) -> Path:
+        return self.matmul_dir or self.data_dir / "matmul"
 
     @field_validator("redis_url")
     @classmethod

@@ -20,6 +20,10 @@ attic: 17.7 °C
 alert: boiler at 97.5 °C
 alert: reactor at 450.0 °C
 """,
+    "matrix_product.py": """\
+600 x 600 in 9 tiles, 0 computed again
+mean of its first row: 4482.817, by numpy: 4482.817
+""",
     "music.py": """\
 the pipeline heard: Raga Vairabi - Pt. Ajoy Chakrabarty
 a bare client heard: Raga Yaman - Kishori Amonkar

@@ -1,113 +1,297 @@
-"""Matmul jobs: right products, honest figures, and jobs that cannot be."""
+"""Matmul jobs: right products wherever operands and results lie, honest figures, and jobs that cannot be."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from pipeline import Message, Pipeline, Reject, RequestFailed, Tensor, catalog
-from pipeline.catalog import MatmulJob, MatmulResult
+from pipeline import Pipeline, Reject, RequestFailed, Retry, Tensor, catalog
+from pipeline.catalog import MatmulJob, MatmulResult, ProductOf, SystolicCycle, TensorFile
+from pipeline.settings import Settings, settings
 from subscribers import matmul
+from subscribers.kernels import DTYPES, result_dtype
+from subscribers.matmul.files import Folder, open_tensor, save
+from subscribers.matmul.worker import Worker
 
-from .programs import collect, events, served
+from .apps import serving
+from .programs import collect
 
 HAS_CUDA = torch.cuda.is_available()
 
 
-def multiply(a: Any, b: Any, **more: Any) -> MatmulResult:
-    job = MatmulJob(a=Tensor(a), b=Tensor(b), keep_result=True, **more)
-    return matmul.multiply(Message(job, "t:1", "matmul.jobs", "t", datetime.now(UTC)))
+def numbers(*shape: int, dtype: str = "float32") -> torch.Tensor:
+    """Small whole numbers: their products are exact in every dtype."""
+    values = np.random.default_rng(sum(shape)).integers(-3, 4, shape)
+    return torch.from_numpy(values).to(getattr(torch, dtype))
 
 
-def matrix(*shape: int, dtype: str = "float32") -> Any:
-    return np.random.default_rng(sum(shape)).integers(-4, 5, shape).astype(dtype)
+def exact(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    name = str(a.dtype).removeprefix("torch.")
+    return (a.double() @ b.double()).to(getattr(torch, result_dtype(name)))
 
 
 @pytest.fixture
-async def app(valkey_url: str) -> AsyncIterator[Pipeline]:
-    async with served(matmul.app, valkey_url), Pipeline("t", valkey_url) as app:
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "shared"
+
+
+@pytest.fixture
+def options(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    """A worker that holds one MiB at most: products above it are computed in tiles."""
+    monkeypatch.setenv("PIPELINE_DATA_DIR", str(tmp_path / "data"))  # where kernels note what they measured
+    settings.cache_clear()
+    yield Settings(matmul_dir=folder, matmul_memory=1 << 20)
+    settings.cache_clear()
+
+
+@pytest.fixture
+async def app(valkey_url: str, options: Settings) -> AsyncIterator[Pipeline]:
+    async with serving(matmul.make(options, valkey_url)), Pipeline("t", valkey_url) as app:
         yield app
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_CUDA, reason="no GPU"))]
-)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 31, 5), (33, 50, 70), (64, 1, 64), (3, 0, 2), (0, 4, 2)])
-def test_the_product_is_numpys(shape: tuple[int, int, int], device: Any) -> None:
-    m, k, n = shape
-    a, b = matrix(m, k), matrix(k, n)
-    result = multiply(a, b, device=device)
-    assert result.product is not None
-    assert result.product.dtype == "float32"
-    assert np.array_equal(result.product, a @ b)
-    assert (result.m, result.k, result.n, result.dtype, result.job, result.device) == (
-        m,
-        k,
-        n,
-        "float32",
-        "t:1",
-        device,
+async def ask(app: Pipeline, a: Any, b: Any, c: Any = None, **more: Any) -> MatmulResult:
+    operands = {name: x if isinstance(x, (TensorFile, ProductOf)) else Tensor(x) for name, x in (("a", a), ("b", b))}
+    if c is not None:
+        operands["c"] = Tensor(c)
+    result = await app.request(catalog.matmul_jobs, MatmulJob(**operands, **more), timeout=30)
+    assert isinstance(result, MatmulResult)
+    return result
+
+
+def product(result: MatmulResult, folder: Path) -> torch.Tensor:
+    return open_tensor(folder / result.file).tensor if result.file else torch.as_tensor(result.product)
+
+
+# -- products ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", ["never", "always"])
+@pytest.mark.parametrize("result", ["event", "file"])
+async def test_a_product_is_right_in_every_dtype_and_awkward_shape(
+    app: Pipeline, folder: Path, blocks: Any, result: Any
+) -> None:
+    for dtype in DTYPES:
+        for m, k, n in ((1, 1, 1), (17, 31, 5), (300, 70, 520), (3, 0, 2), (0, 4, 2)):
+            a, b = numbers(m, k, dtype=dtype), numbers(k, n, dtype=dtype)
+            found = await ask(app, a, b, result=result, blocks=blocks)
+            assert torch.equal(product(found, folder), exact(a, b)), (dtype, m, k, n)
+            assert product(found, folder).dtype == exact(a, b).dtype
+            assert (found.m, found.k, found.n, found.dtype, found.batch) == (m, k, n, dtype, [])
+            assert (found.product is None) == (result == "file")
+
+
+@pytest.mark.parametrize("blocks", ["never", "always"])
+async def test_transposes_batches_alpha_and_beta(app: Pipeline, folder: Path, blocks: Any) -> None:
+    a, b, c = numbers(2, 1, 40, 30), numbers(3, 50, 40), numbers(50)
+    found = await ask(
+        app, a, b, c, alpha=2.0, beta=-3.0, transpose_a=True, transpose_b=True, result="event", blocks=blocks
     )
-    assert result.checksum == float((a @ b).sum())
+    assert torch.equal(product(found, folder), 2 * (a.mT @ b.mT) - 3 * c)
+    assert (found.batch, found.m, found.k, found.n) == ([2, 3], 30, 40, 50)
 
 
-@pytest.mark.parametrize("dtype", matmul.DTYPES)
-def test_every_dtype_keeps_its_own(dtype: str) -> None:
-    if dtype == "bfloat16":
-        a, b = torch.from_numpy(matrix(8, 4)).bfloat16(), torch.from_numpy(matrix(4, 6)).bfloat16()
-        expected: Any = a @ b
-    else:
-        a, b = matrix(8, 4, dtype=dtype), matrix(4, 6, dtype=dtype)
-        expected = a @ b
-    assert multiply(a, b, device="cpu").product == Tensor(expected)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+async def test_where_c_has_few_tiles_k_is_split_and_partial_products_are_added_up_once(
+    app: Pipeline, folder: Path, dtype: str
+) -> None:
+    a, b = numbers(130, 20_000, dtype=dtype), numbers(20_000, 60, dtype=dtype)
+    c = numbers(130, 60, dtype=result_dtype(dtype))
+    found = await ask(app, a, b, c, alpha=2, beta=1, result="file", blocks="always")
+    wide = 2 * (a.double() @ b.double()) + c.double()
+    assert torch.equal(product(found, folder), wide.to(c.dtype))
+    assert (found.tiles, found.recomputed) == (8, 0)
 
 
-def test_transposed_and_strided_operands_are_taken_as_they_are() -> None:
-    a, b = matrix(10, 6).T, matrix(20, 14)[::2, ::2]
-    assert multiply(a, b).product == Tensor(a @ b)
+async def test_operands_are_files_and_earlier_products(app: Pipeline, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    a, b = numbers(30, 40), numbers(40, 20)
+    np.save(folder / "a.npy", a.numpy())
+    np.save(folder / "fortran.npy", np.asfortranarray(a.numpy()))
+    save_file({"b": b, "half": b.bfloat16()}, folder / "w.safetensors")
+    weights = TensorFile(file="w.safetensors", name="b")
+    for blocks in ("never", "always"):
+        first = await ask(app, TensorFile(file="a.npy"), weights, result="file", blocks=blocks)
+        assert torch.equal(product(first, folder), a @ b)
+        fortran = await ask(app, TensorFile(file="fortran.npy"), weights, result="event", blocks=blocks)
+        assert torch.equal(product(fortran, folder), a @ b)
+        chained = await ask(app, ProductOf(job=first.job), numbers(20, 7), result="event", blocks=blocks)
+        assert torch.equal(product(chained, folder), a @ b @ numbers(20, 7))
+    half = await ask(
+        app, a.bfloat16(), TensorFile(file=str(folder / "w.safetensors"), name="half"), result="file", blocks="always"
+    )
+    assert torch.equal(load_file(folder / half.file)["product"], exact(a.bfloat16(), b.bfloat16()))
 
 
-def test_the_figures_agree_with_each_other() -> None:
-    result = multiply(matrix(100, 200), matrix(200, 300))
-    assert result.gflops == pytest.approx(2 * 100 * 200 * 300 / result.seconds / 1e9)
-    assert (result.kernel, result.device) == (("cublas", "cuda") if HAS_CUDA else ("blas", "cpu"))
+async def test_a_job_too_large_for_memory_is_tiled_and_leaves_nothing_behind(app: Pipeline, folder: Path) -> None:
+    a, b = numbers(700, 900), numbers(900, 800)
+    async with app.watch(catalog.matmul_progress) as stream:
+        found = await ask(app, a, b, result="file")
+        seen = [message.event async for message in _some(stream, found.tiles)]
+    assert torch.equal(product(found, folder), a @ b)
+    assert found.tiles == 12  # 256 × 256, the smallest there are
+    assert [tile.done for tile in seen] == list(range(1, 13))
+    assert {(tile.job, tile.total, tile.m, tile.k, tile.n) for tile in seen} == {(found.job, 12, 700, 900, 800)}
+    assert list((folder / "jobs").iterdir()) == []
+    assert [str(path.relative_to(folder)) for path in (folder / "products").iterdir()] == [found.file]
+
+
+async def _some(stream: Any, count: int) -> AsyncIterator[Any]:
+    async with asyncio.timeout(20):
+        for _ in range(count):
+            yield await anext(aiter(stream))
+
+
+async def test_big_products_travel_in_shared_memory(app: Pipeline) -> None:
+    a = numbers(300, 300)
+    await ask(app, a, a, result="event", blocks="never")
+    [message] = await collect(app, catalog.matmul_results, 1)
+    assert torch.equal(torch.as_tensor(message.event.product), a @ a)
+    assert app.payloads.placed == 1  # the job's operands, in one segment
+
+
+async def test_the_figures_agree_with_each_other(app: Pipeline) -> None:
+    found = await ask(app, numbers(100, 200), numbers(200, 300))
+    assert found.gflops == pytest.approx(2 * 100 * 200 * 300 / found.seconds / 1e9)
+    assert (found.kernel, found.device) == (("cublas", "cuda") if HAS_CUDA else ("blas", "cpu"))
+    assert found.peak_share is not None
+    assert 0 < found.peak_share <= 1
+    assert (found.product, found.file) == (None, "")
+
+
+async def test_a_systolic_job_shows_each_of_its_cycles(app: Pipeline) -> None:
+    async with app.watch(catalog.systolic_cycles) as stream:
+        found = await ask(app, numbers(5, 5), numbers(5, 5), kernel="systolic", result="event")
+        seen: list[SystolicCycle] = [message.event async for message in _some(stream, 13)]
+    assert found.kernel == "systolic"
+    assert [cycle.cycle for cycle in seen] == list(range(13))
+    assert sum(int(np.asarray(cycle.active).sum()) for cycle in seen) == 5**3
+    assert {cycle.job for cycle in seen} == {found.job}
+
+
+# -- jobs that cannot be ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "said"),
+    ("a", "b", "more", "said"),
     [
-        (np.ones((2, 3)), np.ones((4, 2)), "A has shape [2, 3] and B [4, 2]; expected [m, k] and [k, n]"),
-        (np.ones(3), np.ones((3, 2)), "A has shape [3] and B [3, 2]"),
-        (np.ones((2, 2)), np.ones((2, 2), np.float32), "A is float64 and B float32; expected both of one dtype of"),
-        (np.ones((2, 2), bool), np.ones((2, 2), bool), "A is bool and B bool; expected both of one dtype of float64"),
+        (torch.ones(2, 3), torch.ones(4, 2), {}, r"A has shape \[2, 3\] and B \[4, 2\]; expected \[..., m, k\]"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"transpose_a": True, "transpose_b": True}, r"op\(A\) has shape \[3, 2\]"),
+        (torch.ones(3), torch.ones(3, 2), {}, r"A has shape \[3\] and B \[3, 2\]"),
+        (torch.ones(2, 2).double(), torch.ones(2, 2), {}, "A is float64 and B float32; expected both of one dtype"),
+        (torch.ones(2, 2).bool(), torch.ones(2, 2).bool(), {}, "A is bool and B bool; expected both of one dtype"),
+        (torch.ones(2, 2, 2), torch.ones(3, 2, 2), {}, "expected leading dimensions that broadcast"),
+        (torch.ones(2, 2).int(), torch.ones(2, 2).int(), {"alpha": 0.5}, "alpha is 0.5 and beta 0.0; expected"),
+        (torch.ones(2, 2), torch.ones(2, 2), {"beta": 1.0}, r"there is no C; expected one of shape \[2, 2\]"),
+        (torch.ones(2, 2), torch.ones(2, 2), {"c": torch.ones(3)}, r"C is float32 of shape \[3\]; expected float32"),
+        (torch.ones(2, 2), torch.ones(2, 2), {"kernel": "magic"}, "there is no kernel 'magic'; known: blas"),
     ],
-)
-def test_operands_that_do_not_fit_are_rejected_with_what_was_expected(a: Any, b: Any, said: str) -> None:
-    with pytest.raises(Reject) as rejected:
-        multiply(a, b)
-    assert said in rejected.value.reason
+)  # fmt: skip
+async def test_operands_that_do_not_fit_are_rejected_with_what_was_expected(
+    app: Pipeline, a: Any, b: Any, more: Any, said: str
+) -> None:
+    with pytest.raises(RequestFailed, match=said):
+        await ask(app, a, b, **more)
+    [letter] = await app.dead_letters("matmul.jobs")
+    assert letter.event.attempts == 1
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="there is a GPU")
-def test_a_job_for_a_gpu_is_rejected_where_there_is_none() -> None:
-    with pytest.raises(Reject) as rejected:
-        multiply(matrix(2, 2), matrix(2, 2), device="cuda")
-    assert "expected 'auto' or 'cpu'" in rejected.value.reason
+async def test_a_job_for_a_gpu_is_rejected_where_there_is_none(app: Pipeline) -> None:
+    with pytest.raises(RequestFailed, match="use 'auto' or 'cpu'"):
+        await ask(app, numbers(2, 2), numbers(2, 2), device="cuda")
 
 
-async def test_jobs_become_results_and_a_bad_one_is_a_dead_letter(app: Pipeline) -> None:
-    jobs = [MatmulJob(a=Tensor(matrix(n, n)), b=Tensor(matrix(n, n))) for n in (5, 6)]
-    bad = MatmulJob(a=Tensor(matrix(2, 3)), b=Tensor(matrix(2, 3)))
-    receipt = await app.publish(catalog.matmul_jobs, [jobs[0], bad, jobs[1]])
-    first, second = events(await collect(app, catalog.matmul_results, 2))
-    assert (first.job, second.job) == (receipt.ids[0], receipt.ids[2])
-    assert first.product is None
-    answer = await app.request(catalog.matmul_jobs, jobs[0].model_copy(update={"keep_result": True}))
-    assert answer.product == Tensor(np.asarray(jobs[0].a) @ np.asarray(jobs[0].b))
-    with pytest.raises(RequestFailed, match=r"A has shape \[2, 3\] and B \[2, 3\]"):
-        await app.request(catalog.matmul_jobs, bad)
+async def test_nothing_outside_the_workers_folder_is_read(app: Pipeline, folder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "secret.npy", np.ones((2, 2), np.float32))
+    folder.mkdir(exist_ok=True)
+    (folder / "link.npy").symlink_to(tmp_path / "secret.npy")
+    (folder / "a.txt").write_text("")
+    (folder / "broken.npy").write_bytes(b"\x93NUMPY")
+    np.save(folder / "pickled.npy", np.array([{}]), allow_pickle=True)
+    (folder / "short.safetensors").write_bytes((200).to_bytes(8, "little") + b"{}")
+    cases = {
+        "../secret.npy": "expected a path within it",
+        str(tmp_path / "secret.npy"): "expected a path within it",
+        "link.npy": "expected a path within it",
+        "sub/../../secret.npy": "expected a path within it",
+        "a.txt": "expected .npy or .safetensors",
+        "missing.npy": "there is no file 'missing.npy'",
+        "broken.npy": "broken.npy cannot be read",
+        "pickled.npy": "pickled.npy cannot be read",
+        "short.safetensors": "short.safetensors cannot be read",
+    }
+    for file, said in cases.items():
+        with pytest.raises(RequestFailed, match=said):
+            await ask(app, TensorFile(file=file), numbers(2, 2))
+    for job in ("nobody:1", "../../secret", "/etc/passwd"):
+        with pytest.raises(RequestFailed, match="there is no product of job"):
+            await ask(app, ProductOf(job=job), numbers(2, 2))
+
+
+async def test_a_product_too_big_for_an_event_is_refused_before_it_is_computed(valkey_url: str, folder: Path) -> None:
+    options = Settings(matmul_dir=folder, max_frame_bytes=100_000)
+    async with serving(matmul.make(options, valkey_url)), Pipeline("t", valkey_url) as app:
+        with pytest.raises(RequestFailed, match="expected result='file'"):
+            await ask(app, numbers(400, 2), numbers(2, 400), result="event")
+
+
+def test_a_tile_that_cannot_be_computed_ends_its_job(options: Settings, folder: Path) -> None:
+    """The file goes between the plan and the tile."""
+    worker = Worker(options)
+    folder.mkdir(exist_ok=True)
+    np.save(folder / "a.npy", numbers(600, 600).numpy())
+    work = worker.open(MatmulJob(a=TensorFile(file="a.npy"), b=Tensor(numbers(600, 600))))
+    plan, board = worker.share("t:1", work)
+    assert not worker.is_complete("t:1", plan, board)
+    (folder / "a.npy").unlink()
+    with pytest.raises(Reject, match=r"there is no file 'a\.npy'"):
+        worker.compute_tile("t:1", 0, last_attempt=False)
+    with pytest.raises(Reject, match=r"tile 0: there is no file 'a\.npy'"):
+        worker.is_complete("t:1", plan, board)
+    board.close()
+
+
+def test_a_tile_that_kills_its_workers_ends_its_job(options: Settings, folder: Path) -> None:
+    worker = Worker(options)
+    plan, board = worker.share("t:1", worker.open(MatmulJob(a=Tensor(numbers(600, 600)), b=Tensor(numbers(600, 600)))))
+    for _ in range(4):
+        board.begin(1)
+    with pytest.raises(Reject, match="tile 1 of 9: its worker died each time"):
+        worker.is_complete("t:1", plan, board)
+    board.close()
+
+
+def test_a_tile_in_another_workers_hands_is_left_alone_and_one_that_is_done_stays_done(options: Settings) -> None:
+    one, other = Worker(options), Worker(options)
+    a = numbers(600, 600)
+    _, board = one.share("t:1", one.open(MatmulJob(a=Tensor(a), b=Tensor(a))))
+    with board.claim(0) as claimed:
+        assert claimed
+        with pytest.raises(Retry):
+            other.compute_tile("t:1", 0, last_attempt=False)
+    assert other.compute_tile("t:1", 0, last_attempt=False) is not None
+    assert one.compute_tile("t:1", 0, last_attempt=False) is None
+    assert board.recomputed() == 0
+    for worker in (one, other):
+        worker.close_shared()
+    board.close()
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_old_products_go_and_new_ones_stay(folder: Path) -> None:
+    for name in ("old", "new"):
+        save(folder / "products" / f"{name}.npy", numbers(2, 2))
+    os.utime(folder / "products" / "old.npy", (0, 0))
+    Folder(folder).sweep(60)
+    assert [path.name for path in (folder / "products").iterdir()] == ["new.npy"]

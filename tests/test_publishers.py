@@ -218,6 +218,13 @@ def test_jobs_are_of_the_sizes_and_dtype_asked_for_and_set_by_the_seed() -> None
     assert jobs == list(itertools.islice(job_events([2, 3], "float16", seed=5), 8))
 
 
+def test_now_and_then_a_job_is_for_the_systolic_array_and_one_is_shared() -> None:
+    jobs = list(itertools.islice(job_events([4], systolic_every=4, shared_every=4), 8))
+    assert [job.kernel for job in jobs] == [None, None, None, "systolic"] * 2
+    assert [job.blocks for job in jobs] == ["auto", "always", "auto", "auto"] * 2
+    assert {job.a.shape for job in jobs} == {(4, 4), (16, 16), (12, 12)}
+
+
 async def test_the_job_program_publishes_jobs(valkey_url: str) -> None:
     command = ("-m", "publishers.jobs", "--rate", "50", "--sizes", "4,5", "--count", "3")
     result = await asyncio.to_thread(finished, *command, url=valkey_url)

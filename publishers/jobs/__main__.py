@@ -1,0 +1,7 @@
+"""`python -m publishers.jobs`."""
+
+import sys
+
+from .stream import main
+
+sys.exit(main())
