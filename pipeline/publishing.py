@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 from .channel import Channel
 from .errors import ConfigurationError, PayloadTooLarge
@@ -17,7 +17,7 @@ from .payloads import FRAME_BYTES as PAYLOAD_BYTES
 from .payloads import Flight, Oversized, Payloads
 from .transports import Outgoing, Transport
 
-__all__ = ["Outbox"]
+__all__ = ["Outbox", "Waiter"]
 
 FRAME_BYTES = 256 * 1024
 MOST_FRAMES = 64
@@ -57,6 +57,18 @@ class _Ids(Sequence[str]):
         return repr(list(self))
 
 
+class Waiter(Protocol):
+    """Whoever does not wait for a write, but for what comes of it."""
+
+    def numbered(self, source: str, sequence: int) -> None:
+        """Its event has this id from now on: before it is written, and again should the first attempt fail."""
+        ...
+
+    def failed(self, error: Exception) -> None:
+        """It was not written."""
+        ...
+
+
 @dataclass(slots=True)
 class _Parcel:
     """What one call of publish hands over."""
@@ -68,7 +80,18 @@ class _Parcel:
     reply: str | None
     time: float
     written: asyncio.Future[int] | None
+    waiter: Waiter | None = None
     first: int = 0
+
+    def done(self) -> None:
+        if self.written is not None and not self.written.done():
+            self.written.set_result(self.first)
+
+    def fail(self, error: Exception) -> None:
+        if self.written is not None and not self.written.done():
+            self.written.set_exception(error)
+        if self.waiter is not None:
+            self.waiter.failed(error)
 
 
 class Outbox:
@@ -127,6 +150,17 @@ class Outbox:
                 self._hand_over()
         return Receipt(_Ids(self.source, parcel.first, len(events)))  # type: ignore[arg-type]  # a lazy tuple
 
+    def put(
+        self, event: Any, waiter: Waiter, *, key: str | None, headers: Mapping[str, str] | None, reply: str | None
+    ) -> None:
+        """Hand over one event, of the channel's type, without waiting: what is put in one turn of the loop goes out
+        together."""
+        keys: list[str | None] | None = [key] if key is not None else None
+        self._queue.append(_Parcel([event], keys, headers, None, reply, time.time(), None, waiter))
+        if not self._writing:
+            self._writing = True
+            self._hand_over()
+
     def _hand_over(self) -> None:
         if self._queue:
             self._writer = asyncio.create_task(self._drain(), name=f"publish {self.channel.name}")
@@ -154,12 +188,10 @@ class Outbox:
                     await self._settle([parcel])
                 return
             for parcel in parcels:
-                if parcel.written is not None and not parcel.written.done():
-                    parcel.written.set_exception(error)
+                parcel.fail(error)
             return
         for parcel in parcels:
-            if parcel.written is not None and not parcel.written.done():
-                parcel.written.set_result(parcel.first)
+            parcel.done()
 
     async def _write(self, parcels: list[_Parcel]) -> None:
         start = self._next
@@ -202,6 +234,8 @@ class Outbox:
         first = self._next
         for parcel in group:
             parcel.first = first
+            if parcel.waiter is not None:
+                parcel.waiter.numbered(self.source, first)
             first += len(parcel.events)
         return self._cut(events, keys, headers, times, group[0], flight)
 

@@ -440,7 +440,8 @@ async def test_who_trickles_is_shown_the_door(valkey_url: str) -> None:
 
 
 async def test_metrics_schemas_and_models_are_told(client: httpx.AsyncClient) -> None:
-    await client.post("/predict", content=picture("coffee", "JPEG"), headers={"content-type": "image/jpeg"})
+    answer = await client.post("/predict", content=picture("coffee", "JPEG"), headers={"content-type": "image/jpeg"})
+    assert answer.status_code == 200, answer.text
     page = (await client.get("/metrics")).text
     assert 'gateway_predictions_total{model="imagenet",status="200"}' in page
     assert 'pipeline_group_handled_events{channel="models.imagenet",group="serving"}' in page
