@@ -21,7 +21,7 @@ from .errors import ConfigurationError, UnknownChannel
 from .executors import RunIn
 from .frame import Codec
 from .ledger import Ledger, ledger_channel
-from .lifecycle import drain, first_failure, on_signals
+from .lifecycle import drain, first_failure, on_signals, run
 from .message import Message, Receipt
 from .metrics import GroupMetrics, WorkerSample, metrics_channel
 from .middleware import Middleware
@@ -473,7 +473,7 @@ class Pipeline:
                 settling.cancel()
                 restore()
 
-        asyncio.run(main())
+        run(main())
 
     async def _settle_memory(self) -> None:
         """Modules and models stay for good: exempt them from garbage collections, which would stall handlers by tens of

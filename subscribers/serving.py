@@ -165,17 +165,12 @@ def best(rows: Item, tops: Sequence[int]) -> list[list[tuple[int, float]]]:
     """For each row, its `top` greatest values with their places, greatest first."""
     most = min(max(tops), rows.shape[1])
     each = np.arange(len(rows))[:, None]
-    places = np.arange(rows.shape[1])[None, :]
     if rows.shape[1] > 8 * most:  # sorting only what can be among them
-        places = np.argpartition(-rows, most - 1, axis=1)[:, :most]
-        rows = rows[each, places]
-    order = np.argsort(-rows, axis=1, kind="stable")[:, :most]
-    ranked = zip(
-        np.broadcast_to(places, (len(rows), places.shape[1]))[each, order].tolist(),
-        rows[each, order].tolist(),
-        tops,
-        strict=True,
-    )
+        among = np.argpartition(-rows, most - 1, axis=1)[:, :most]
+        places = among[each, np.argsort(-rows[each, among], axis=1, kind="stable")]
+    else:
+        places = np.argsort(-rows, axis=1, kind="stable")[:, :most]
+    ranked = zip(places.tolist(), rows[each, places].tolist(), tops, strict=True)
     return [list(zip(p[:top], v[:top], strict=True)) for p, v, top in ranked]
 
 
