@@ -201,7 +201,7 @@ class Outbox:
             await self._payloads.prepare(self.channel, self._partition)
             flight = Flight(self._payloads)
         try:
-            for group in _alike(parcels):
+            for group in _alike(parcels) if len(parcels) > 1 else (parcels,):
                 frames.extend(self._frames(group, flight))
             if flight is not None:
                 await flight.upload()
