@@ -22,7 +22,7 @@ from .errors import ConfigurationError, UnknownChannel
 from .executors import RunIn
 from .frame import Codec
 from .ledger import Ledger, ledger_channel
-from .lifecycle import drain, first_failure, on_signals, unless
+from .lifecycle import drain, first_failure, on_signals, run, unless
 from .message import Message, Receipt
 from .metrics import GroupMetrics, WorkerSample, metrics_channel
 from .middleware import Middleware
@@ -30,7 +30,7 @@ from .payloads import Payloads
 from .publishing import Outbox, check_delay
 from .registry import Registry
 from .reporting import Reporter, read_ledger, with_drain
-from .requests import Replies
+from .requests import Question, Replies
 from .retries import RetryPolicy
 from .router import Context, Router
 from .settings import Settings, settings
@@ -326,9 +326,12 @@ class Pipeline:
         if channel.partitions == 1 or key is not None:
             outbox = self._outboxes.get((channel, channel.partition(key))) or await self._outbox(channel, key)
             return await outbox.publish(events, key=key, headers=headers, due=due, reply=reply)
-        turn = self._turns[channel] = self._turns.get(channel, 0) + 1
-        outbox = await self._outbox(channel, None, turn)
+        outbox = await self._outbox(channel, None, self._turn(channel))
         return await outbox.publish(events, key=None, headers=headers, due=due, reply=reply)
+
+    def _turn(self, channel: Channel[Any]) -> int:
+        turn = self._turns[channel] = self._turns.get(channel, 0) + 1
+        return turn
 
     async def _outbox(self, channel: Channel[Any], key: str | None, turn: int = 0) -> Outbox:
         partition = channel.partition(key, turn)
@@ -363,15 +366,46 @@ class Pipeline:
         The answer is part of the subscriber's commit; the first group's answer wins. `timeout` is in seconds.
         Raises RequestTimeout; RequestFailed when the event was rejected, died, or None was returned.
         """
+        return await self.ask(channel, event, timeout=timeout, key=key, headers=headers)
+
+    def ask(
+        self,
+        channel: Channel[Any],
+        event: Any,
+        *,
+        timeout: float = 5.0,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> asyncio.Future[Any]:
+        """`request` without awaiting it: a future, to be awaited, given a callback, or cancelled. For what asks often:
+        no coroutine waits with it, and all that is asked in one turn of the event loop travels together.
+        """
         self._need_backend()
         assert self._replies is not None
-        replies = self._replies
+        self.codec(channel).check([event])
+        question = self._replies.question(channel, timeout)
+        outbox = self._outboxes.get((channel, channel.partition(key))) if channel.partitions == 1 or key else None
+        if outbox is not None:
+            outbox.put(event, question, key=key, headers=headers, reply=self._replies.address)
+        else:
+            self.spawn(self._put(channel, event, question, key, headers, self._replies.address), name="ask")
+        return question
 
-        async def publish() -> str:
-            receipt = await self._publish(channel, [event], key=key, due=None, headers=headers, reply=replies.address)
-            return receipt.id
-
-        return await replies.ask(channel, publish, timeout)
+    async def _put(
+        self,
+        channel: Channel[Any],
+        event: Any,
+        question: Question,
+        key: str | None,
+        headers: Mapping[str, str] | None,
+        reply: str,
+    ) -> None:
+        """Where the channel is new to this process, or has partitions to choose from."""
+        try:
+            outbox = await self._outbox(channel, key, self._turn(channel))
+            outbox.put(event, question, key=key, headers=headers, reply=reply)
+        except Exception as error:
+            question.failed(error)
 
     # -- watch ---------------------------------------------------------------------------------------------------
 
@@ -462,7 +496,7 @@ class Pipeline:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        asyncio.run(main())
+        run(main())
 
     async def _settle_memory(self) -> None:
         """Modules and models stay for good: exempt them from garbage collections, which would stall handlers by tens of

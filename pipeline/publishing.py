@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 from .channel import Channel
 from .errors import LONGEST_DELAY, ChannelFull, ConfigurationError, PayloadTooLarge
@@ -17,7 +17,7 @@ from .payloads import FRAME_BYTES as PAYLOAD_BYTES
 from .payloads import Flight, Oversized, Payloads
 from .transports import Outgoing, Transport
 
-__all__ = ["Outbox"]
+__all__ = ["Outbox", "Waiter"]
 
 FRAME_BYTES = 256 * 1024
 MOST_FRAMES = 64
@@ -57,6 +57,18 @@ class _Ids(Sequence[str]):
         return repr(list(self))
 
 
+class Waiter(Protocol):
+    """Whoever does not wait for a write, but for what comes of it."""
+
+    def numbered(self, source: str, sequence: int) -> None:
+        """Its event has this id from now on: before it is written, and again should the first attempt fail."""
+        ...
+
+    def failed(self, error: Exception) -> None:
+        """It was not written."""
+        ...
+
+
 @dataclass(slots=True)
 class _Parcel:
     """What one call of publish hands over."""
@@ -68,7 +80,18 @@ class _Parcel:
     reply: str | None
     time: float
     written: asyncio.Future[int] | None
+    waiter: Waiter | None = None
     first: int = 0
+
+    def done(self) -> None:
+        if self.written is not None and not self.written.done():
+            self.written.set_result(self.first)
+
+    def fail(self, error: Exception) -> None:
+        if self.written is not None and not self.written.done():
+            self.written.set_exception(error)
+        if self.waiter is not None:
+            self.waiter.failed(error)
 
 
 class Outbox:
@@ -137,6 +160,17 @@ class Outbox:
                 self._hand_over()
         return Receipt(_Ids(self.source, parcel.first, len(events)))  # type: ignore[arg-type]  # a lazy tuple
 
+    def put(
+        self, event: Any, waiter: Waiter, *, key: str | None, headers: Mapping[str, str] | None, reply: str | None
+    ) -> None:
+        """Hand over one event, of the channel's type, without waiting: what is put in one turn of the loop goes out
+        together."""
+        keys: list[str | None] | None = [key] if key is not None else None
+        self._queue.append(_Parcel([event], keys, headers, None, reply, time.time(), None, waiter))
+        if not self._writing:
+            self._writing = True
+            self._hand_over()
+
     def _hand_over(self) -> None:
         if self._queue:
             self._writer = asyncio.create_task(self._drain(), name=f"publish {self.channel.name}")
@@ -164,19 +198,15 @@ class Outbox:
                     await self._settle([parcel])
                 return
             for parcel in parcels:
-                if parcel.written is None or parcel.written.done():
-                    continue
-                if isinstance(error, ChannelFull):
-                    if self._taken(parcel) == len(parcel.events):
-                        parcel.written.set_result(parcel.first)
-                    else:
-                        parcel.written.set_exception(self._full(error, parcel))
+                if not isinstance(error, ChannelFull):
+                    parcel.fail(error)
+                elif self._taken(parcel) == len(parcel.events):
+                    parcel.done()
                 else:
-                    parcel.written.set_exception(error)
+                    parcel.fail(self._full(error, parcel))
             return
         for parcel in parcels:
-            if parcel.written is not None and not parcel.written.done():
-                parcel.written.set_result(parcel.first)
+            parcel.done()
 
     def _taken(self, parcel: _Parcel) -> int:
         """How many of a parcel's events were taken by a write that failed."""
@@ -193,7 +223,7 @@ class Outbox:
             await self._payloads.prepare(self.channel, self._partition)
             flight = Flight(self._payloads)
         try:
-            for group in _alike(parcels):
+            for group in _alike(parcels) if len(parcels) > 1 else (parcels,):
                 frames.extend(self._frames(group, flight))
             if flight is not None:
                 await flight.upload()
@@ -235,6 +265,8 @@ class Outbox:
         first = self._next
         for parcel in group:
             parcel.first = first
+            if parcel.waiter is not None:
+                parcel.waiter.numbered(self.source, first)
             first += len(parcel.events)
         return self._cut(events, keys, headers, times, group[0], flight)
 

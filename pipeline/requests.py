@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,13 +16,11 @@ from .frame import REPLIES, Header, split
 from .transports import Backend
 from .transports.client import LinkLost, ReplyError
 
-__all__ = ["Replies"]
+__all__ = ["Question", "Replies"]
 
 logger = logging.getLogger("pipeline.requests")
 
 WAIT = 1.0
-MOST_EARLY = 4096
-"""Answers kept that nobody waits for yet. Those that come too late look the same; the oldest are forgotten."""
 
 
 class _Answers:
@@ -42,58 +39,88 @@ class _Answers:
         return self._events
 
 
+class _Waiting(dict[str, "Question"]):
+    """Questions by their events' ids. `some` is set when there may be some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.some = asyncio.Event()
+
+
+class Question(asyncio.Future[Any]):
+    """A request under way: a future that gets the answer, RequestTimeout, RequestFailed, or why it was not written.
+
+    Cancel it to wait no longer. It is registered under its event's id before that is written, so no answer comes early.
+    """
+
+    def __init__(self, channel: Channel[Any], waiting: _Waiting, timeout: float) -> None:
+        loop = asyncio.get_running_loop()
+        super().__init__(loop=loop)
+        self.channel = channel
+        self.id = ""
+        self._waiting = waiting
+        self._timeout = timeout
+        self._timer = loop.call_later(timeout, self._expire)
+
+    def numbered(self, source: str, sequence: int) -> None:
+        self._waiting.pop(self.id, None)
+        if not self.done():
+            self.id = f"{self.channel.name}/{source}:{sequence}"
+            self._waiting[self.id] = self
+            self._waiting.some.set()
+
+    def failed(self, error: Exception) -> None:
+        if not self.done():
+            self.end()
+            self.set_exception(error)
+
+    def end(self) -> None:
+        """Nobody need look for its answer any more."""
+        self._timer.cancel()
+        self._waiting.pop(self.id, None)
+
+    def cancel(self, msg: Any = None) -> bool:
+        self.end()
+        return super().cancel(msg)
+
+    def _expire(self) -> None:
+        name = self.channel.name
+        self.failed(
+            RequestTimeout(f"no answer on channel {name!r} within {self._timeout:g} s; is a subscriber of it running?")
+        )
+
+
 class Replies:
     """One list in Redis a process, read by one task; answers find their request by its event's id."""
 
     def __init__(self, backend: Backend, source: str) -> None:
         self.address = f"{REPLIES}{source}:{secrets.token_hex(4)}"
         self._backend = backend
-        self._waiting: dict[str, tuple[asyncio.Future[Any], Channel[Any]]] = {}
-        self._early: dict[str, tuple[_Answers, int]] = {}
-        self._expected = asyncio.Event()
+        self._waiting = _Waiting()
         self._task: asyncio.Task[None] | None = None
-        self._publishing = 0
 
-    async def ask(self, channel: Channel[Any], publish: Callable[[], Awaitable[str]], timeout: float) -> Any:
-        """`publish` resolves to the request's id. Raises RequestTimeout, RequestFailed."""
+    def question(self, channel: Channel[Any], timeout: float) -> Question:
+        """To be handed to an Outbox with its event. Raises ConfigurationError."""
         if channel.reply is None:
             raise ConfigurationError(f"channel {channel.name!r} declares no reply=, so nothing on it can be requested")
         if self._task is None:
             self._task = asyncio.create_task(self._listen(), name="replies")
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        id_ = ""
-        self._publishing += 1
-        self._expected.set()
-        try:
-            async with asyncio.timeout(timeout):
-                id_ = f"{channel.name}/{await publish()}"
-                self._publishing -= 1
-                self._waiting[id_] = (future, channel)
-                if id_ in self._early:
-                    self._settle(id_, *self._early.pop(id_))
-                return await future
-        except TimeoutError:
-            raise RequestTimeout(
-                f"no answer on channel {channel.name!r} within {timeout:g} s; is a subscriber of it running?"
-            ) from None
-        finally:
-            if not id_:
-                self._publishing -= 1
-            self._waiting.pop(id_, None)
-            if not self._publishing:
-                self._early.clear()
-            if not self._waiting and not self._publishing:
-                self._expected.clear()
+        return Question(channel, self._waiting, timeout)
 
     async def _listen(self) -> None:
         while True:
-            await self._expected.wait()
-            try:
-                for body in await self._backend.replies(self.address, WAIT):
-                    self._take(body)
-            except (ServerUnavailable, LinkLost, ReplyError) as error:
-                logger.debug("replies: %s", error)
-                await asyncio.sleep(0.1)
+            if not self._waiting:
+                self._waiting.some.clear()
+                await self._waiting.some.wait()
+            await self._hear()
+
+    async def _hear(self) -> None:
+        try:
+            for body in await self._backend.replies(self.address, WAIT):
+                self._take(body)
+        except (ServerUnavailable, LinkLost, ReplyError) as error:
+            logger.debug("replies: %s", error)
+            await asyncio.sleep(0.1)
 
     def _take(self, body: bytes) -> None:
         try:
@@ -104,28 +131,21 @@ class Replies:
             return
         answers = _Answers(header.type, body)
         for index, id_ in enumerate(header.keys or []):
-            self._settle(id_ or "", answers, index)
+            question = self._waiting.get(id_ or "")
+            if question is not None:
+                self._settle(question, answers, index)
 
-    def _settle(self, id_: str, answers: _Answers, index: int) -> None:
-        waiting = self._waiting.get(id_)
-        if waiting is None:
-            if self._publishing:  # the answer overtook the acknowledgement of its question
-                if len(self._early) >= MOST_EARLY:
-                    del self._early[next(iter(self._early))]
-                self._early[id_] = (answers, index)
-            return
-        future, channel = waiting
-        if future.done():
-            return
+    def _settle(self, question: Question, answers: _Answers, index: int) -> None:
+        channel = question.channel
         try:
             event = answers.of(channel)[index]
         except FrameError as error:
-            future.set_exception(RequestFailed(f"request on channel {channel.name!r}: unreadable answer: {error}"))
-            return
+            event = Failure(reason=f"unreadable answer: {error}")
         if isinstance(event, Failure):
-            future.set_exception(RequestFailed(f"request on channel {channel.name!r}: {event.reason}"))
-        else:
-            future.set_result(event)
+            question.failed(RequestFailed(f"request on channel {channel.name!r}: {event.reason}"))
+        elif not question.done():
+            question.end()
+            question.set_result(event)
 
     async def close(self) -> None:
         if self._task is not None:

@@ -406,12 +406,15 @@ class Router:
     # -- settle --------------------------------------------------------------------------------------------------
 
     async def _settle(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             if not self._done:
                 self._wake.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(0.01 if self.flow.events else None):
-                        await self._wake.wait()
+                # Handlers in threads finish events without a word until their slice is over.
+                look = loop.call_later(0.01, self._wake.set) if self.flow.events else None
+                await self._wake.wait()
+                if look is not None:
+                    look.cancel()
             await self._flush()
 
     async def _flush(self) -> None:

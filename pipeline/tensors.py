@@ -36,6 +36,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 } | {"bfloat16": np.dtype("<u2")}
 """Wire name → numpy dtype of the raw words (bfloat16 travels as 16-bit words)."""
 
+_NAMES = {dtype: name for name, dtype in DTYPES.items() if name != "bfloat16"}
+"""What numpy's own `dtype.name` works out anew each time."""
+
 MAX_DIMENSIONS = 32
 ALIGNMENT = 64
 
@@ -62,14 +65,17 @@ class Tensor:
             array, dtype = _from_torch(value)
         else:
             array = np.asarray(value)
-            dtype = array.dtype.name
+            dtype = _NAMES.get(array.dtype) or array.dtype.name
         if dtype not in DTYPES:
             raise TypeError(f"a tensor of dtype {dtype!r} cannot travel; use one of {', '.join(DTYPES)}")
-        self._init(array, dtype)
+        self._init(np.asarray(array, dtype=DTYPES[dtype], order="C"), dtype)
 
     def _init(self, array: npt.NDArray[Any], dtype: str) -> None:
-        array = np.asarray(array, dtype=DTYPES[dtype], order="C").view()
-        array.flags.writeable = False
+        """`array`: C order, of the wire's dtype."""
+        flags = array.flags
+        if flags.writeable:
+            array = array.view()
+            array.flags.writeable = False
         self._array = array
         self.dtype = dtype
 
@@ -84,7 +90,7 @@ class Tensor:
                 f"a {dtype} tensor of shape {list(shape)} has {count * DTYPES[dtype].itemsize} bytes, not {len(buffer)}"
             )
         self = cls.__new__(cls)
-        self._init(np.frombuffer(buffer, DTYPES[dtype], count).reshape(shape), dtype)
+        self._init(np.ndarray(shape, DTYPES[dtype], buffer) if count else np.empty(shape, DTYPES[dtype]), dtype)
         return self
 
     @property

@@ -440,7 +440,8 @@ async def test_who_trickles_is_shown_the_door(valkey_url: str) -> None:
 
 
 async def test_metrics_schemas_and_models_are_told(client: httpx.AsyncClient) -> None:
-    await client.post("/predict", content=picture("coffee", "JPEG"), headers={"content-type": "image/jpeg"})
+    answer = await client.post("/predict", content=picture("coffee", "JPEG"), headers={"content-type": "image/jpeg"})
+    assert answer.status_code == 200, answer.text
     page = (await client.get("/metrics")).text
     assert 'gateway_predictions_total{model="imagenet",status="200"}' in page
     assert 'pipeline_group_handled_events{channel="models.imagenet",group="serving"}' in page
@@ -465,7 +466,10 @@ async def test_the_stress_test_survives_a_kill_and_a_replacement(tmp_path: Path,
     """500 pictures, two workers with leases of 1 s: one is killed, later the other is told to stop and is replaced."""
     environment = {"PIPELINE_SERVING_LEASE": "1.0"}
     bodies = [("image/jpeg", picture("coffee", "JPEG")), ("image/jpeg", picture("chelsea", "JPEG", quality=95))]
-    with gateway(valkey_url) as base, workers(valkey_url, 2, **environment) as (doomed, other):
+    patient = {
+        "PIPELINE_GATEWAY_WAIT": "60"
+    }  # a machine so busy that two workers do less than two a second refuses nobody
+    with gateway(valkey_url, **patient) as base, workers(valkey_url, 2, **environment) as (doomed, other):
         await served(base, number=2)
         test = asyncio.create_task(stress_test(f"{base}/predict", bodies, requests=500, clients=8, deadline=30.0))
         await asyncio.sleep(2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -24,16 +25,29 @@ class Script:
 
 
 def load() -> dict[str, Script]:
-    """Every script by name. All share the prelude `add.lua`."""
+    """Every script by name, each with what it names of the shared functions in `add.lua`."""
     folder = files(__package__) / "lua"
-    prelude = (folder / "add.lua").read_text()
+    shared = _functions((folder / "add.lua").read_text())
     scripts = {}
     for file in folder.iterdir():
         name = file.name.removesuffix(".lua")
         if file.name.endswith(".lua") and name != "add":
-            text = prelude + file.read_text()
+            text = _with_shared(file.read_text(), shared)
             scripts[name] = Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
     return scripts
+
+
+def _functions(text: str) -> dict[str, str]:
+    """The functions of a file by name, in order."""
+    return {found[1]: found[0] for found in re.finditer(r"^local function (\w+).*?^end\n", text, re.M | re.S)}
+
+
+def _with_shared(script: str, shared: dict[str, str]) -> str:
+    text = script
+    for name, function in reversed(shared.items()):  # a function names only those above it
+        if re.search(rf"\b{name}\(", text):
+            text = function + text
+    return text
 
 
 @dataclass(frozen=True, slots=True)

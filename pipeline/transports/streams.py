@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import struct
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -24,12 +25,12 @@ logger = logging.getLogger("pipeline.streams")
 
 POLL = 0.05
 """Seconds between looks for due events and hand-backs, and the longest a blocked read lasts."""
-SOURCE_TTL_MS = 24 * 3600 * 1000
-REPLY_TTL_MS = 60_000
 TRIM_EVERY = 5.0
 CONSUMER_IDLE = 300.0
 SYNC = 5.0
 """Seconds of one wait for the disk; less than a connection may be silent."""
+_COUNTS = struct.Struct(">7I")
+_RUN = struct.Struct(">3I")
 PATIENCE = 30.0
 """Seconds a publish waits for a Redis that went away before it gives up with an error."""
 
@@ -213,7 +214,7 @@ class _Publication:
         self._script = streams.scripts["publish"]
         self._names: list[str] = []
         self._source = ""
-        self._rest = (channel.capacity or 0, int(channel.overflow == "drop_oldest"))
+        self._rest = (channel.capacity, int(channel.overflow == "drop_oldest")) if channel.capacity else ()
 
     async def write(self, frames: Sequence[Outgoing]) -> None:
         results: list[Any] = []
@@ -233,7 +234,7 @@ class _Publication:
             results = [error]
         for index in range(len(frames)):
             result = results[index] if index < len(results) else None
-            if not isinstance(result, list) or result[0] not in (0, 1):
+            if result != 1 and not (isinstance(result, list) and result[0] == 0):
                 for frame in frames[:index]:
                     frame.taken = True
                 await self.recover(frames[index:], result)
@@ -250,7 +251,8 @@ class _Publication:
         if frame.source != self._source:
             keys, self._source = self._keys, frame.source
             self._names = [keys.stream, keys.meta, keys.source(frame.source), keys.groups]
-        return (self._names, frame.first, frame.count, frame.body, SOURCE_TTL_MS, int(force), *self._rest)
+        arguments = (self._names, frame.first - 1, frame.first + frame.count - 1, frame.count, frame.body)
+        return (*arguments, int(force), *self._rest) if force or self._rest else arguments
 
     async def recover(self, frames: Sequence[Outgoing], result: Any) -> None:
         """Write the frames one after the other, each until it is taken: order and idempotence need both."""
@@ -278,9 +280,10 @@ class _Publication:
         pause = 0.005
         while True:
             names, *arguments = self.arguments(frame, force=force)
-            status, detail = await self.streams.run("publish", names, *arguments, client=self.client)
-            if status in (0, 1):
+            result = await self.streams.run("publish", names, *arguments, client=self.client)
+            if result == 1 or result[0] == 0:
                 return
+            status, detail = result
             if status == -1:
                 # The server knows less than it acknowledged (flushed, or restarted without its newest data), or has
                 # forgotten an idle source. Frames are written in order, so none of these events can be there.
@@ -602,23 +605,23 @@ class StreamTail:
 
 def commit_arguments(keys: Keys, group: str, commit: Commit, token: str) -> tuple[list[str], list[Argument]]:
     """KEYS and ARGV of commit.lua."""
-    names = [keys.stream, *(keys.group(group, part) for part in ("h", "prog", "due", "bod", "takes", "owner"))]
-    arguments: list[Argument] = [group, token, len(commit.segments)]
+    counts = (
+        len(commit.segments), commit.handled, commit.dead, commit.retried,
+        len(commit.retries), len(commit.outputs), len(commit.replies),
+    )  # fmt: skip
+    names = [keys.stream, keys.group(group, "h")]
+    arguments: list[Argument] = [group, token, _COUNTS.pack(*counts)]
     for segment in commit.segments:
-        apart = segment.entry.startswith("r")
-        arguments += (segment.entry, segment.count, "" if apart else segment.low, segment.high)
-    arguments += (commit.handled, commit.dead, commit.retried, len(commit.retries))
+        arguments += (segment.entry, _RUN.pack(segment.count, segment.low, segment.high))
     for retry in commit.retries:
         arguments += (int(retry.delay * 1000), retry.count, retry.deliveries, retry.origin, retry.body)
-    arguments.append(len(commit.outputs))
     for output in commit.outputs:
         where = Keys.of(output.channel.name, output.partition)
         kind = "s" if output.channel.durable else "p"
         names += (where.stream if output.channel.durable else output.channel.name, where.meta)
         arguments += (kind, output.count, output.body)
-    arguments.append(len(commit.replies))
     for reply in commit.replies:
-        arguments += (reply.address, REPLY_TTL_MS, reply.body)
+        arguments += (reply.address, reply.body)
     return names, arguments
 
 

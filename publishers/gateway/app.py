@@ -3,7 +3,7 @@
 POST /channels/{name}          a JSON event → 202 {"id": …}
 GET  /channels/{name}/events   server-sent events, ?since=5m on durable channels
 POST /models/digits/predict    {"pixels": [[…]]} → {"success": true, "predictions": [{"label", "probability"}, …]}
-POST /predict                  a picture (form field `image`, or the body) → five labels; see models.py
+POST /predict                  a picture (form field `image`, or the body) → five labels; see predictions.py
 POST /models/{name}/predict    any served model: pictures, .npy, safetensors, raw bytes, JSON
 POST /models/{name}/load       swap it for another version, or roll back
 GET  /models · /channels · /schemas · /metrics · /healthz · /readyz · /openapi.json
@@ -37,10 +37,11 @@ from pipeline.settings import settings
 from ..command import opened
 from ..directory import BadEvent, Directory
 from .asyncapi import document
-from .bodies import BodyTooLarge, Guard, read_body
+from .bodies import NO_TOKEN, BodyTooLarge, Guard, read_body
 from .events import event_stream
 from .measures import Measures
 from .models import Models
+from .patrol import Patrol
 
 __all__ = ["create"]
 
@@ -273,22 +274,20 @@ def _first(error: ValidationError) -> str:
 
 
 class Front:
-    """The ASGI app: the token is asked for first, predictions take the short way, the rest goes through FastAPI."""
+    """The ASGI app, and what the server asks it for: predictions do not come here, see server.py."""
 
     def __init__(self, fastapi: FastAPI, models: Models, token: str | None) -> None:
         self.fastapi = fastapi
-        self._models = models
-        self._guard = Guard(self._route, token)
+        self.models = models
+        self.guard = Guard(token)
+        self.patrol = Patrol(settings().gateway_patience)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self._guard(scope, receive, send)
-
-    async def _route(self, scope: Any, receive: Any, send: Any) -> None:
-        model = self._models.route(scope["path"]) if scope["type"] == "http" else None
-        if model is None:
+        if scope["type"] != "http" or self.guard.admits(scope["path"], scope["headers"]):
             await self.fastapi(scope, receive, send)
-        else:
-            await self._models.handle(model, scope, receive, send)
+            return
+        headers = {"www-authenticate": "Bearer"}
+        await JSONResponse({"success": False, "error": NO_TOKEN}, 401, headers)(scope, receive, send)
 
 
 def create(pipeline: Pipeline | None = None) -> Front:

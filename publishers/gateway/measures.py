@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 from pipeline.ledger import Ledger
 
@@ -13,6 +16,46 @@ from .admission import Admission
 __all__ = ["Measures"]
 
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+MOST_MODELS = 300
+
+
+class _Predictions:
+    """Counted in plain lists, and made into metrics when somebody asks: the client's own objects take longer to count
+    than a prediction takes to parse."""
+
+    def __init__(self) -> None:
+        self._statuses: dict[tuple[str, int], int] = {}
+        self._bins: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
+
+    def note(self, model: str, status: int, seconds: float) -> None:
+        """One prediction, answered or refused."""
+        bins = self._bins.get(model)
+        if bins is None:
+            if len(self._bins) > MOST_MODELS:  # names that strangers make up
+                model = "other"
+            bins = self._bins.setdefault(model, [0] * (len(_BUCKETS) + 1))
+        bins[bisect_left(_BUCKETS, seconds)] += 1
+        self._sums[model] = self._sums.get(model, 0.0) + seconds
+        key = (model, status)
+        self._statuses[key] = self._statuses.get(key, 0) + 1
+
+    def collect(self) -> Iterator[Metric]:
+        """For prometheus_client."""
+        counter = CounterMetricFamily(
+            "gateway_predictions", "Predictions answered, by status.", None, ["model", "status"]
+        )
+        for (model, status), count in self._statuses.items():
+            counter.add_metric([model, str(status)], count)
+        yield counter
+        histogram = HistogramMetricFamily(
+            "gateway_prediction_seconds", "From request to answer.", None, None, ["model"]
+        )
+        bounds = [*map(str, _BUCKETS), "+Inf"]
+        for model, bins in self._bins.items():
+            counts = list(zip(bounds, accumulate(bins), strict=True))
+            histogram.add_metric([model], counts, self._sums[model])
+        yield histogram
 
 
 class Measures:
@@ -20,12 +63,8 @@ class Measures:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self._predictions = Counter(
-            "gateway_predictions", "Predictions answered, by status.", ["model", "status"], registry=registry
-        )
-        self._seconds = Histogram(
-            "gateway_prediction_seconds", "From request to answer.", ["model"], buckets=_BUCKETS, registry=registry
-        )
+        self._predictions = _Predictions()
+        registry.register(self._predictions)
         self._inflight = Gauge("gateway_inflight", "Predictions under way.", ["model"], registry=registry)
         self._drain = Gauge(
             "gateway_drain_seconds", "Until what is under way is answered.", ["model"], registry=registry
@@ -42,18 +81,7 @@ class Measures:
                 ("drain_seconds", "Estimated until lag and pending are handled: what to scale workers by."),
             )
         }
-        self._labelled: dict[tuple[str, int], Counter] = {}
-        self._timed: dict[str, Histogram] = {}
-
-    def prediction(self, model: str, status: int, seconds: float) -> None:
-        counter = self._labelled.get((model, status))
-        if counter is None:
-            if len(self._labelled) > 1000:  # names that strangers make up
-                model = "other"
-            counter = self._labelled[model, status] = self._predictions.labels(model, str(status))
-            self._timed.setdefault(model, self._seconds.labels(model))
-        counter.inc()
-        self._timed[model].observe(seconds)
+        self.prediction = self._predictions.note
 
     def page(self, ledger: Ledger, admissions: Mapping[str, Admission]) -> tuple[bytes, str]:
         """The exposition, and its content type."""

@@ -1,46 +1,124 @@
-"""The HTTP server: uvicorn's, with a limit on how long a client may take to ask."""
+"""The HTTP server: uvicorn's, in which predictions take the short way, and clients that trickle hold nothing."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
+from urllib.parse import unquote
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from httptools import parse_url
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from pipeline.settings import settings
+from .predictions import Headers, Prediction
 
 __all__ = ["Protocol"]
 
 
 class Protocol(HttpToolsProtocol):
-    """Closes a connection on which no whole request head has come in time: a client that trickles holds nothing."""
+    """One connection. `app` is a `publishers.gateway.app.Front`."""
 
-    _impatience: asyncio.TimerHandle | None = None
+    app: Any
+    cycle: Any
+    _since = 0.0
+    """Loop time since which a head is awaited…"""
+    _awaits = ""
+    """"head": its first byte came, or the connection is new · "next": it may stay idle a while · "": no head."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._wait()
+        self._await("head")
+        self.app.patrol.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.app.patrol.discard(self)
+        for cycle, _ in ((self.cycle, None), *self.pipeline):
+            if type(cycle) is Prediction:
+                cycle.gone()
+        super().connection_lost(exc)
+
+    # -- what is asked -------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        if self._impatience is None:
-            self._wait()
+        if self._awaits != "head":
+            self._await("head")
 
     def on_headers_complete(self) -> None:
-        self._stop_waiting()
-        super().on_headers_complete()
+        self._awaits = ""
+        path, query = _split(self.url)
+        model = self.app.models.route(path)
+        if model is None:
+            super().on_headers_complete()
+            return
+        parser, before = self.parser, self.cycle
+        keep_alive = parser.should_keep_alive() and parser.get_http_version() != "1.0"
+        self.cycle = cycle = Prediction(
+            self, self.app.models, model, parser.get_method(), query, self.headers, keep_alive=keep_alive
+        )
+        if not self.app.guard.admits(path, self.headers):
+            cycle.unauthorized = True
+        if before is None or before.response_complete:
+            cycle.start()
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, self.app))  # type: ignore[arg-type]  # it is started below
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
-        super().connection_lost(exc)
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        if type(cycle) is Prediction:
+            cycle.start()
+        else:
+            super()._start_asgi_task(cycle, app)
 
-    def _wait(self) -> None:
-        self._impatience = self.loop.call_later(settings().gateway_patience, self._give_up)
+    def on_body(self, body: bytes) -> None:
+        if type(self.cycle) is Prediction:
+            self.cycle.feed(body)
+        else:
+            super().on_body(body)
 
-    def _stop_waiting(self) -> None:
-        if self._impatience is not None:
-            self._impatience.cancel()
-            self._impatience = None
+    def on_message_complete(self) -> None:
+        if type(self.cycle) is Prediction:
+            self.cycle.complete()
+        else:
+            super().on_message_complete()
+
+    # -- what is answered (predictions.Connection) ---------------------------------------------------------------
+
+    def proceed(self) -> None:
+        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def respond(self, status: int, headers: Headers, body: bytes, *, keep_alive: bool) -> None:
+        if self.transport.is_closing():
+            return
+        lines = [STATUS_LINE[status], b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)]
+        for name, value in self.server_state.default_headers:
+            lines += (name, b": ", value, b"\r\n")
+        for name, value in headers:
+            lines += (name, b": ", value, b"\r\n")
+        lines += (b"\r\n" if keep_alive else b"connection: close\r\n\r\n", body)
+        self.transport.write(b"".join(lines))
+        if not keep_alive:
+            self.transport.close()
+        elif self.pipeline:
+            self.on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+            self.flow.resume_reading()
+            self._await("next")
+
+    # -- patience ------------------------------------------------------------------------------------------------
+
+    def _await(self, what: str) -> None:
+        self._awaits = what
+        self._since = self.loop.time()
+
+    def look(self, now: float, patience: float) -> None:
+        """Give up what takes too long."""
+        if type(self.cycle) is Prediction:
+            self.cycle.look(patience)
+        waited = now - self._since
+        if self._awaits == "head" and waited > patience:
+            self._give_up()
+        elif self._awaits == "next" and waited > self.timeout_keep_alive:
+            self.transport.close()
 
     def _give_up(self) -> None:
         if self.transport is not None and not self.transport.is_closing():
@@ -48,3 +126,14 @@ class Protocol(HttpToolsProtocol):
             head = b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
             self.transport.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
             self.transport.close()
+
+
+def _split(url: bytes) -> tuple[str, bytes]:
+    """Path and query."""
+    if not url.startswith(b"/"):
+        parsed = parse_url(url)
+        path, query = parsed.path or b"/", parsed.query or b""
+    else:
+        path, _, query = url.partition(b"?")
+    text = path.decode("latin-1")
+    return unquote(text) if "%" in text else text, query

@@ -196,8 +196,8 @@ def file_of(spec: ModelSpec, folder: Path) -> Path:
 
 
 def _softmax(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    rows = np.exp(rows - rows.max(axis=1, keepdims=True))
-    rows /= rows.sum(axis=1, keepdims=True)
+    rows = np.exp(rows - np.maximum.reduce(rows, axis=1, keepdims=True))
+    rows /= np.add.reduce(rows, axis=1, keepdims=True)
     if not math.isfinite(float(rows.sum())):
         rows = np.nan_to_num(rows)
     return rows

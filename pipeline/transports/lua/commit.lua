@@ -1,70 +1,74 @@
 -- COMMIT: outputs, retries, replies, ledger and acknowledgement, together, once.
--- KEYS: stream, h, prog, due, bod, takes, owner, then (key, meta) an output
+-- KEYS: stream, h (the group's other keys differ in their last part), then (key, meta) an output
 -- ARGV: group, fencing token ('' none: this group's partitions have no owner),
---       #segments, (id, n, low, high)…          low = '' settles an entry apart (a retry id)
---       handled, dead, retried,
---       #retries, (delay ms, count, times taken, origin, body)…
---       #outputs, (kind, n, body)…              kind: s stream · p Pub/Sub
---       #replies, (address, ttl ms, body)…
+--       seven packed numbers: segments, handled, dead, retried, retries, outputs, replies
+--       (id, packed n, low, high)… a segment    an id of an entry apart begins with r
+--       (delay ms, count, times taken, origin, body)… a retry
+--       (kind, n, body)… an output              kind: s stream · p Pub/Sub
+--       (address, body)… a reply
 -- → {} when applied, else {status a segment}: 'ok', 'gone', or the progress string. Scripts do not roll back, so every
 -- check comes before the first write; acknowledgements come first, so that a server out of memory lets commits pass.
-local stream, h, prog, due, bod, takes = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local group = ARGV[1]
-local at = 3
-local function take()
-  at = at + 1
-  return ARGV[at - 1]
+local stream, h, group = KEYS[1], KEYS[2], ARGV[1]
+local keys = string.sub(h, 1, -2)
+local prog = keys .. 'prog'
+local n_segments, handled, dead, retried, n_retries, n_outputs, n_replies = struct.unpack('>I4I4I4I4I4I4I4', ARGV[3])
+local retries_at = 4 + 2 * n_segments
+local outputs_at = retries_at + 5 * n_retries
+local replies_at = outputs_at + 3 * n_outputs
+
+for i = 0, n_outputs - 1 do
+  if ARGV[outputs_at + 3 * i] == 's' then
+    local key = KEYS[3 + 2 * i]
+    local t = redis.call('TYPE', key).ok
+    if t ~= 'stream' and t ~= 'none' then return redis.error_reply('WRONGTYPE ' .. key .. ' is a ' .. t) end
+  end
 end
 
-local segments, statuses, conflict, suppressed = {}, {}, false, 0
-local fenced = ARGV[2] ~= '' and redis.call('GET', KEYS[7]) ~= ARGV[2]
-for i = 1, tonumber(take()) do
-  local s = {id = take(), n = tonumber(take()), low = take(), high = tonumber(take())}
-  segments[i], statuses[i] = s, 'ok'
+local segments, conflict, suppressed = {}, false, 0
+local fenced = ARGV[2] ~= '' and redis.call('GET', keys .. 'owner') ~= ARGV[2]
+for i = 1, n_segments do
+  local id = ARGV[2 + 2 * i]
+  local n, low, high = struct.unpack('>I4I4I4', ARGV[3 + 2 * i])
+  local s = {id = id, n = n, low = low, high = high, status = 'ok', apart = string.byte(id) == 114}
+  segments[i] = s
   if fenced then
-    statuses[i], conflict = 'gone', true
-  elseif s.low == '' then
-    if not redis.call('ZSCORE', due, s.id) then
-      statuses[i], conflict, suppressed = 'gone', true, suppressed + s.n
+    s.status, conflict = 'gone', true
+  elseif s.apart then
+    if not redis.call('ZSCORE', keys .. 'due', id) then
+      s.status, conflict, suppressed = 'gone', true, suppressed + n
     end
   else
-    s.low = tonumber(s.low)
-    local pending = redis.pcall('XPENDING', stream, group, s.id, s.id, 1)
-    if pending.err or #pending == 0 then
-      statuses[i], conflict, suppressed = 'gone', true, suppressed + s.high - s.low + 1
+    s.done = redis.call('HGET', prog, id)
+    local pending
+    if n_segments == 1 and not s.done and high - low == n - 1 then
+      -- The usual case, one frame as a whole: whether it was pending is what acknowledging it tells.
+      pending = redis.call('XACK', stream, group, id) == 1
+      s.settled = pending
     else
-      local done = redis.call('HGET', prog, s.id)
-      if done and string.find(string.sub(done, s.low + 1, s.high + 1), '1', 1, true) then
-        local _, marked = string.gsub(string.sub(done, s.low + 1, s.high + 1), '1', '')
-        statuses[i], conflict, suppressed = done, true, suppressed + marked
-      end
+      local found = redis.pcall('XPENDING', stream, group, id, id, 1)
+      pending = not found.err and #found > 0
+    end
+    if not pending then
+      s.status, conflict, suppressed = 'gone', true, suppressed + high - low + 1
+    elseif s.done and string.find(string.sub(s.done, low + 1, high + 1), '1', 1, true) then
+      local _, marked = string.gsub(string.sub(s.done, low + 1, high + 1), '1', '')
+      s.status, conflict, suppressed = s.done, true, suppressed + marked
     end
   end
 end
 if conflict then
   redis.call('HINCRBY', h, 'suppressed', suppressed)
+  local statuses = {}
+  for i, s in ipairs(segments) do statuses[i] = s.status end
   return statuses
 end
 
-local handled, dead, retried = tonumber(take()), tonumber(take()), tonumber(take())
-local retries_at = at
-at = at + 1 + 5 * tonumber(ARGV[at])
-local outputs_at = at
-for i = 1, tonumber(take()) do
-  local kind = take()
-  at = at + 2
-  if kind == 's' then
-    local t = redis.call('TYPE', KEYS[6 + 2 * i]).ok
-    if t ~= 'stream' and t ~= 'none' then return redis.error_reply('WRONGTYPE ' .. KEYS[6 + 2 * i] .. ' is a ' .. t) end
-  end
-end
-
 for _, s in ipairs(segments) do
-  if s.low == '' then
-    forget(h, due, bod, takes, s.id)
-  else
-    local done = redis.call('HGET', prog, s.id)
-    if not done and s.low == 0 and s.high == s.n - 1 then
+  if s.apart then
+    forget(h, keys .. 'due', keys .. 'bod', keys .. 'takes', s.id)
+  elseif not s.settled then
+    local done = redis.call('HGET', prog, s.id) -- two segments may be of one entry
+    if not done and s.high - s.low == s.n - 1 then
       redis.call('XACK', stream, group, s.id)
     else
       done = done or string.rep('0', s.n)
@@ -82,17 +86,14 @@ if handled ~= 0 then redis.call('HINCRBY', h, 'handled', handled) end
 if dead ~= 0 then redis.call('HINCRBY', h, 'dead', dead) end
 if retried ~= 0 then redis.call('HINCRBY', h, 'retried', retried) end
 
-at = retries_at
-for _ = 1, tonumber(take()) do
-  local delay, count, taken, origin = tonumber(take()), tonumber(take()), tonumber(take()), tonumber(take())
-  set_apart(h, due, bod, takes, delay, count, taken, origin, take())
+for at = retries_at, outputs_at - 1, 5 do
+  local delay, count, taken, origin = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
+  set_apart(h, keys .. 'due', keys .. 'bod', keys .. 'takes', delay, count, taken, origin, ARGV[at + 4])
 end
-
-at = outputs_at
-for i = 1, tonumber(take()) do
-  local kind, n, body = take(), tonumber(take()), take()
-  local key, meta = KEYS[6 + 2 * i], KEYS[7 + 2 * i]
-  if kind == 's' then
+for i = 0, n_outputs - 1 do
+  local at = outputs_at + 3 * i
+  local key, meta, n, body = KEYS[3 + 2 * i], KEYS[4 + 2 * i], ARGV[at + 1], ARGV[at + 2]
+  if ARGV[at] == 's' then
     local id = add(key, meta, n, body)
     if type(id) == 'table' then redis.log(redis.LOG_WARNING, id.err) end
   else
@@ -100,9 +101,8 @@ for i = 1, tonumber(take()) do
     redis.call('HINCRBY', meta, 'published', n)
   end
 end
-for _ = 1, tonumber(take()) do
-  local address, ttl, body = take(), take(), take()
-  redis.call('RPUSH', address, body)
-  redis.call('PEXPIRE', address, ttl)
+for at = replies_at, replies_at + 2 * n_replies - 1, 2 do
+  redis.call('RPUSH', ARGV[at], ARGV[at + 1])
+  redis.call('PEXPIRE', ARGV[at], '60000')
 end
 return {}

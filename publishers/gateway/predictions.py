@@ -1,0 +1,304 @@
+"""One prediction over HTTP, without a framework on its path: this is the part of the gateway that must be quick.
+
+    head → admission → body → input (pictures in threads) → question → answer
+
+Nothing here waits: each step is called by what it needed, so a request costs neither a task nor a timer of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any, Protocol
+
+import numpy as np
+from pydantic import TypeAdapter
+from pydantic_core import to_json
+
+from pipeline import RequestFailed, RequestTimeout, ServerUnavailable, Tensor, catalog
+from pipeline.catalog import Answer, Inputs, Score
+from pipeline.errors import ChannelFull, PublishError
+
+from .admission import Admission, Overloaded
+from .bodies import NO_TOKEN
+from .inputs import BadInput, needs_thread, read_input
+from .models import Models
+
+__all__ = ["Connection", "Prediction"]
+
+logger = logging.getLogger("publishers.gateway")
+
+MOST_BODY = 32 << 20
+Headers = list[tuple[bytes, bytes]]
+
+_scores = TypeAdapter(list[Score]).serializer
+
+
+class Refusal(Exception):
+    """Raised to answer with a status."""
+
+    def __init__(self, status: int, reason: str, headers: Headers | None = None, *, close: bool = False) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.headers = headers or []
+        self.close = close
+
+
+class Connection(Protocol):
+    """What a prediction needs of the connection it came on."""
+
+    def respond(self, status: int, headers: Headers, body: bytes, *, keep_alive: bool) -> None:
+        """Write the whole response; whatever is next on the connection may begin."""
+        ...
+
+    def proceed(self) -> None:
+        """Tell a client that waits for it (100-continue) to send its body."""
+        ...
+
+
+class _Nobody:
+    def set(self) -> None:
+        """Nobody waits: see Prediction."""
+
+
+class Prediction:
+    """From a request's head to its answer.
+
+    It takes the place of a cycle of uvicorn's protocol, which looks at `response_complete`, `keep_alive` and
+    `disconnected` and wakes who waits for `message_event`.
+    """
+
+    __slots__ = (
+        "_admission", "_began", "_connection", "_content_type", "_headers", "_length", "_method", "_models",
+        "_parts", "_query", "_question", "_seconds", "_size", "_started", "_top", "_waits", "_whole", "disconnected",
+        "keep_alive", "model", "response_complete", "unauthorized",
+    )  # fmt: skip
+
+    message_event = _Nobody()
+
+    def __init__(
+        self,
+        connection: Connection,
+        models: Models,
+        model: str,
+        method: bytes,
+        query: bytes,
+        headers: Headers,
+        *,
+        keep_alive: bool,
+    ) -> None:
+        self.model = model
+        self.keep_alive = keep_alive
+        self.disconnected = False
+        self.response_complete = False
+        self.unauthorized = False
+        """Set by whoever looked for the token."""
+        self._connection = connection
+        self._models = models
+        self._method = method
+        self._query = query
+        self._headers = headers
+        self._began = time.perf_counter()
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._started = False
+        self._whole = False
+        self._waits = False
+        """For 100-continue."""
+        self._admission: Admission | None = None
+        """Set while it counts as under way there."""
+        self._question: asyncio.Future[Any] | None = None
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """What came before it on its connection is answered."""
+        self._started = True
+        try:
+            self._admit()
+            if self._whole:
+                self._go()
+        except Exception as error:
+            self._refuse(error)
+
+    def feed(self, part: bytes) -> None:
+        """A part of the body."""
+        if self.response_complete:
+            return
+        self._size += len(part)
+        if self._size <= MOST_BODY:
+            self._parts.append(part)
+        elif self._started:
+            self._refuse(Refusal(413, f"the body exceeds the limit of {MOST_BODY:,} bytes", close=True))
+
+    def complete(self) -> None:
+        """The body is there."""
+        self._whole = True
+        if self._started and not self.response_complete:
+            try:
+                self._go()
+            except Exception as error:
+                self._refuse(error)
+
+    def look(self, patience: float) -> None:
+        """Called now and then: a body that trickles is not waited for."""
+        if self._started and not self._whole and time.perf_counter() - self._began > patience:
+            self._refuse(Refusal(408, "the body came too slowly", close=True))
+
+    def gone(self) -> None:
+        """The client has hung up."""
+        self.disconnected = True
+        if not self.response_complete:
+            self._end(499, answered=False)
+            if self._question is not None:
+                self._question.cancel()
+
+    def _admit(self) -> None:
+        """Raises Refusal."""
+        if self.unauthorized:
+            raise Refusal(401, NO_TOKEN, [(b"www-authenticate", b"Bearer")])
+        if self._method != b"POST":
+            raise Refusal(405, "POST is expected", [(b"allow", b"POST")])
+        statuses = self._models.statuses
+        if self.model not in statuses:
+            served = ", ".join(sorted(statuses)) or "none yet"
+            raise Refusal(404 if statuses else 503, f"no worker serves model {self.model!r}; served are: {served}")
+        self._read_headers()
+        if self._length > MOST_BODY:
+            raise Refusal(413, f"the body has {self._length:,} bytes; the limit is {MOST_BODY:,}", close=True)
+        admission = self._models.admission(self.model)
+        try:
+            admission.enter(self._length)
+        except Overloaded as error:
+            raise Refusal(429, str(error), [(b"retry-after", b"%d" % error.after)]) from None
+        self._admission = admission
+        if self._waits:
+            self._connection.proceed()
+
+    def _read_headers(self) -> None:
+        """Content type, declared length (0: unknown), deadline, top. Raises Refusal."""
+        self._content_type = b""
+        self._length = 0
+        self._seconds = self._models.options.gateway_deadline
+        self._top = 5
+        for name, value in self._headers:
+            if name == b"content-type":
+                self._content_type = value
+            elif name == b"content-length":
+                self._length = int(value) if value.isdigit() else 0
+            elif name == b"expect":
+                self._waits = value.lower() == b"100-continue" and not self._whole
+            elif name == b"x-deadline":
+                self._seconds = _deadline(value)
+        for part in self._query.split(b"&") if self._query else ():
+            if part.startswith(b"top="):
+                if not part[4:].isdigit() or not 1 <= int(part[4:]) <= 1000:
+                    raise Refusal(400, "top: a number from 1 to 1000")
+                self._top = int(part[4:])
+
+    def _go(self) -> None:
+        """Raises Refusal, BadInput."""
+        if self._size > MOST_BODY:
+            raise Refusal(413, f"the body exceeds the limit of {MOST_BODY:,} bytes", close=True)
+        body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        self._parts.clear()
+        content_type = self._content_type.decode("latin-1")
+        kind = content_type.partition(";")[0].strip().lower()
+        status = self._models.statuses[self.model]
+        if not needs_thread(kind):
+            self._ask(read_input(kind, content_type, body, status))
+            return
+        decoding = asyncio.get_running_loop().run_in_executor(
+            self._models.decoders, read_input, kind, content_type, body, status
+        )
+        decoding.add_done_callback(self._decoded)
+
+    def _decoded(self, decoding: asyncio.Future[Any]) -> None:
+        if decoding.cancelled() or self.response_complete:
+            return
+        try:
+            self._ask(decoding.result())
+        except Exception as error:
+            self._refuse(error)
+
+    def _ask(self, array: Any) -> None:
+        """Raises Refusal."""
+        try:
+            inputs = Inputs(data=Tensor(array), deadline=time.time() + self._seconds, top=self._top)
+        except (TypeError, ValueError) as error:
+            raise Refusal(422, str(error)) from None
+        channel = catalog.requests_of(self.model)
+        self._question = question = self._models.pipeline.ask(channel, inputs, timeout=self._seconds)
+        question.add_done_callback(self._heard)
+
+    def _heard(self, question: asyncio.Future[Any]) -> None:
+        if self.response_complete:
+            return
+        try:
+            answer: Answer = question.result()
+        except (Exception, asyncio.CancelledError) as error:
+            self._refuse(error)
+            return
+        if answer.expired:
+            self._refuse(Refusal(504, f"no worker came to it within {self._seconds:g} s"), answered=True)
+        elif answer.error:
+            self._refuse(Refusal(422, answer.error), answered=True)
+        else:
+            self._end(200, answered=True)
+            self._connection.respond(200, [], _success(answer), keep_alive=self.keep_alive)
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def _refuse(self, error: BaseException, *, answered: bool = False) -> None:
+        if self.response_complete:
+            return
+        refusal = self._refusal(error)
+        self._end(refusal.status, answered=answered)
+        body = b"" if self._method == b"HEAD" else to_json({"success": False, "error": str(refusal)})
+        keep_alive = self.keep_alive and not refusal.close
+        self._connection.respond(refusal.status, refusal.headers, body, keep_alive=keep_alive)
+
+    def _refusal(self, error: BaseException) -> Refusal:
+        if isinstance(error, Refusal):
+            return error
+        if isinstance(error, BadInput):
+            return Refusal(error.status, str(error))
+        if isinstance(error, RequestTimeout):
+            return Refusal(504, f"no answer within {self._seconds:g} s")
+        if isinstance(error, RequestFailed):
+            return Refusal(500, str(error))
+        if isinstance(error, (ServerUnavailable, ChannelFull)):
+            return Refusal(503, str(error), [(b"retry-after", b"1")])
+        if isinstance(error, PublishError):
+            return Refusal(413, str(error))
+        logger.error("a prediction failed", exc_info=error)
+        return Refusal(500, "the gateway failed on it; its log says why")
+
+    def _end(self, status: int, *, answered: bool) -> None:
+        """Once: nothing is under way any more."""
+        self.response_complete = True
+        self._parts.clear()
+        if self._admission is not None:
+            self._admission.leave(self._length, answered=answered)
+            self._admission = None
+        self._models.measures.prediction(self.model, status, time.perf_counter() - self._began)
+
+
+def _deadline(value: bytes) -> float:
+    """Raises Refusal."""
+    with contextlib.suppress(ValueError):
+        given = float(value)
+        if 0 < given <= 3600:
+            return given
+    raise Refusal(400, "x-deadline: seconds, above 0 and at most 3600")
+
+
+def _success(answer: Answer) -> bytes:
+    if answer.output is not None:
+        head = {"success": True, "model": answer.model, "version": answer.version}
+        return to_json({**head, "output": np.asarray(answer.output).tolist()})
+    return b'{"success":true,"model":%s,"version":%d,"predictions":%s,"batch":%d}' % (
+        to_json(answer.model), answer.version, _scores.to_json(answer.predictions), answer.batch,
+    )  # fmt: skip
