@@ -233,7 +233,7 @@ def test_the_mean_is_clipped() -> None:
     [
         ({"parts": {"values": Tensor(np.ones(2, np.float32))}}, "expected values of float32"),
         ({"parts": {"values": Tensor(np.ones(3))}}, "expected values of float32"),
-        ({"codec": "int8", "parts": {"values": Tensor(np.ones(3, np.int8))}}, "expected scales"),
+        ({"codec": "int8", "parts": {"values": Tensor(np.ones(3, np.int8))}}, "expected parts scales"),
         ({"codec": "zip", "parts": {"values": Tensor(np.ones(3))}}, "compression 'zip' is unknown"),
     ],
     ids=["shape", "dtype", "scales", "codec"],

@@ -172,7 +172,7 @@ def test_a_paused_worker_is_given_up_and_is_one_of_them_again_when_it_wakes(
     check(*workers)
 
 
-@planes
+@pytest.mark.parametrize("plane", ["shm", "redis"])
 def test_who_joins_midway_begins_with_what_the_others_have(
     plane: str, aggregator: str, team: Any, tmp_path: Path
 ) -> None:
@@ -204,7 +204,7 @@ def test_a_killed_aggregator_loses_no_round(plane: str, valkey_url: str, team: A
     assert {tuple(line["ranks"]) for line in workers[0].rounds} == {(0, 1)}
 
 
-@planes
+@pytest.mark.parametrize("plane", ["shm", "redis"])
 def test_all_die_and_come_back_where_the_checkpoint_was(plane: str, valkey_url: str, team: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"workers": 2, "checkpoint": 10, "plane": plane}
     with aggregating(valkey_url, tmp_path) as first:

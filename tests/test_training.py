@@ -140,7 +140,18 @@ def workers_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 async def test_a_killed_worker_is_started_again_and_ends_identical(aggregator: str) -> None:
-    command = ("-m", "publishers.training", "--run", "p", "--runs", "1", "--rounds", "150", "--rate", "40")
+    command = (
+        "-m",
+        "publishers.training",
+        "--run",
+        "p",
+        "--runs",
+        "1",
+        "--rounds",
+        "400",
+        "--rate",
+        "40",
+    )  # it takes seconds to come back
     with program(*command, "--deadline", "0.3", url=aggregator) as launcher:
         async with Pipeline("t", aggregator) as app:
             await collect(app, catalog.rounds, 20)
