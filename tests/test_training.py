@@ -154,7 +154,7 @@ async def test_a_killed_worker_is_started_again_and_ends_identical(aggregator: s
     )  # it takes seconds to come back
     with program(*command, "--deadline", "0.3", url=aggregator) as launcher:
         async with Pipeline("t", aggregator) as app:
-            await collect(app, catalog.rounds, 20)
+            await collect(app, catalog.rounds, 20, seconds=60)
         workers_of(launcher)[1].kill()
         output = await asyncio.to_thread(launcher.communicate, timeout=60)
     assert launcher.returncode == 0
