@@ -20,33 +20,45 @@ logger = logging.getLogger("dashboards.feed")
 
 PICTURES = "imagenet"
 """The model whose inputs are shown."""
-HISTORY = 15 * 60.0
+HISTORY = 6 * 3600.0
+"""Seconds back that are read at the start, where the streams still have them."""
 RECONNECT = 0.5
 STALE = 4.0
 """Seconds without a ledger, which comes every second, after which Redis counts as gone."""
+TURN = 200
+"""Messages after which the loop is given to others, while history is read."""
 
 
 class Feed:
+    """What processes count comes ready-made, once a second (`pipeline.ledger`, `pipeline.metrics`): the cost of looking
+    does not grow with the events that flow. Only events whose content is drawn are read themselves."""
+
     def __init__(self, app: Pipeline, state: State) -> None:
+        self.app = app
         self.state = state
         self.heard = 0.0
         """Unix time of the last ledger that arrived."""
+        self.loaded = False
+        """The past has been read."""
         self.trouble = "waiting for Redis"
-        self._app = app
         self._handlers: dict[Channel[Any], Callable[[Message[Any]], None]] = {
             metrics_channel: lambda m: state.on_worker(m.event, m.time.timestamp()),
-            catalog.training_metrics: lambda m: state.on_training(m.event),
-            catalog.rounds: lambda m: state.on_round(m.event),
+            catalog.training_metrics: lambda m: state.on_training(m.event, m.time.timestamp()),
             catalog.predictions: lambda m: state.on_prediction(m.event, m.time.timestamp()),
             catalog.matmul_results: lambda m: state.on_matmul(m.event, m.time.timestamp()),
+            catalog.model_status: lambda m: state.on_model(m.event, m.time.timestamp()),
             catalog.requests_of(PICTURES): lambda m: state.pictures.on_inputs(m.id, m.event),
             catalog.answers: lambda m: state.on_answer(m.event, m.time.timestamp()),
+            catalog.matmul_progress: lambda m: state.jobs.on_tile(m.event, m.time.timestamp()),
+            catalog.systolic_cycles: lambda m: state.jobs.on_cycle(m.event),
             ledger_channel: self._on_ledger,
         }
 
     def _on_ledger(self, message: Message[Any]) -> None:
         self.state.on_ledger(message.event)
-        self.heard = time.time()
+        if time.time() - message.event.time < STALE:
+            self.heard = time.time()
+            self.loaded = True
 
     @property
     def live(self) -> bool:
@@ -56,7 +68,7 @@ class Feed:
         """For ever: open, watch all, and begin again when Redis was not there."""
         while True:
             try:
-                async with self._app as app:
+                async with self.app as app:
                     self.trouble = "Redis does not answer"
                     async with asyncio.TaskGroup() as group:
                         for channel, handler in self._handlers.items():
@@ -73,5 +85,5 @@ class Feed:
             async for message in stream:
                 handler(message)
                 count += 1
-                if count % 500 == 0:
+                if count % TURN == 0:
                     await asyncio.sleep(0)

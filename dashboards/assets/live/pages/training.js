@@ -1,0 +1,96 @@
+import { ask, post, toast } from "../actions.js";
+import { redraw } from "../charts.js";
+import { bytes, byId, element, percent, put, seconds, short } from "../format.js";
+import { facts, now } from "../store.js";
+import { change, onChange, view } from "../view.js";
+
+const MODES = ["sync", "async", "hogwild", "dogwild", "local"];
+let rows = new Map(), known = "";
+
+export function mount(root) {
+  rows = new Map(); known = "";
+  for (const button of root.querySelectorAll("[data-axis]")) button.onclick = () => change({ axis: button.dataset.axis, low: null, high: null });
+  const smoothing = byId("smoothing");
+  smoothing.value = String(view.smooth);
+  smoothing.addEventListener("input", () => { change({ smooth: Number(smoothing.value) }); redraw(); });
+  byId("band").onclick = () => { change({ band: view.band === "0" ? "1" : "0" }); redraw(); };
+  byId("unzoom").onclick = () => change({ low: null, high: null });
+  byId("start-run").onclick = start;
+  show();
+}
+
+export function update(changed) {
+  if (changed.includes("runs")) { table(facts.runs); redraw(); }
+}
+
+function show() {
+  if (view.page !== "training" || !byId("band")) return;
+  for (const button of document.querySelectorAll("[data-axis]")) button.setAttribute("aria-pressed", String(button.dataset.axis === view.axis));
+  byId("band").setAttribute("aria-pressed", String(view.band !== "0"));
+  byId("unzoom").hidden = view.low === null && view.high === null;
+}
+onChange(show);
+
+const COLUMNS = [
+  ["step", (run) => short(run.step)], ["loss", (run) => number(run.loss)], ["accuracy", (run) => (run.accuracy == null ? "–" : percent(run.accuracy))],
+  ["gradient norm", (run) => number(run.gradient_norm)], ["staleness", (run) => number(run.staleness)],
+  ["round", (run) => (run.round_seconds == null ? "–" : seconds(run.round_seconds))], ["members", (run) => number(run.members)],
+  ["sent a round", (run) => (run.bytes_sent == null ? "–" : bytes(run.bytes_sent))], ["compression", (run) => (run.ratio == null ? "–" : short(run.ratio) + " ×")],
+  ["ran for", (run) => seconds(run.seconds)], ["state", (run) => (run.live ? "live" : `ended ${seconds(Math.max(0, now() - run.heard))} ago`)],
+];
+const number = (value) => (value == null ? "–" : short(value));
+
+function table(runs) {
+  const box = byId("runs"), key = runs.map((run) => run.run).join("\n");
+  if (!runs.length) { box.replaceChildren(element("p", { class: "empty-line", text: "Start a run: python -m publishers.training" })); known = ""; return; }
+  if (key !== known) {
+    known = key; rows.clear();
+    const body = element("tbody");
+    for (const run of runs) {
+      const swatch = element("i", { class: "swatch" });
+      const button = element("button", { class: "toggle", title: "Show or hide; with Shift: this one alone", onclick: (event) => choose(run.run, event) }, swatch, run.run);
+      const cells = COLUMNS.map(() => element("td"));
+      const row = element("tr", {}, element("th", { scope: "row" }, button), ...cells);
+      rows.set(run.run, { row, cells, swatch, button });
+      body.append(row);
+    }
+    const head = element("tr", {}, element("th", { scope: "col", text: "run" }), ...COLUMNS.map(([text]) => element("th", { scope: "col", text })));
+    box.replaceChildren(element("table", { class: "plain" }, element("thead", {}, head), body));
+  }
+  runs.forEach((run, at) => {
+    const { row, cells, swatch, button } = rows.get(run.run), on = !view.runs || view.runs.split(",").includes(run.run);
+    swatch.style.background = colourOf(at);
+    button.setAttribute("aria-pressed", String(on));
+    row.classList.toggle("off", !on);
+    COLUMNS.forEach(([, text], i) => put(cells[i], text(run)));
+    cells[cells.length - 1].className = run.live ? "good" : "soft";
+  });
+}
+
+const colourOf = (at) => window.pipelineColours[at % window.pipelineColours.length];
+
+function choose(run, event) {
+  const all = facts.runs.map((one) => one.run), chosen = new Set(view.runs ? view.runs.split(",") : all);
+  if (event.shiftKey) { chosen.clear(); chosen.add(run); } else chosen.has(run) ? chosen.delete(run) : chosen.add(run);
+  change({ runs: chosen.size === 0 || chosen.size === all.length ? null : [...chosen].join(",") });
+  table(facts.runs);
+  redraw();
+}
+
+async function start() {
+  await ask({
+    title: "Start a training run", yes: "Start",
+    text: "A launcher takes it up: python -m publishers.training",
+    fields: [
+      { name: "run", label: "name", hint: "optional" }, { name: "mode", label: "mode", options: MODES, value: "sync" },
+      { name: "workers", label: "workers", type: "integer", value: 2 }, { name: "rounds", label: "rounds", type: "integer", value: 600 },
+      { name: "learning_rate", label: "learning rate", type: "number", value: 0.006 }, { name: "batch", label: "batch", type: "integer", value: 64, hint: "samples a worker and round" },
+      { name: "rate", label: "rounds a second at most", type: "number", value: 8, hint: "empty: as many as can be" },
+    ],
+    submit: async (values) => {
+      const done = await post("/api/runs/start", Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined)));
+      toast(`run ${done.run} is asked for`, "good");
+      return done;
+    },
+  });
+}
