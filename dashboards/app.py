@@ -36,8 +36,12 @@ def create(url: str | None = None) -> FastAPI:
     feed = Feed(Pipeline("dashboard", url), State())
     hub = Hub(feed)
 
+    token = settings().token
+    secret = token.get_secret_value() if token else None
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await _ask_for_the_first_page(app, secret)
         tasks = [asyncio.create_task(feed.run()), asyncio.create_task(hub.run())]
         yield
         for task in tasks:
@@ -49,13 +53,33 @@ def create(url: str | None = None) -> FastAPI:
     dash = Dash(
         "dashboards", server=cast(Any, app), backend="fastapi", assets_folder=str(HERE / "assets"), title="Pipeline",
         index_string=INDEX, update_title="", serve_locally=True, use_pages=True, pages_folder="",
-        assets_path_ignore=["live"], include_pages_meta=False,
+        assets_path_ignore=["live"], assets_ignore="grid.js", include_pages_meta=False,
     )  # fmt: skip
     pages.register()
     dash.layout = shell
-    token = settings().token
-    app.add_middleware(Guard, token=token.get_secret_value() if token else None)
+    app.add_middleware(Guard, token=secret)
     return app
+
+
+async def _ask_for_the_first_page(app: FastAPI, token: str | None) -> None:
+    """Dash prepares itself when `/` is asked for; who asked for another page before got one without assets."""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(_: Any) -> None:
+        """Nobody reads it."""
+
+    headers = [(b"host", b"localhost"), (b"authorization", f"Bearer {token}".encode())]
+    await app(
+        {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
+            "path": "/", "raw_path": b"/", "root_path": "", "query_string": b"", "headers": headers,
+            "client": ("127.0.0.1", 0), "server": ("127.0.0.1", 0),
+        },
+        receive,
+        send,
+    )  # fmt: skip
 
 
 def _routes(app: FastAPI, feed: Feed, hub: Hub) -> None:

@@ -147,7 +147,6 @@ def grid(name: str, columns: list[Any], empty: str, **options: Any) -> Any:
         id=f"grid-{name}",
         className="grid",
         columnDefs=columns,
-        rowData=[],
         getRowId="params.data.id",
         defaultColDef={"sortable": True, "resizable": True, "suppressMovable": True},
         dashGridOptions={

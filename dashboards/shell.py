@@ -25,6 +25,7 @@ INDEX = """<!DOCTYPE html>
 })();
 </script>
 {%css%}
+<script src="/assets/grid.js"></script>
 <script src="/plotly.min.js" defer></script>
 <script type="module" src="/assets/live/main.js"></script>
 </head>
@@ -73,15 +74,14 @@ def _header() -> Any:
 
 
 def _navigation() -> Any:
-    return html.Nav(
+    return html.Div(
         [
             dmc.NavLink(
                 id=f"to-{page['module']}", label=page["name"], href=page["path"], active="exact",
                 leftSection=html.Span(className=f"icon icon-{page['module']}"),
             )
             for page in page_registry.values()
-        ],
-        **_aria(label="Pages"),
+        ]
     )  # fmt: skip
 
 

@@ -130,6 +130,9 @@ class State:
         self.changes = 0
         """Grows with each event: tables are built again when it has."""
         self._last: dict[str, tuple[float, ChannelLedger]] = {}
+        self._reported = 0.0
+        self._resumed = 0.0
+        """When workers were heard again after nobody was."""
         self._verdicts: Counter[bool] = Counter()
         self._second_verdicts: dict[int, Counter[bool]] = {}
         self._recent_verdicts: deque[Counter[bool]] = deque(maxlen=10)
@@ -200,6 +203,9 @@ class State:
     # -- workers -------------------------------------------------------------------------------------------------
 
     def on_worker(self, sample: WorkerSample, moment: float) -> None:
+        if moment - self._reported > GONE_AFTER:
+            self._resumed = moment
+        self._reported = max(self._reported, moment)
         self._look_for_gone(moment)
         worker = self.workers.get(sample.worker)
         if worker is None:
@@ -236,7 +242,7 @@ class State:
     def _look_for_gone(self, now: float) -> None:
         """Note who fell silent while others were heard; in an outage nobody is."""
         for name, worker in list(self.workers.items()):
-            silent = now - worker.seen
+            silent = now - max(worker.seen, self._resumed)
             if silent > FORGOTTEN_AFTER:
                 del self.workers[name]
                 for known in self.publishes.values():

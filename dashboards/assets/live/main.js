@@ -11,6 +11,7 @@ import * as training from "./pages/training.js";
 import * as workers from "./pages/workers.js";
 import { ask, connect } from "./socket.js";
 import { facts, now, status } from "./store.js";
+import * as tables from "./tables.js";
 import * as views from "./view.js";
 
 const PAGES = { overview, channels, training, serving, matmul, workers, dead };
@@ -21,7 +22,7 @@ let root = null, page = null;
 function look() {
   const found = byId("page");
   if (found === root) return;
-  if (page) { charts.unmount(); page.unmount?.(); }
+  if (page) { charts.unmount(); tables.forget(); page.unmount?.(); }
   root = found;
   page = null;
   if (!root) return;
@@ -75,7 +76,7 @@ function follow() {
   new MutationObserver(look).observe(document.body, { childList: true, subtree: true });
   new MutationObserver(() => { charts.themed(); page?.themed?.(); })
     .observe(document.documentElement, { attributes: true, attributeFilter: ["data-mantine-color-scheme"] });
-  setInterval(() => { tell(); put(byId("clock"), status.heard ? clock(now()) : ""); }, 500);
+  setInterval(() => { tell(); tables.refill(); put(byId("clock"), status.heard ? clock(now()) : ""); }, 500);
   views.onChange(() => { shown = ""; tell(); });
   look();
 }

@@ -1,23 +1,25 @@
 /* Tables of ag-grid, filled from the feed: rows have ids, so what did not change is not drawn again. */
-const waiting = new Map();
+const newest = new Map();
 
 export function grid(name) {
   try { return window.dash_ag_grid?.getApi(`grid-${name}`) || null; } catch { return null; }
 }
 
-/* Give a table its rows; one that is not made yet gets the newest as soon as it is. */
+/* Give a table its rows; one that is not made yet gets them when it is. */
 export function fill(name, rows) {
-  const api = grid(name);
-  if (api) { waiting.delete(name); api.setGridOption("rowData", rows); return; }
-  if (!waiting.has(name)) setTimeout(() => retry(name), 60);
-  waiting.set(name, rows);
+  newest.set(name, rows);
+  grid(name)?.setGridOption("rowData", rows);
 }
 
-function retry(name) {
-  const rows = waiting.get(name);
-  waiting.delete(name);
-  if (rows && document.getElementById(`grid-${name}`)) fill(name, rows);
+/* A table that is being made drops what it is given: it gets it again. Called twice a second. */
+export function refill() {
+  for (const [name, rows] of newest) {
+    const api = grid(name);
+    if (api && rows.length && api.getDisplayedRowCount() === 0) api.setGridOption("rowData", rows);
+  }
 }
+
+export function forget() { newest.clear(); }
 
 /* Call when the table is there. */
 export function ready(name, use) {
