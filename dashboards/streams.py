@@ -119,6 +119,7 @@ class Stream:
         self._next_facts = 0.0
         self._changes = -1
         self._started = False
+        self._turn = 0
 
     # -- out -----------------------------------------------------------------------------------------------------
 
@@ -126,7 +127,8 @@ class Stream:
         """The frame for all viewers that have had everything before; None when nothing is new."""
         if not self._started:
             self._restart(now)
-        series = [] if self.view.end is not None else list(self._new(now))
+        series = [] if self.view.end is not None else list(self._new(now, self._turn))
+        self._turn += 1
         changed = self._changed_facts(now)
         if not series and not changed:
             return None
@@ -175,14 +177,18 @@ class Stream:
         self._started = True
         low, _ = self.view.span(now)
         self._level = level_of(self.view.window, now - low)
-        for _ in self._new(now):
+        for _ in self._new(now, None):
             pass
 
-    def _new(self, now: float) -> Iterator[Series]:
+    def _new(self, now: float, turn: int | None) -> Iterator[Series]:
+        """What nobody has had. Charts of runs take turns, one a tick (all with None), so that the browser never has to
+        draw twenty lines in seven charts at once."""
         width = LEVELS[self._level][0]
+        runs = [figure for figure in self._figures if figure.run]
+        for figure in runs if turn is None else runs and [runs[turn % len(runs)]]:
+            yield from self._new_of_runs(figure, now)
         for figure in self._figures:
             if figure.run:
-                yield from self._new_of_runs(figure, now)
                 continue
             last = int(closed(self._state, figure.kind, now) // width)
             for name, ring in series_of(self._state, figure, self.view):
@@ -258,6 +264,8 @@ class Stream:
             key = (figure.name, name)
             if key not in self._widths:
                 self._begin(key, trace, now)
+            elif not trace.ordered and (figure.kind, name) in self._state.runs.changed:
+                self._begin(key, trace, now)  # steps went back: what was sent may be wrong
             width, start = self._widths[key]
             low, high = self._limits(trace, now)
             first = self._through[key]

@@ -80,7 +80,7 @@ function frame() {
   scheduled = false;
   if (!window.Plotly) return void setTimeout(schedule, 30);
   const began = performance.now();
-  const closed = status.closed;
+  const closed = status.closed, bucket = latest();
   let drawn = 0;
   for (const name of [...dirty]) {
     if (!charts.has(name)) { dirty.delete(name); continue; }
@@ -92,7 +92,7 @@ function frame() {
   }
   if (drawn && closed) requestAnimationFrame(() => {
     const at = Date.now();
-    measures.push({ closed: closed * 1000, drawn: at, cost: performance.now() - began, charts: drawn });
+    measures.push({ closed: closed * 1000, drawn: at, cost: performance.now() - began, charts: drawn, bucket: Object.keys(figures).some((name) => !charts.get(name)?.run) ? bucket : null });
     if (measures.length > 20000) measures.splice(0, 10000);
   });
 }
@@ -469,3 +469,5 @@ function exportCsv(chart) {
   save(file(chart, "csv"), href);
   setTimeout(() => URL.revokeObjectURL(href), 1000);
 }
+
+window.pipelineCosts = () => [...charts.values()].map((one) => [one.name, Math.round(one.cost || 0)]);

@@ -20,7 +20,7 @@ export function mount(root) {
 }
 
 export function update(changed) {
-  if (changed.includes("runs")) { table(facts.runs); redraw(); }
+  if (changed.includes("runs")) table(facts.runs);
 }
 
 function show() {
@@ -45,6 +45,7 @@ function table(runs) {
   if (!runs.length) { box.replaceChildren(element("p", { class: "empty-line", text: "Start a run: python -m publishers.training" })); known = ""; return; }
   if (key !== known) {
     known = key; rows.clear();
+    redraw();   // colours follow the order of runs
     const body = element("tbody");
     for (const run of runs) {
       const swatch = element("i", { class: "swatch" });
