@@ -103,7 +103,7 @@ AUDIT_PATIENCE = 2.0
 OWN: dict[str, Channel[Any]] = {
     channel.name: channel for channel in (catalog.rate_settings, catalog.model_loads, catalog.run_starts)
 }
-"""Channels that are published to here with their classes. An app must use one Channel object a name: sequences hang on it."""
+"""Channels that are published to here with their classes: an app must use one Channel object a name."""
 
 Wanted = TypeVar("Wanted", bound="_Input")
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]

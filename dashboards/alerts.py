@@ -53,7 +53,7 @@ def _of_groups(state: State, now: float) -> Iterator[Alert]:
 
 def _of_queue(state: State, name: str, counts: GroupLedger, link: str) -> Iterator[Alert]:
     waiting = counts.lag + counts.pending
-    if getattr(counts, "paused", False):
+    if counts.paused:
         yield Alert("warn", f"{name} is paused; {waiting:,} events wait", link)
     elif waiting and not counts.consumers:
         yield Alert("bad", f"{name}: {waiting:,} events wait and no worker is there", link)
@@ -65,8 +65,8 @@ def _of_queue(state: State, name: str, counts: GroupLedger, link: str) -> Iterat
 
 def _of_workers(state: State, now: float) -> Iterator[Alert]:
     for worker in state.workers.values():
-        if worker.gone and not getattr(worker.sample, "last", False) and now - worker.seen < RECENT:
+        if worker.gone and not worker.sample.last and now - worker.seen < RECENT:
             yield Alert("warn", f"{worker.label} on {worker.sample.host} fell silent", "/workers")
-    for marker in state.markers:
-        if marker.kind == "refused" and now - marker.time < RECENT:
+    for marker in state.happened.since(now - RECENT):
+        if marker.kind == "refused":
             yield Alert("warn", marker.text, "/serving")

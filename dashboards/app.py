@@ -16,8 +16,10 @@ from fastapi.responses import FileResponse, JSONResponse
 from pipeline import Pipeline, PipelineError
 from pipeline.settings import settings
 
-from . import pages
+from . import actions, pages
+from .access import Access
 from .browse import events
+from .controls import Controls
 from .feed import Feed
 from .figures import specification
 from .guard import Guard
@@ -33,15 +35,15 @@ HERE = Path(__file__).parent
 
 
 def create(url: str | None = None) -> FastAPI:
-    feed = Feed(Pipeline("dashboard", url), State())
-    hub = Hub(feed)
-
     token = settings().token
-    secret = token.get_secret_value() if token else None
+    access = Access(token.get_secret_value() if token else None)
+    controls = Controls()
+    feed = Feed(Pipeline("dashboard", url), State(), controls.subscriptions())
+    hub = Hub(feed)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await _ask_for_the_first_page(app, secret)
+        await _ask_for_the_first_page(app, access.token)
         tasks = [asyncio.create_task(feed.run()), asyncio.create_task(hub.run())]
         yield
         for task in tasks:
@@ -50,6 +52,7 @@ def create(url: str | None = None) -> FastAPI:
 
     app = FastAPI(title="Pipeline dashboard", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     _routes(app, feed, hub)
+    app.include_router(actions.router(feed.app, controls, feed.state.happened, access))
     dash = Dash(
         "dashboards", server=cast(Any, app), backend="fastapi", assets_folder=str(HERE / "assets"), title="Pipeline",
         index_string=INDEX, update_title="", serve_locally=True, use_pages=True, pages_folder="",
@@ -57,7 +60,7 @@ def create(url: str | None = None) -> FastAPI:
     )  # fmt: skip
     pages.register()
     dash.layout = shell
-    app.add_middleware(Guard, token=secret)
+    app.add_middleware(Guard, access=access)
     return app
 
 

@@ -20,12 +20,12 @@ __all__ = ["channels", "facts", "totals", "workers"]
 
 HISTOGRAM_WINDOW = 300
 """Seconds over which the latency histogram is taken."""
-MARKERS = 60
+MARKERS = 200
 
 
 def facts(state: State, page: str, channel: str | None, now: float) -> dict[str, Any]:
     """By name; what has not changed since the last look is not sent."""
-    found: dict[str, Any] = {"markers": [asdict(marker) for marker in list(state.markers)[-MARKERS:]]}
+    found: dict[str, Any] = {"markers": [asdict(marker) for marker in state.happened.since()[-MARKERS:]]}
     if page == "overview":
         found.update(totals=totals(state), flow=diagram(state, now), alerts=alerts(state, now))
     elif page == "channels":
@@ -89,7 +89,7 @@ def channels(state: State) -> list[dict[str, Any]]:
                 {
                     **row, **found, "id": pair(name, group), "group": group, "p50": p50, "p95": p95, "p99": p99,
                     "dropped": counts.dropped, "drain": counts.drain_seconds,
-                    "paused": getattr(counts, "paused", False),
+                    "paused": counts.paused,
                     "off": counts.difference(one.published) if one.durable else None,
                 }
             )  # fmt: skip
@@ -194,17 +194,17 @@ def workers(state: State) -> list[dict[str, Any]]:
     rows = []
     for name, worker in sorted(state.workers.items(), key=lambda item: (item[1].sample.app, item[1].sample.pid)):
         sample = worker.sample
-        gpus = getattr(sample, "gpus", None) or []
+        gpus = sample.gpus or []
         rows.append(
             {
                 "id": name, "app": sample.app, "host": sample.host, "pid": sample.pid, "version": sample.version,
-                "state": "stopped" if getattr(sample, "last", False) else "silent" if worker.gone else "live",
+                "state": "stopped" if sample.last else "silent" if worker.gone else "live",
                 "seen": worker.seen if worker.gone else None, "started": sample.started, "memory": sample.rss,
-                "cpu": round(sample.cpu, 3), "threads": getattr(sample, "threads", 0),
+                "cpu": round(sample.cpu, 3), "threads": sample.threads,
                 "busy": round(sum(group.busy for group in sample.groups) / max(0.1, sample.interval), 3),
                 "in_hand": sum(group.in_hand for group in sample.groups),
-                "leases": sum(getattr(group, "leases", 0) for group in sample.groups),
-                "oldest_lease": max((getattr(group, "oldest_lease", 0.0) for group in sample.groups), default=0.0),
+                "leases": sum(group.leases for group in sample.groups),
+                "oldest_lease": max((group.oldest_lease for group in sample.groups), default=0.0),
                 "groups": ", ".join(pair(group.channel, group.group) for group in sample.groups),
                 "gpu": max((gpu.utilisation for gpu in gpus), default=None),
                 "gpu_memory": max((gpu.memory_used for gpu in gpus), default=None),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline import Channel, Message, Pipeline, PipelineError, catalog
 from pipeline.ledger import ledger_channel
 from pipeline.metrics import metrics_channel
 
+from .markers import Subscription, once
 from .state import State
 
 __all__ = ["Feed"]
@@ -33,7 +34,7 @@ class Feed:
     """What processes count comes ready-made, once a second (`pipeline.ledger`, `pipeline.metrics`): the cost of looking
     does not grow with the events that flow. Only events whose content is drawn are read themselves."""
 
-    def __init__(self, app: Pipeline, state: State) -> None:
+    def __init__(self, app: Pipeline, state: State, more: Sequence[Subscription] = ()) -> None:
         self.app = app
         self.state = state
         self.heard = 0.0
@@ -41,7 +42,13 @@ class Feed:
         self.loaded = False
         """The past has been read."""
         self.trouble = "waiting for Redis"
-        self._handlers: dict[Channel[Any], Callable[[Message[Any]], None]] = {
+        self._followed: dict[Channel[Any], list[Subscription]] = {}
+        for one in (*self._subscriptions(), *state.happened.subscriptions(), *more):
+            self._followed.setdefault(one.channel, []).append(one)
+
+    def _subscriptions(self) -> list[Subscription]:
+        state = self.state
+        handlers: dict[Channel[Any], Callable[[Message[Any]], None]] = {
             metrics_channel: lambda m: state.on_worker(m.event, m.time.timestamp()),
             catalog.training_metrics: lambda m: state.on_training(m.event, m.time.timestamp()),
             catalog.predictions: lambda m: state.on_prediction(m.event, m.time.timestamp()),
@@ -53,6 +60,10 @@ class Feed:
             catalog.systolic_cycles: lambda m: state.jobs.on_cycle(m.event),
             ledger_channel: self._on_ledger,
         }
+        return [
+            Subscription(channel, once(handler), HISTORY if channel.durable else 0.0)
+            for channel, handler in handlers.items()
+        ]
 
     def _on_ledger(self, message: Message[Any]) -> None:
         self.state.on_ledger(message.event)
@@ -71,19 +82,21 @@ class Feed:
                 async with self.app as app:
                     self.trouble = "Redis does not answer"
                     async with asyncio.TaskGroup() as group:
-                        for channel, handler in self._handlers.items():
-                            group.create_task(self._follow(app, channel, handler), name=f"follow {channel.name}")
+                        for channel, subscriptions in self._followed.items():
+                            group.create_task(self._follow(app, channel, subscriptions), name=f"follow {channel.name}")
             except* (PipelineError, OSError) as errors:
                 self.trouble = str(errors.exceptions[0])
                 logger.debug("feed: %s", self.trouble)
             await asyncio.sleep(RECONNECT)
 
-    async def _follow(self, app: Pipeline, channel: Channel[Any], handler: Callable[[Message[Any]], None]) -> None:
-        """The stream position survives outages inside `watch`, so nothing is counted twice and nothing is missed."""
-        async with app.watch(channel, since=HISTORY if channel.durable else None) as stream:
+    async def _follow(self, app: Pipeline, channel: Channel[Any], subscriptions: list[Subscription]) -> None:
+        """The stream position survives outages inside `watch`; what is read again after a new beginning is left out."""
+        since = max(one.since for one in subscriptions)
+        async with app.watch(channel, since=since if since and channel.durable else None) as stream:
             count = 0
             async for message in stream:
-                handler(message)
+                for one in subscriptions:
+                    one.handler(message)
                 count += 1
                 if count % TURN == 0:
                     await asyncio.sleep(0)

@@ -13,11 +13,12 @@ from pipeline.ledger import ChannelLedger, GroupLedger, Ledger, ledger_channel
 from pipeline.metrics import GroupSample, WorkerSample
 
 from .jobs import Jobs
+from .markers import Markers
 from .rings import Gauge, Histogram, Ring, Sum, spread
 from .runs import Runs
 from .thumbnails import Pictures
 
-__all__ = ["GONE_AFTER", "Marker", "State", "Worker", "internal", "pair"]
+__all__ = ["GONE_AFTER", "State", "Worker", "internal", "pair"]
 
 RECENT = "last 10 s"
 ALL = "all so far"
@@ -27,7 +28,6 @@ FORGOTTEN_AFTER = 120.0
 MOST_SERIES = 256
 """Series of one kind; beyond it the one that was quiet longest makes room. Histograms are big: fewer of them."""
 MOST_HISTOGRAMS = 48
-MOST_MARKERS = 200
 
 R = TypeVar("R", bound=Ring)
 
@@ -40,16 +40,6 @@ def pair(channel: str, group: str) -> str:
 def internal(channel: str) -> bool:
     """The framework's own, and dead letters, which have a page of their own."""
     return channel.startswith("pipeline.") or channel.endswith(".dead")
-
-
-@dataclass(frozen=True, slots=True)
-class Marker:
-    """Something that happened to the pipeline, drawn on every time chart."""
-
-    time: float
-    kind: str
-    """started, gone, stopped, swapped, refused, rewound, reset."""
-    text: str
 
 
 @dataclass(slots=True)
@@ -120,10 +110,10 @@ class State:
         self.workers: dict[str, Worker] = {}
         self.publishes: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
         """(app, channel) → worker → when it last published there, and how many a second."""
-        self.markers: deque[Marker] = deque(maxlen=MOST_MARKERS)
+        self.happened = Markers()
+        """What is drawn on every time chart."""
         self.models: dict[tuple[str, str], tuple[float, ModelStatus]] = {}
         """(model, worker) → what it serves since when."""
-        self.serving: dict[str, int] = {}
         self.pictures = Pictures()
         self.version = 0
         """Version of the weights that inference answers with."""
@@ -141,9 +131,6 @@ class State:
         """Every kind of series in buckets of time."""
         return {**self.sums, **self.gauges, "latency": self.latency}
 
-    def mark(self, moment: float, kind: str, text: str) -> None:
-        self.markers.append(Marker(moment, kind, text))
-
     # -- the ledger ----------------------------------------------------------------------------------------------
 
     def on_ledger(self, ledger: Ledger) -> None:
@@ -151,6 +138,7 @@ class State:
         own = ledger.channels.get(ledger_channel.name)
         # The very first ledger that was ever written: nothing was published before its bucket.
         from_the_start = self.ledger is not None or own is None or own.published <= 1
+        lost: list[str] = []
         for name, channel in ledger.channels.items():
             before = self._last.get(name)
             if before is None:
@@ -160,11 +148,13 @@ class State:
             else:
                 since, old = before
                 if channel.published < old.published:
-                    self.mark(ledger.time, "reset", f"{name} was counted anew: the server lost its data")
+                    lost.append(name)
                     self.base[name] -= old.published
                     old = ChannelLedger()
             self._on_channel(name, channel, old, since, ledger.time)
             self._last[name] = (ledger.time, channel)
+        if lost:
+            self.happened.add(ledger.time, "reset", f"the server lost data: {len(lost)} channels count anew", "redis")
         for gone in self._last.keys() - ledger.channels.keys():
             del self._last[gone]
         self.ledger = ledger
@@ -187,7 +177,8 @@ class State:
     ) -> None:
         name = pair(channel, group)
         if now.handled < old.handled:
-            self.mark(moment, "rewound", f"{name} reads again {old.handled - now.handled:,} events")
+            text = f"{name} reads {old.handled - now.handled:,} events again"
+            self.happened.add(moment, "rewind", text, f"{channel}/{group}")
         for what in ("handled", "dead", "retried"):
             risen = max(0, getattr(now, what) - getattr(old, what))
             spread(self.sums[what].touch(name), since, moment, risen)
@@ -210,19 +201,13 @@ class State:
         worker = self.workers.get(sample.worker)
         if worker is None:
             worker = self.workers[sample.worker] = Worker(moment, sample)
-            self.mark(sample.started, "started", f"{sample.app} started (pid {sample.pid})")
-        elif worker.gone:
-            self.mark(moment, "started", f"{worker.label} is back")
-        worker.seen, worker.sample, worker.gone = moment, sample, False
-        if getattr(sample, "last", False):
-            worker.gone = True
-            self.mark(moment, "stopped", f"{worker.label} stopped")
+        worker.seen, worker.sample, worker.gone = moment, sample, sample.last
         for channel, count in sample.published.items():
             known = self.publishes.setdefault((sample.app, channel), {})
             known[sample.worker] = (moment, count / max(0.1, sample.interval))
         self.gauges["cpu"].touch(worker.label).set(moment, sample.cpu)
         self.gauges["memory"].touch(worker.label).set(moment, sample.rss)
-        for gpu in getattr(sample, "gpus", None) or ():
+        for gpu in sample.gpus or ():
             self.gauges["gpu"].touch(f"{sample.host} {gpu.name} {gpu.index}").set(moment, gpu.utilisation)
         if sample.groups:
             busy = sum(group.busy for group in sample.groups) / max(0.1, sample.interval)
@@ -249,7 +234,6 @@ class State:
                     known.pop(name, None)
             elif silent > GONE_AFTER and not worker.gone:
                 worker.gone = True
-                self.mark(worker.seen, "gone", f"{worker.label} fell silent")
                 self.changes += 1
 
     # -- models and jobs -----------------------------------------------------------------------------------------
@@ -272,12 +256,6 @@ class State:
         self.changes += 1
 
     def on_model(self, status: ModelStatus, moment: float) -> None:
-        if status.state == "refused":
-            self.mark(moment, "refused", f"{status.model} v{status.version} was refused: {status.reason}")
-        elif self.serving.get(status.model) not in (None, status.version):
-            self.mark(moment, "swapped", f"{status.model} is served as version {status.version}")
-        if status.state == "serving":
-            self.serving[status.model] = status.version
         self.models[status.model, status.worker] = (moment, status)
         while len(self.models) > MOST_SERIES:
             del self.models[min(self.models, key=lambda key: self.models[key][0])]

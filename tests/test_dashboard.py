@@ -13,7 +13,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from PIL import Image
 from playwright.async_api import Browser, Page, async_playwright, expect
 
 from dashboards.wire import decode
-from pipeline import Channel, Event, Pipeline
+from pipeline import Channel, Event, Pipeline, Reject
 from pipeline.catalog import TrainingMetrics, training_metrics
 from pipeline.server import Server
 
@@ -264,8 +264,8 @@ async def test_time_stands_still_goes_back_and_is_kept_in_the_address(server: Se
             frame = page.locator("[data-figure=rate] .frame")
             await frame.focus()
             await page.keyboard.press("ArrowLeft")
-            await expect(page.locator("[data-figure=waiting] .cursor, [data-figure=latency] .cursor")).to_have_count(2)
-            assert await page.locator("[data-figure=latency] .cursor").is_visible()
+            await expect(page.locator("[data-figure=latency] .cursor")).to_be_visible()
+            await expect(page.locator("[data-figure=waiting] .cursor")).to_be_visible()
             async with page.expect_download() as download:
                 await page.locator("[data-figure=rate] [data-export=csv]").click()
             text = (await (await download.value).path()).read_text()
@@ -287,7 +287,7 @@ async def test_every_page_says_what_to_type_when_empty_and_is_accessible_in_both
             await page.wait_for_timeout(300)
             await accessible(page, f"{path} dark")
             await page.click("#theme")
-            await accessible(page, f"{path} light")
+            await accessible(page, f"{path} light", runOnly="color-contrast")
             await page.click("#theme")
         await page.click('nav a[href="/training"]')
         await expect(page.locator("#empty-loss")).to_contain_text("python -m publishers.training")
@@ -300,10 +300,63 @@ async def test_every_page_says_what_to_type_when_empty_and_is_accessible_in_both
             assert wide <= 390, f"{path} is {wide} px wide on a phone"
 
 
-async def accessible(page: Page, what: str) -> None:
-    found = await Axe().run(page, options={"resultTypes": ["violations"]})
+async def accessible(page: Page, what: str, **options: str) -> None:
+    found = await Axe().run(page, options={"resultTypes": ["violations"], **options})
     broken = [(one["id"], [node["target"] for node in one["nodes"]][:4]) for one in found.response["violations"]]
     assert broken == [], what
+
+
+async def test_a_dead_letter_is_replayed_a_group_paused_and_an_event_published_from_the_page(
+    server: Server, page: Page
+) -> None:
+    app, refuse, handled = Pipeline("worker", server.url), True, []
+
+    @app.subscriber(readings, group="g")
+    async def work(event: Reading) -> None:
+        if refuse:
+            raise Reject("the sensor is off")
+        handled.append(event.n)
+
+    with dashboard(server.url) as address:
+        async with app, serving(app):
+            await app.publish(readings, [Reading(n=n) for n in range(3)])
+            await page.goto(f"{address}/dead")
+            rows = page.locator("#grid-dead .ag-center-cols-container .ag-row")
+            await expect(rows).to_have_count(3, timeout=PATIENCE)
+            await rows.first.locator("[col-id=reason]").click()
+            await expect(page.locator("#letter")).to_contain_text("the sensor is off")
+            await expect(page.locator("#letter .tree")).to_contain_text("n")
+            refuse = False
+            await page.locator("#grid-dead .ag-row [type=checkbox]").first.click()
+            await expect(page.locator("#chosen")).to_have_text("1 chosen")
+            await page.click("#replay")
+            await page.locator("#dialog button[type=submit]").click()
+            await expect(page.locator(".toast.good")).to_contain_text("replayed 1")
+            await until(lambda: len(handled) == 1)
+            await expect(rows).to_have_count(2, timeout=PATIENCE)
+            await page.click("#replay-all")
+            await page.locator("#dialog button[type=submit]").click()
+            await until(lambda: sorted(handled) == [0, 1, 2])
+            await page.goto(f"{address}/channels?channel=readings")
+            await page.get_by_role("button", name="Pause g").click()
+            await page.locator("#dialog button[type=submit]").click()
+            await expect(page.get_by_role("button", name="Resume g")).to_be_visible(timeout=PATIENCE)
+            await page.click("#publish")
+            await page.fill("#field-n", "41")
+            await page.locator("#dialog button[type=submit]").click()
+            await expect(page.locator("#dialog")).to_be_hidden()
+            assert 41 not in handled
+            await page.get_by_role("button", name="Resume g").click()
+            await until(lambda: 41 in handled)
+            await expect(page.locator("#events")).to_contain_text('{"n":41}', timeout=PATIENCE)
+        audit = await asyncio.to_thread(_json, f"{address}/api/audit")
+        assert [one["action"] for one in audit] == ["resume", "publish", "pause", "replay", "replay"]
+
+
+async def until(done: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE / 1000):
+        while not done():
+            await asyncio.sleep(0.05)
 
 
 async def test_numbers_for_programs(server: Server) -> None:
@@ -357,6 +410,11 @@ async def test_foreign_pages_and_strangers_are_refused(server: Server) -> None:
             await asyncio.wait_for(socket.wait_closed(), 20)
             assert "nowhere" in socket.close_reason
         assert "counts" in await asyncio.to_thread(_json, f"{address}/api/series", bearer)
+        for headers, status in (({}, "401"), ({**bearer, "Origin": "http://evil.example"}, "403")):
+            with pytest.raises(urllib.error.HTTPError, match=status):
+                await asyncio.to_thread(
+                    _post, f"{address}/api/dead/drop", {"channel": "readings", "all": True}, headers
+                )
 
 
 def test_a_taken_port_is_one_clear_line(server: Server) -> None:
@@ -375,4 +433,11 @@ def test_a_taken_port_is_one_clear_line(server: Server) -> None:
 
 def _json(url: str, headers: dict[str, str] | None = None) -> Any:
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=5) as response:
+        return json.load(response)
+
+
+def _post(url: str, body: Any, headers: dict[str, str]) -> Any:
+    headers = {"Content-Type": "application/json", **headers}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
+    with urllib.request.urlopen(request, timeout=5) as response:
         return json.load(response)

@@ -21,7 +21,7 @@ from dashboards.state import State
 from dashboards.streams import Stream, View
 from dashboards.wire import Series, decode, encode
 from pipeline import Tensor
-from pipeline.catalog import ModelStatus, TrainingMetrics
+from pipeline.catalog import TrainingMetrics
 from pipeline.ledger import ChannelLedger, GroupLedger, Ledger, ledger_channel
 from pipeline.metrics import LATENCY_BOUNDS, GroupSample, WorkerSample
 
@@ -279,12 +279,12 @@ def test_views_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
 def test_counts_add_up_to_the_servers_after_a_late_start_and_a_loss_of_data() -> None:
     state = State()
     state.on_ledger(ledger(T, first=50, a=1000))
-    state.on_ledger(ledger(T + 1, a=1300))
-    state.on_ledger(ledger(T + 2, a=40))  # the server was emptied
-    state.on_ledger(ledger(T + 3, a=45))
+    state.on_ledger(ledger(T + 1, first=51, a=1300))
+    state.on_ledger(ledger(T + 2, first=1, a=40))  # the server was emptied
+    state.on_ledger(ledger(T + 3, first=2, a=45))
     counts = numbers(state)["counts"]["a"]
     assert counts["base"] + counts["held"] == counts["published"] == 45
-    assert [marker.kind for marker in state.markers if "a was" in marker.text] == ["reset"]
+    assert [marker.kind for marker in state.happened.since()] == ["reset"]
 
 
 def test_the_first_ledger_ever_holds_everything() -> None:
@@ -297,7 +297,7 @@ def test_groups_balance_and_rewinds_are_marked() -> None:
     state = State()
     state.on_ledger(grouped(T, 10, handled=10))
     state.on_ledger(grouped(T + 1, 10, handled=4, lag=6))
-    assert [marker.kind for marker in state.markers] == ["rewound"]
+    assert [marker.kind for marker in state.happened.since()] == ["rewind"]
     assert [row["off"] for row in channels(state)] == [0]
     assert totals(state)["off"] == 0
     state.on_ledger(grouped(T + 2, 12, handled=4, lag=6))
@@ -315,7 +315,7 @@ def test_alerts_tell_of_dead_letters_and_of_work_without_workers() -> None:
     assert any("no worker" in text for text in texts)
 
 
-def test_who_falls_silent_while_others_are_heard_is_marked_and_an_outage_marks_nobody() -> None:
+def test_who_falls_silent_while_others_are_heard_is_told_and_an_outage_blames_nobody() -> None:
     state = State()
     for second in range(3):
         state.on_worker(sample(T, "a", pid=1), T + second)
@@ -324,14 +324,8 @@ def test_who_falls_silent_while_others_are_heard_is_marked_and_an_outage_marks_n
     state.on_worker(sample(T, "b", pid=2), T + 60.5)
     for second in range(61, 70):
         state.on_worker(sample(T, "a", pid=1), T + second)
-    assert [marker.text for marker in state.markers if marker.kind == "gone"] == ["app 2 fell silent"]
-
-
-def test_swaps_of_models_are_marked() -> None:
-    state = State()
-    for version in (1, 1, 2):
-        state.on_model(ModelStatus(model="m", version=version, worker="w", state="serving"), T + version)
-    assert [marker.text for marker in state.markers] == ["m is served as version 2"]
+    assert [worker.label for worker in state.workers.values() if worker.gone] == ["app 2"]
+    assert ["app 2 on h fell silent" in alert["text"] for alert in alerts(state, T + 70)] == [True]
 
 
 def test_the_diagram_goes_from_left_to_right_and_circles_end() -> None:

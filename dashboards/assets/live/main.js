@@ -76,7 +76,8 @@ function follow() {
   new MutationObserver(look).observe(document.body, { childList: true, subtree: true });
   new MutationObserver(() => { charts.themed(); page?.themed?.(); })
     .observe(document.documentElement, { attributes: true, attributeFilter: ["data-mantine-color-scheme"] });
-  setInterval(() => { tell(); tables.refill(); put(byId("clock"), status.heard ? clock(now()) : ""); }, 500);
+  setInterval(tables.tend, 150);
+  setInterval(() => { tell(); put(byId("clock"), status.heard ? clock(now()) : ""); }, 500);
   views.onChange(() => { shown = ""; tell(); });
   look();
 }

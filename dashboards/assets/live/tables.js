@@ -1,5 +1,5 @@
 /* Tables of ag-grid, filled from the feed: rows have ids, so what did not change is not drawn again. */
-const newest = new Map();
+const newest = new Map(), listeners = new Map(), tended = new Map();
 
 export function grid(name) {
   try { return window.dash_ag_grid?.getApi(`grid-${name}`) || null; } catch { return null; }
@@ -11,19 +11,26 @@ export function fill(name, rows) {
   grid(name)?.setGridOption("rowData", rows);
 }
 
-/* A table that is being made drops what it is given: it gets it again. Called twice a second. */
-export function refill() {
+/* Call these when that happens in the table. */
+export function listen(name, events) {
+  listeners.set(name, events);
+  tend();
+}
+
+/* A table that is being made forgets what it was given, rows and listeners: it gets them again. Called often. */
+export function tend() {
+  for (const [name, events] of listeners) {
+    const api = grid(name);
+    if (!api || tended.get(name) === api) continue;
+    tended.set(name, api);
+    for (const [event, call] of Object.entries(events)) api.addEventListener(event, call);
+  }
   for (const [name, rows] of newest) {
     const api = grid(name);
     if (api && rows.length && api.getDisplayedRowCount() === 0) api.setGridOption("rowData", rows);
   }
 }
 
-export function forget() { newest.clear(); }
-
-/* Call when the table is there. */
-export function ready(name, use) {
-  const api = grid(name);
-  if (api) use(api);
-  else if (document.getElementById(`grid-${name}`)) setTimeout(() => ready(name, use), 60);
+export function forget() {
+  for (const held of [newest, listeners, tended]) held.clear();
 }

@@ -1,7 +1,7 @@
 import { act, ask, fieldsOf, get, post, toast } from "../actions.js";
 import { byId, clock, element, put, short } from "../format.js";
 import { facts } from "../store.js";
-import { fill, ready } from "../tables.js";
+import { fill, listen } from "../tables.js";
 import { change, view } from "../view.js";
 import { tree } from "../payload.js";
 
@@ -9,9 +9,9 @@ let shown = null, timer = 0;
 
 export function mount() {
   shown = null;
-  ready("channels", (api) => {
-    api.addEventListener("rowClicked", (event) => choose(event.data.channel));
-    api.addEventListener("cellKeyDown", (event) => { if (event.event.key === "Enter") choose(event.data.channel); });
+  listen("channels", {
+    rowClicked: (event) => choose(event.data.channel),
+    cellKeyDown: (event) => { if (event.event.key === "Enter") choose(event.data.channel); },
   });
   byId("refresh").onclick = () => showEvents();
   byId("publish").onclick = publish;

@@ -1,7 +1,7 @@
 import { act, ask, get } from "../actions.js";
 import { byId, element, put, whole } from "../format.js";
 import { facts, status } from "../store.js";
-import { fill, grid, ready } from "../tables.js";
+import { fill, grid, listen } from "../tables.js";
 import { tree } from "../payload.js";
 import { change, view } from "../view.js";
 
@@ -10,10 +10,10 @@ let letters = [], counts = {}, told = "", busy = false;
 
 export function mount() {
   told = ""; letters = [];
-  ready("dead", (api) => {
-    api.addEventListener("selectionChanged", chosen);
-    api.addEventListener("rowClicked", (event) => showLetter(event.data));
-    api.addEventListener("cellKeyDown", (event) => { if (event.event.key === "Enter") showLetter(event.data); });
+  listen("dead", {
+    selectionChanged: chosen,
+    rowClicked: (event) => showLetter(event.data),
+    cellKeyDown: (event) => { if (event.event.key === "Enter") showLetter(event.data); },
   });
   byId("replay").onclick = () => settle("replay", false);
   byId("drop").onclick = () => settle("drop", false);
