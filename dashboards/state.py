@@ -120,6 +120,8 @@ class State:
         self.changes = 0
         """Grows with each event: tables are built again when it has."""
         self._last: dict[str, tuple[float, ChannelLedger]] = {}
+        self.reported = 0.0
+        """Up to here every worker with a group has reported."""
         self._reported = 0.0
         self._resumed = 0.0
         """When workers were heard again after nobody was."""
@@ -214,6 +216,9 @@ class State:
             self.gauges["busy"].touch(worker.label).set(moment, busy)
         for group in sample.groups:
             self._on_sample(group, moment - sample.interval, moment)
+        self.reported = min(
+            (one.seen for one in self.workers.values() if one.sample.groups and not one.gone), default=0.0
+        )
         self.changes += 1
 
     def _on_sample(self, group: GroupSample, since: float, moment: float) -> None:

@@ -88,7 +88,9 @@ def closed(state: State, kind: str, now: float) -> float:
     """The moment up to which nothing more of this kind is expected. The bucket it is in is not drawn."""
     if kind in FROM_LEDGER:
         return state.ledger.time if state.ledger else 0.0
-    return now - LATE - (INTERVAL if kind in REPORTED else 0.0)
+    if kind in REPORTED:  # when every worker has told of it; one that is slow or dead does not hold it up for long
+        return max(now - LATE - INTERVAL, min(now - LATE, state.reported))
+    return now - LATE
 
 
 def series_of(state: State, figure: Figure, view: View) -> Iterator[tuple[str, Ring]]:
