@@ -168,7 +168,7 @@ async def _measure(address: str, pid: int, viewers: int, seconds: float) -> Meas
         await asyncio.sleep(3)
         before, began = sum(process.cpu_times()[:2]), time.monotonic()
         for name in PAGES:
-            path = "/" if name == "overview" else f"/{name}"
+            path = {"overview": "/", "training": "/training?runs=all"}.get(name, f"/{name}")
             await watch_page(page, f"{address}{path}", name, seconds / len(PAGES), found)
         found.cpu = (sum(process.cpu_times()[:2]) - before) / (time.monotonic() - began)
         if viewers == 1:

@@ -64,8 +64,12 @@ def _of_queue(state: State, name: str, counts: GroupLedger, link: str) -> Iterat
 
 
 def _of_workers(state: State, now: float) -> Iterator[Alert]:
-    for worker in state.workers.values():
-        if worker.gone and not worker.sample.last and now - worker.seen < RECENT:
+    silent = [one for one in state.workers.values() if one.gone and not one.sample.last and now - one.seen < RECENT]
+    if len(silent) > 2:
+        names = ", ".join(sorted({worker.sample.app for worker in silent}))
+        yield Alert("warn", f"{len(silent)} processes fell silent: {names}", "/workers")
+    else:
+        for worker in silent:
             yield Alert("warn", f"{worker.label} on {worker.sample.host} fell silent", "/workers")
     for marker in state.happened.since(now - RECENT):
         if marker.kind == "refused":

@@ -192,7 +192,8 @@ def _last(values: Any) -> float | None:
 def workers(state: State) -> list[dict[str, Any]]:
     """A row a process."""
     rows = []
-    for name, worker in sorted(state.workers.items(), key=lambda item: (item[1].sample.app, item[1].sample.pid)):
+    living = sorted(state.workers.items(), key=lambda item: (item[1].gone, item[1].sample.app, item[1].sample.pid))
+    for name, worker in living:
         sample = worker.sample
         gpus = sample.gpus or []
         rows.append(

@@ -91,7 +91,7 @@ FIGURES = (
     Figure("round_seconds", "training", "Time of a round", "round_seconds", "s", _TRAIN, run=True),
     Figure("members", "training", "Members", "members", "ranks", _TRAIN, run=True),
     Figure(
-        "bytes", "training", "Bytes sent a round (dashed: uncompressed)", "bytes_sent", "B", _TRAIN, run=True,
+        "bytes", "training", "Bytes sent a round, dotted: raw", "bytes_sent", "B", _TRAIN, run=True,
         log=True, zero=False, other="bytes_raw",
     ),
     Figure(

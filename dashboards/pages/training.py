@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dash import dcc, html
+from dash import html
 
 from ..components import aria, button, charts, data, page, panel
 
@@ -18,7 +18,13 @@ def layout(**_: str) -> Any:
         panel(
             "Runs",
             html.Div(id="runs", className="runs", tabIndex=0, role="region", **aria(label="Runs")),
-            tools=button("Start a run", "start-run", "small"),
+            tools=html.Div(
+                [
+                    html.Button("All runs", id="all-runs", className="button small", **aria(pressed="false")),
+                    button("Start a run", "start-run", "small"),
+                ],
+                className="actions",
+            ),
         ),
         charts("training"),
         tools=html.Div(
@@ -30,10 +36,7 @@ def layout(**_: str) -> Any:
                     ],
                     className="choices", role="group", **aria(label="Horizontal axis"),
                 ),
-                html.Label(
-                    ["smoothing", dcc.Input(id="smoothing", type="range", min=0, max=99, step=1, value=0)],
-                    className="slider",
-                ),
+                html.Span(id="smoothing", className="slider"),
                 html.Button(
                     "band", id="band", className="button", **aria(pressed="true", label="Band of lowest to highest")
                 ),

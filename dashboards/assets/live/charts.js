@@ -1,6 +1,7 @@
 /* Charts: Plotly draws lines in ranges we choose; axes' texts, legends, the cursor and marks are ours.
    At most one redraw of a chart per animation frame, only of what is seen, and as many charts a frame as fit into it. */
 import { byId, clock, element, put, short, stepTicks, style, timeTicks, valueTicks, withUnit } from "./format.js";
+import * as runs from "./runs.js";
 import { dirty, facts, figures, measures, now, status, trim } from "./store.js";
 import { change, view } from "./view.js";
 
@@ -106,23 +107,17 @@ function colour(chart, name) {
 }
 
 function dash(chart, name) {
-  if (chart.name === "bytes" && name.endsWith(" bytes_raw")) return "dot";
+  if (chart.run) return name.endsWith(" bytes_raw") ? "dot" : "solid";
   const turn = Math.floor(chart.order.indexOf(name) / colours.length);
   return ["solid", "dash", "dot", "dashdot"][turn % 4];
-}
-
-/* A run has the same colour in every chart. */
-function runColour(name) {
-  const run = name.replace(/ bytes_raw$/, ""), names = (facts.runs || []).map((one) => one.run);
-  const at = names.indexOf(run);
-  return colours[(at < 0 ? 0 : at) % colours.length];
 }
 
 function range(chart) {
   if (chart.run && view.axis === "step") {
     let low = Infinity, high = -Infinity;
-    for (const one of Object.values(figures[chart.name] || {})) {
-      if (!one.x.length) continue;
+    const set = runs.shown();
+    for (const [name, one] of Object.entries(figures[chart.name] || {})) {
+      if (!one.x.length || !runs.isShown(name, set)) continue;
       low = Math.min(low, one.x[0]); high = Math.max(high, one.x[one.x.length - 1]);
     }
     if (view.low !== null) low = view.low;
@@ -144,8 +139,7 @@ function latest() {
   return found && found > limit - 10 ? Math.min(found, limit + 5) : limit;
 }
 
-const visible = (chart, name) => !chart.hidden.has(name) && (!chart.run || !view.runs
-  || view.runs.split(",").includes(name.replace(/ bytes_raw$/, "")));
+const visible = (chart, name) => (chart.run ? runs.isShown(name) : !chart.hidden.has(name));
 
 function draw(chart) {
   const began = performance.now();
@@ -155,8 +149,9 @@ function draw(chart) {
   const names = Object.keys(all).sort().filter((name) => all[name].x.length);
   chart.empty.hidden = names.length > 0;
   for (const name of names) colour(chart, name);
-  const tint = chart.run ? (name) => runColour(name) : (name) => colour(chart, name);
-  const shown = names.filter((name) => visible(chart, name));
+  const tint = chart.run ? runs.colourOf : (name) => colour(chart, name);
+  const shownRuns = chart.run ? runs.shown() : null;
+  const shown = names.filter((name) => (chart.run ? runs.isShown(name, shownRuns) : visible(chart, name)));
   const { traces, low, high } = chart.form === "line" ? lines(chart, all, shown, tint, from, to) : stacks(chart, all, shown, tint, from, to);
   palette ??= { soft: style("--soft"), edge: style("--edge"), grid: style("--grid"), panel: style("--panel") };
   const wide = chart.frame.clientWidth, tall = chart.frame.clientHeight;
@@ -168,11 +163,12 @@ function draw(chart) {
     width: wide, height: tall, margin: MARGIN, showlegend: false, hovermode: false, dragmode: false, autosize: false,
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, -apple-system, 'Segoe UI', sans-serif", size: 11, color: palette.soft },
-    xaxis: { type: "linear", range: [from, to], tickmode: "array", tickvals: x.values, ticktext: x.texts, showgrid: false, zeroline: false, showline: true, linecolor: palette.edge, ticks: "outside", ticklen: 4, tickcolor: palette.edge, fixedrange: true },
-    yaxis: { type: chart.log ? "log" : "linear", range: y.range, tickmode: "array", tickvals: y.values, ticktext: some ? y.texts : y.texts.map(() => ""), gridcolor: palette.grid, zeroline: false, showline: false, fixedrange: true },
+    xaxis: { visible: names.length > 0, type: "linear", range: [from, to], tickmode: "array", tickvals: x.values, ticktext: x.texts, showgrid: false, zeroline: false, showline: true, linecolor: palette.edge, ticks: "outside", ticklen: 4, tickcolor: palette.edge, fixedrange: true },
+    yaxis: { visible: names.length > 0, type: chart.log ? "log" : "linear", range: y.range, tickmode: "array", tickvals: y.values, ticktext: some ? y.texts : y.texts.map(() => ""), gridcolor: palette.grid, zeroline: false, showline: false, fixedrange: true },
   };
   window.Plotly.react(chart.plot, traces, layout, { staticPlot: true, displayModeBar: false });
   chart.ready = true;
+  chart.marks.hidden = names.length === 0;
   chart.drawn = { from, to, shown, wide, tall };
   drawMarks(chart);
   drawLegend(chart, all, names, tint);
@@ -279,6 +275,7 @@ function drawMarks(chart) {
 /* -- legends ----------------------------------------------------------------------------------------------------- */
 
 function drawLegend(chart, all, names, tint) {
+  if (chart.run && !runs.isAll()) names = names.filter((name) => visible(chart, name));
   if (names.join("\n") !== chart.known) {
     chart.known = names.join("\n");
     chart.rows.clear();
@@ -328,10 +325,7 @@ function fillLegend(chart, all) {
 function toggle(chart, name, event) {
   const names = [...chart.rows.keys()];
   if (chart.run) {
-    const run = name.replace(/ bytes_raw$/, ""), all = (facts.runs || []).map((one) => one.run);
-    const chosen = new Set(view.runs ? view.runs.split(",") : all);
-    if (event.shiftKey) { chosen.clear(); chosen.add(run); } else chosen.has(run) ? chosen.delete(run) : chosen.add(run);
-    change({ runs: chosen.size === 0 || chosen.size === all.length ? null : [...chosen].join(",") });
+    runs.toggle(name, event.shiftKey);
     redraw();
     return;
   }

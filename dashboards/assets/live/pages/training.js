@@ -1,6 +1,7 @@
 import { ask, post, toast } from "../actions.js";
 import { redraw } from "../charts.js";
 import { bytes, byId, element, percent, put, seconds, short } from "../format.js";
+import * as runs from "../runs.js";
 import { facts, now } from "../store.js";
 import { change, onChange, view } from "../view.js";
 
@@ -10,9 +11,10 @@ let rows = new Map(), known = "";
 export function mount(root) {
   rows = new Map(); known = "";
   for (const button of root.querySelectorAll("[data-axis]")) button.onclick = () => change({ axis: button.dataset.axis, low: null, high: null });
-  const smoothing = byId("smoothing");
-  smoothing.value = String(view.smooth);
-  smoothing.addEventListener("input", () => { change({ smooth: Number(smoothing.value) }); redraw(); });
+  const smoothing = element("input", { type: "range", min: 0, max: 99, step: 1, value: String(view.smooth), id: "smoothing-by" });
+  smoothing.oninput = () => { change({ smooth: Number(smoothing.value) }); redraw(); };
+  byId("smoothing").replaceChildren(element("label", { for: "smoothing-by", text: "smoothing" }), smoothing);
+  byId("all-runs").onclick = () => { change({ runs: view.runs === "all" ? null : "all" }); table(facts.runs || []); redraw(); };
   byId("band").onclick = () => { change({ band: view.band === "0" ? "1" : "0" }); redraw(); };
   byId("unzoom").onclick = () => change({ low: null, high: null });
   byId("start-run").onclick = start;
@@ -27,6 +29,7 @@ function show() {
   if (view.page !== "training" || !byId("band")) return;
   for (const button of document.querySelectorAll("[data-axis]")) button.setAttribute("aria-pressed", String(button.dataset.axis === view.axis));
   byId("band").setAttribute("aria-pressed", String(view.band !== "0"));
+  byId("all-runs").setAttribute("aria-pressed", String(view.runs === "all"));
   byId("unzoom").hidden = view.low === null && view.high === null;
 }
 onChange(show);
@@ -40,16 +43,16 @@ const COLUMNS = [
 ];
 const number = (value) => (value == null ? "–" : short(value));
 
-function table(runs) {
-  const box = byId("runs"), key = runs.map((run) => run.run).join("\n");
-  if (!runs.length) { box.replaceChildren(element("p", { class: "empty-line", text: "Start a run: python -m publishers.training" })); known = ""; return; }
+function table(all) {
+  const newest = [...all].reverse(), box = byId("runs"), key = newest.map((run) => run.run).join("\n");
+  if (!all.length) { box.replaceChildren(element("p", { class: "empty-line", text: "Start a run: python -m publishers.training" })); known = ""; return; }
   if (key !== known) {
     known = key; rows.clear();
     redraw();   // colours follow the order of runs
     const body = element("tbody");
-    for (const run of runs) {
+    for (const run of newest) {
       const swatch = element("i", { class: "swatch" });
-      const button = element("button", { class: "toggle", title: "Show or hide; with Shift: this one alone", onclick: (event) => choose(run.run, event) }, swatch, run.run);
+      const button = element("button", { class: "toggle", title: "Show or hide; with Shift: this one alone", onclick: (event) => { runs.toggle(run.run, event.shiftKey); table(facts.runs); redraw(); } }, swatch, run.run);
       const cells = COLUMNS.map(() => element("td"));
       const row = element("tr", {}, element("th", { scope: "row" }, button), ...cells);
       rows.set(run.run, { row, cells, swatch, button });
@@ -58,24 +61,15 @@ function table(runs) {
     const head = element("tr", {}, element("th", { scope: "col", text: "run" }), ...COLUMNS.map(([text]) => element("th", { scope: "col", text })));
     box.replaceChildren(element("table", { class: "plain" }, element("thead", {}, head), body));
   }
-  runs.forEach((run, at) => {
-    const { row, cells, swatch, button } = rows.get(run.run), on = !view.runs || view.runs.split(",").includes(run.run);
-    swatch.style.background = colourOf(at);
+  const set = runs.shown();
+  newest.forEach((run) => {
+    const { row, cells, swatch, button } = rows.get(run.run), on = set.has(run.run);
+    swatch.style.background = runs.colourOf(run.run);
     button.setAttribute("aria-pressed", String(on));
     row.classList.toggle("off", !on);
     COLUMNS.forEach(([, text], i) => put(cells[i], text(run)));
     cells[cells.length - 1].className = run.live ? "good" : "soft";
   });
-}
-
-const colourOf = (at) => window.pipelineColours[at % window.pipelineColours.length];
-
-function choose(run, event) {
-  const all = facts.runs.map((one) => one.run), chosen = new Set(view.runs ? view.runs.split(",") : all);
-  if (event.shiftKey) { chosen.clear(); chosen.add(run); } else chosen.has(run) ? chosen.delete(run) : chosen.add(run);
-  change({ runs: chosen.size === 0 || chosen.size === all.length ? null : [...chosen].join(",") });
-  table(facts.runs);
-  redraw();
 }
 
 async function start() {
