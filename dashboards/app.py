@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ from .streams import View
 
 __all__ = ["create", "server"]
 
+logger = logging.getLogger("dashboards")
+
 HERE = Path(__file__).parent
 
 
@@ -45,6 +48,8 @@ def create(url: str | None = None) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await _ask_for_the_first_page(app, access.token)
         tasks = [asyncio.create_task(feed.run()), asyncio.create_task(hub.run())]
+        for task in tasks:
+            task.add_done_callback(_tell)
         yield
         for task in tasks:
             task.cancel()
@@ -62,6 +67,11 @@ def create(url: str | None = None) -> FastAPI:
     dash.layout = shell
     app.add_middleware(Guard, access=access)
     return app
+
+
+def _tell(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.critical("the dashboard stands still: %r", error, exc_info=error)
 
 
 async def _ask_for_the_first_page(app: FastAPI, token: str | None) -> None:

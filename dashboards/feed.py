@@ -89,6 +89,14 @@ class Feed:
                 logger.debug("feed: %s", self.trouble)
             await asyncio.sleep(RECONNECT)
 
+    @staticmethod
+    def _hand(one: Subscription, message: Message[Any]) -> None:
+        """An event that cannot be shown costs itself, and not the page."""
+        try:
+            one.handler(message)
+        except Exception:
+            logger.exception("an event of %s is left out: %s", message.channel, message.id)
+
     async def _follow(self, app: Pipeline, channel: Channel[Any], subscriptions: list[Subscription]) -> None:
         """The stream position survives outages inside `watch`; what is read again after a new beginning is left out."""
         since = max(one.since for one in subscriptions)
@@ -96,7 +104,7 @@ class Feed:
             count = 0
             async for message in stream:
                 for one in subscriptions:
-                    one.handler(message)
+                    self._hand(one, message)
                 count += 1
                 if count % TURN == 0:
                     await asyncio.sleep(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from .feed import Feed
 from .streams import Stream, View
 
 __all__ = ["Hub", "Viewer"]
+
+logger = logging.getLogger("dashboards.hub")
 
 TICK = 0.1
 ALIVE = 1.0
@@ -74,6 +77,12 @@ class Hub:
         state.runs.changed.clear()
 
     def _send(self, view: View, now: float) -> None:
+        try:
+            self._send_news(view, now)
+        except Exception:  # of one view; the others go on
+            logger.exception("%s cannot be sent", view)
+
+    def _send_news(self, view: View, now: float) -> None:
         status = self.status(now)
         frame = self._streams[view].delta(now, status)
         if frame is None and now - self._sent[view] >= ALIVE:
