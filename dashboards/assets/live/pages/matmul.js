@@ -27,7 +27,7 @@ function meter(share) {
 
 function tiles(jobs) {
   const box = byId("tiles");
-  if (!jobs.length) { box.replaceChildren(element("p", { class: "empty-line", text: "Products that one worker's memory is too small for appear here, tile by tile" })); return; }
+  if (!jobs.length) { box.replaceChildren(element("p", { class: "empty-line", text: "Share a product among the workers: pipeline matmul a.npy b.npy --blocks always" })); return; }
   box.replaceChildren(...jobs.map((job) => {
     const bar = element("i"), share = job.done / job.total, workers = Object.keys(job.workers).length;
     bar.style.width = `${100 * share}%`;
@@ -40,7 +40,7 @@ function tiles(jobs) {
 
 function systolic(one) {
   const box = byId("systolic");
-  if (!one) { box.replaceChildren(element("p", { class: "empty-line", text: "Multiply on the simulated array: kernel=\"systolic\" in a job" })); return; }
+  if (!one) { box.replaceChildren(element("p", { class: "empty-line", text: "Multiply on the simulated array: pipeline matmul a.npy b.npy --kernel systolic" })); return; }
   let canvas = box.querySelector("canvas");
   if (!canvas) {
     canvas = element("canvas", { role: "img" });
