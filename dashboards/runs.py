@@ -18,7 +18,8 @@ Array = npt.NDArray[np.float64]
 MOST_RUNS = 32
 MOST_VALUES = 24
 """Names that a run may log."""
-SLOTS = 4096
+SLOTS = 2048
+"""Points that a value holds; room for all is taken at once, so that memory is flat from the start."""
 SETTLED = 2.0
 """Seconds without a new value after which the last bucket counts as finished."""
 
@@ -42,7 +43,7 @@ class Trace:
     __slots__ = ("_count", "_data", "_inside", "_per", "heard", "ordered")
 
     def __init__(self) -> None:
-        self._data: Array = np.zeros((256, 5))
+        self._data: Array = np.full((SLOTS, 5), math.nan)
         self._count = 0
         self._per = 1
         self._inside = 0
@@ -65,10 +66,7 @@ class Trace:
         self.heard = max(self.heard, moment)
 
     def _room(self) -> None:
-        if self._count < len(self._data):
-            return
         if self._count < SLOTS:
-            self._data = np.concatenate([self._data, np.zeros_like(self._data)])
             return
         first, second = self._data[0::2], self._data[1::2]
         merged = second.copy()
