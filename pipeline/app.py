@@ -10,14 +10,24 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
 from .batching import Batch
 from .blocking import BlockingPipeline
 from .channel import Channel, check_name
-from .deadletters import DeadLetter, dead_channel
+from .deadletters import DeadLetter, dead_channel, fits
 from .errors import ConfigurationError, UnknownChannel
 from .executors import RunIn
 from .frame import Codec
@@ -48,6 +58,8 @@ Hook = Callable[[], Awaitable[None]]
 
 LEDGER_SPAN = 1.0
 """Seconds at least over which rates are taken between two ledgers."""
+SETTLED_AT_ONCE = 64
+"""Dead letters under way to Redis together."""
 QUIET = 0.3
 """Seconds without another event after which what a channel holds counts as read."""
 OPEN_PATIENCE = 3.0
@@ -232,8 +244,7 @@ class Pipeline:
         with contextlib.suppress(Exception):
             async with asyncio.timeout(2):
                 await asyncio.gather(*(outbox.drain() for outbox in self._outboxes.values()))
-                if any(outbox.published for outbox in self._outboxes.values()) or self._routers:
-                    await self._send_last_report()
+                await self._send_last_report()
         if self._replies is not None:
             await self._replies.close()
         assert self._payloads is not None
@@ -518,17 +529,24 @@ class Pipeline:
             self._ledger = ledger
         return ledger
 
-    async def dead_letters(self, channel: str, group: str | None = None) -> list[Message[DeadLetter]]:
-        """Dead letters of a channel that were neither replayed nor dropped, oldest first."""
+    async def dead_letters(
+        self,
+        channel: str,
+        group: str | None = None,
+        *,
+        ids: Collection[str] | None = None,
+        reason: str | None = None,
+    ) -> list[Message[DeadLetter]]:
+        """Dead letters of a channel that were neither replayed nor dropped, oldest first: all, or those of a group,
+        with one of `ids`, with `reason` in their own."""
         letters = dead_channel(channel)
         found: list[Message[DeadLetter]] = []
         codec, transport = self.codec(letters), self._need_backend().durable
         settled: dict[tuple[int, str], set[str]] = {}
         async for message in read_all(Watch(letters, codec, transport, self.payloads, 10 * 365 * 86400.0, _nothing)):
-            letter = message.event
-            if group is not None and letter.group != group:
+            if not fits(message, group, ids, reason):
                 continue
-            where = (letter.partition, letter.group)
+            where = (message.event.partition, message.event.group)
             if where not in settled:
                 settled[where] = await self._need_backend().settled_letters(channel, *where)
             if message.id not in settled[where]:
@@ -538,15 +556,41 @@ class Pipeline:
     async def settle_dead(self, letters: Iterable[Message[DeadLetter]], *, replay: bool) -> int:
         """Replay dead letters (to their own group alone, with their own ids) or drop them. Each once, however often
         it is asked. Returns how many this call settled."""
-        settled = 0
-        for message in letters:
+        backend, waiting, settled = self._need_backend(), list(letters), 0
+
+        async def settle(message: Message[DeadLetter]) -> bool:
             letter = message.event
             again = Retried(0.0, letter.original, letter.count, origin=letter.origin) if replay else None
             ttl = dead_channel(letter.channel).keep * 2
-            settled += await self._need_backend().settle_letter(
-                letter.channel, letter.partition, letter.group, message.id, again, ttl
-            )
+            return await backend.settle_letter(letter.channel, letter.partition, letter.group, message.id, again, ttl)
+
+        for at in range(0, len(waiting), SETTLED_AT_ONCE):
+            settled += sum(await asyncio.gather(*map(settle, waiting[at : at + SETTLED_AT_ONCE])))
         return settled
+
+    async def pause(self, channel: str, group: str) -> bool:
+        """Let all workers of a group, also those that start later, read nothing more; what they hold they finish.
+
+        They notice within 0.1 s. It lasts until `resume`, whatever is restarted. Returns False when it was paused
+        already. Raises UnknownChannel; ConfigurationError for a group there is not, or of a live channel.
+        """
+        return await self._set_paused(channel, group, True)
+
+    async def resume(self, channel: str, group: str) -> bool:
+        """Let a paused group go on. Returns False when it was not paused. Raises as `pause` does."""
+        return await self._set_paused(channel, group, False)
+
+    async def _set_paused(self, channel: str, group: str, paused: bool) -> bool:
+        record = await self.registry.record(channel)
+        if not record.durable:
+            raise ConfigurationError(
+                f"channel {channel!r} is live: nothing waits there, so its groups cannot be paused; stop their workers"
+            )
+        changed = [
+            await self._need_backend().pause(channel, partition, group, paused)
+            for partition in range(int(record.limits["partitions"]))
+        ]
+        return any(changed)
 
     async def rewind(self, channel: str, group: str, since: str | float | datetime) -> int:
         """Let a group read again what was published since a time, or since a message (from its frame on).
@@ -604,8 +648,11 @@ class Pipeline:
             await self.publish(ledger_channel, await self.stats())
 
     async def _send_last_report(self) -> None:
-        if self._reporter is not None:
-            await self._report(self._reporter.sample())
+        """Who has reported, or did something worth it, says that this was the last of it."""
+        reporter = self._reporter
+        worth_it = self._routers or any(outbox.published for outbox in self._outboxes.values())
+        if reporter is not None and (reporter.reported or worth_it):
+            await self._report(reporter.sample(last=True))
 
 
 async def _nothing() -> None:

@@ -35,7 +35,7 @@ class SetRate(Event):
     publisher: str
     """As its PublisherRate says: "data", "jobs", "images", "training"."""
     rate: float | None = Field(ge=0, le=1e6)
-    """Events a second (training: rounds a second) and process; 0 holds it until the next rate; None: as fast as it goes."""
+    """Events (training: rounds) a second and process; 0 holds it until the next rate; None: as fast as it goes."""
 
 
 class PublisherRate(Event):
@@ -85,9 +85,7 @@ class Action(Event):
     """"token": they had the token; "local": none is set, and they sat at the machine."""
     address: str
     """Where they came from, as the dashboard saw it."""
-    action: Literal[
-        "replay", "drop", "pause", "resume", "set-rate", "load-model", "roll-back", "start-run", "publish"
-    ]
+    action: Literal["replay", "drop", "pause", "resume", "set-rate", "load-model", "roll-back", "start-run", "publish"]
     subject: str
     """What it was done to: a channel, `channel/group`, a publisher, a model, a run."""
     parameters: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
