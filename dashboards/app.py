@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import plotly
 from dash import Dash
@@ -20,15 +18,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pipeline import Pipeline
 from pipeline.settings import settings
 
+from . import actions
+from .access import COOKIE, Access, foreign
+from .controls import Controls
 from .feed import Feed
 from .figures import specification
 from .hub import Hub
+from .markers import Markers
 from .pages import overview
 from .state import State
 
 __all__ = ["create", "server"]
 
-COOKIE = "pipeline_token"
 HERE = Path(__file__).parent
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -46,7 +47,10 @@ PAGE = """<!DOCTYPE html>
 
 
 def create(url: str | None = None) -> FastAPI:
-    feed = Feed(Pipeline("dashboard", url), State())
+    pipeline, controls, markers = Pipeline("dashboard", url), Controls(), Markers()
+    feed = Feed(pipeline, State(), [*controls.subscriptions(), *markers.subscriptions()])
+    token = settings().token
+    access = Access(token.get_secret_value() if token else None)
     hub = Hub(feed)
 
     @asynccontextmanager
@@ -59,13 +63,13 @@ def create(url: str | None = None) -> FastAPI:
 
     app = FastAPI(title="Pipeline dashboard", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     _routes(app, hub)
+    app.include_router(actions.router(pipeline, controls, markers, access))
     dash = Dash(
         "dashboards", server=cast(Any, app), backend="fastapi", assets_folder=str(HERE / "assets"), title="Pipeline",
         index_string=PAGE, update_title="", serve_locally=True,
     )  # fmt: skip
     dash.layout = overview.layout
-    token = settings().token
-    app.add_middleware(_Guard, token=token.get_secret_value() if token else None)
+    app.add_middleware(_Guard, access=access)
     return app
 
 
@@ -121,38 +125,29 @@ async def _until_gone(socket: WebSocket) -> None:
 class _Guard:
     """Refuses WebSockets of foreign pages, and everything without the token where one is set."""
 
-    def __init__(self, app: ASGIApp, token: str | None) -> None:
+    def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
-        self._token = token
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             socket = WebSocket(scope, receive, send)
-            origin = socket.headers.get("origin")
-            foreign = origin is not None and urlsplit(origin).netloc != socket.headers.get("host")
-            if foreign or not self._knows(socket.headers.get("authorization"), socket.cookies.get(COOKIE)):
+            if foreign(socket.headers) or not self._access.knows(socket):
                 await socket.close(1008)
                 return
         elif scope["type"] == "http":
             request = Request(scope)
             given = request.query_params.get("token")
-            if given is not None and self._knows(f"Bearer {given}", None) and self._token is not None:
+            if given is not None and self._access.token is not None and self._access.is_token(given):
                 response: Response = RedirectResponse(request.url.remove_query_params("token"), 303)
                 response.set_cookie(COOKIE, given, httponly=True, samesite="strict")
                 await response(scope, receive, send)
                 return
-            authorised = self._knows(request.headers.get("authorization"), request.cookies.get(COOKIE))
-            if scope["path"] != "/healthz" and not authorised:
+            if scope["path"] != "/healthz" and not self._access.knows(request):
                 hint = "a token is set: open /?token=…, or send Authorization: Bearer …\n"
                 await Response(hint, 401)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
-
-    def _knows(self, header: str | None, cookie: str | None) -> bool:
-        if self._token is None:
-            return True
-        given = cookie if header is None else header.removeprefix("Bearer ")
-        return given is not None and hmac.compare_digest(given.encode(), self._token.encode())
 
 
 def __getattr__(name: str) -> FastAPI:

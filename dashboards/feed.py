@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pipeline import Channel, Message, Pipeline, PipelineError, catalog
 from pipeline.ledger import ledger_channel
 from pipeline.metrics import metrics_channel
 
+from .markers import Subscription
 from .state import State
 
 __all__ = ["Feed"]
@@ -27,13 +28,13 @@ STALE = 4.0
 
 
 class Feed:
-    def __init__(self, app: Pipeline, state: State) -> None:
+    def __init__(self, app: Pipeline, state: State, more: Iterable[Subscription] = ()) -> None:
         self.state = state
         self.heard = 0.0
         """Unix time of the last ledger that arrived."""
         self.trouble = "waiting for Redis"
         self._app = app
-        self._handlers: dict[Channel[Any], Callable[[Message[Any]], None]] = {
+        handlers: dict[Channel[Any], Callable[[Message[Any]], None]] = {
             metrics_channel: lambda m: state.on_worker(m.event, m.time.timestamp()),
             catalog.training_metrics: lambda m: state.on_training(m.event),
             catalog.rounds: lambda m: state.on_round(m.event),
@@ -43,6 +44,10 @@ class Feed:
             catalog.answers: lambda m: state.on_answer(m.event, m.time.timestamp()),
             ledger_channel: self._on_ledger,
         }
+        own = [Subscription(channel, handler, HISTORY) for channel, handler in handlers.items()]
+        self._subscriptions: dict[Channel[Any], list[Subscription]] = {}
+        for one in [*own, *more]:
+            self._subscriptions.setdefault(one.channel, []).append(one)
 
     def _on_ledger(self, message: Message[Any]) -> None:
         self.state.on_ledger(message.event)
@@ -59,19 +64,21 @@ class Feed:
                 async with self._app as app:
                     self.trouble = "Redis does not answer"
                     async with asyncio.TaskGroup() as group:
-                        for channel, handler in self._handlers.items():
-                            group.create_task(self._follow(app, channel, handler), name=f"follow {channel.name}")
+                        for channel, subscriptions in self._subscriptions.items():
+                            group.create_task(self._follow(app, channel, subscriptions), name=f"follow {channel.name}")
             except* (PipelineError, OSError) as errors:
                 self.trouble = str(errors.exceptions[0])
                 logger.debug("feed: %s", self.trouble)
             await asyncio.sleep(RECONNECT)
 
-    async def _follow(self, app: Pipeline, channel: Channel[Any], handler: Callable[[Message[Any]], None]) -> None:
+    async def _follow(self, app: Pipeline, channel: Channel[Any], subscriptions: list[Subscription]) -> None:
         """The stream position survives outages inside `watch`, so nothing is counted twice and nothing is missed."""
-        async with app.watch(channel, since=HISTORY if channel.durable else None) as stream:
+        since = max(one.since for one in subscriptions)
+        async with app.watch(channel, since=since if channel.durable else None) as stream:
             count = 0
             async for message in stream:
-                handler(message)
+                for one in subscriptions:
+                    one.handler(message)
                 count += 1
                 if count % 500 == 0:
                     await asyncio.sleep(0)
