@@ -10,6 +10,8 @@ swap     ModelStatus         a model is served in another version
 refused  ModelStatus         a version was refused
 pause    Ledger              a group was paused, by whomever
 resume   Ledger              … and goes on
+rewind   Ledger              a group reads again what it had handled (added by `State`)
+reset    Ledger              a channel is counted anew: the server lost its data (by `State`)
 action   audit               rates set, runs started, dead letters replayed or dropped
 """
 
@@ -27,7 +29,9 @@ from pipeline.metrics import WorkerSample, metrics_channel
 
 __all__ = ["Kind", "Marker", "Markers", "Subscription", "once"]
 
-Kind = Literal["start", "deploy", "stop", "kill", "back", "swap", "refused", "pause", "resume", "action"]
+Kind = Literal[
+    "start", "deploy", "stop", "kill", "back", "swap", "refused", "pause", "resume", "rewind", "reset", "action"
+]
 
 MOST = 1000
 SILENT = 5.0
@@ -102,7 +106,8 @@ class Markers:
     def since(self, time: float = 0.0) -> list[Marker]:
         return [marker for marker in self._markers if marker.time >= time]
 
-    def _add(self, time: float, kind: Kind, text: str, subject: str) -> None:
+    def add(self, time: float, kind: Kind, text: str, subject: str) -> None:
+        """Note what happened to `subject` at a time."""
         insort(self._markers, Marker(time, kind, text, subject))
         del self._markers[:-MOST]
         self.version += 1
@@ -116,7 +121,7 @@ class Markers:
                 self._markers[index] = replace(other, count=count, text=f"{count} × {text}")
                 self.version += 1
                 return
-        self._add(time, kind, text, name)
+        self.add(time, kind, text, name)
 
     # -- processes -----------------------------------------------------------------------------------------------
 
@@ -167,7 +172,7 @@ class Markers:
         if status.state == "refused":
             text = f"{status.model}: version {status.version} refused"
             if not any(one.text == text and abs(one.time - time) < TOGETHER for one in self._markers):
-                self._add(time, "refused", text, status.model)
+                self.add(time, "refused", text, status.model)
             return
         before = self._served.get(status.model)
         if (
@@ -175,7 +180,7 @@ class Markers:
         ):  # one that starts anew says what it begins with, and soon what the others serve
             self._served[status.model] = status.version
             if before not in (None, status.version):
-                self._add(time, "swap", f"{status.model} v{before} → v{status.version}", status.model)
+                self.add(time, "swap", f"{status.model} v{before} → v{status.version}", status.model)
 
     def _on_ledger(self, message: Message[Ledger]) -> None:
         for name, channel in message.event.channels.items():
@@ -185,12 +190,12 @@ class Markers:
                 if before != counts.paused:
                     kind: Kind = "pause" if counts.paused else "resume"
                     text = f"{group} of {name} {'paused' if counts.paused else 'goes on'}"
-                    self._add(message.event.time, kind, text, f"{name}/{group}")
+                    self.add(message.event.time, kind, text, f"{name}/{group}")
 
     def _on_action(self, message: Message[Action]) -> None:
         action = message.event
         if action.outcome == "done" and action.action in ("set-rate", "start-run", "replay", "drop"):
-            self._add(message.time.timestamp(), "action", f"{action.subject}: {action.detail}", action.subject)
+            self.add(message.time.timestamp(), "action", f"{action.subject}: {action.detail}", action.subject)
 
 
 def once(handler: Callable[[Message[Any]], None]) -> Callable[[Message[Any]], None]:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from ..channel import Channel
 from ..events import Event
+from .training import Mode
 
 __all__ = [
     "Action",
@@ -18,15 +19,12 @@ __all__ = [
     "RunStatus",
     "SetRate",
     "StartRun",
-    "TrainingMode",
     "audit",
     "publisher_rates",
     "rate_settings",
     "run_starts",
     "run_statuses",
 ]
-
-TrainingMode = Literal["sync", "async", "hogwild", "dogwild", "local"]
 
 
 class SetRate(Event):
@@ -55,7 +53,7 @@ class StartRun(Event):
 
     run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")
     """Its metrics come as `<run>.1`."""
-    mode: TrainingMode = "sync"
+    mode: Mode = "sync"
     workers: int = Field(default=2, ge=1, le=64)
     rounds: int = Field(default=600, ge=1, le=1_000_000)
     learning_rate: float = Field(default=6e-3, gt=0, le=10)
