@@ -15,8 +15,10 @@ __all__ = ["Alert", "alerts"]
 
 RECENT = 300.0
 """Seconds for which a thing that happened is told."""
-OLD = 30.0
+OLD = 600.0
 """Seconds that an event may be held before somebody should ask why."""
+LONG = 30.0
+"""Seconds of work that may wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ def _of_queue(state: State, name: str, counts: GroupLedger, link: str) -> Iterat
         yield Alert("bad", f"{name}: {waiting:,} events wait and no worker is there", link)
     elif counts.oldest > OLD:
         yield Alert("warn", f"{name}: an event has been held for {counts.oldest:,.0f} s", link)
-    elif counts.lag > 1000 and counts.drain_seconds and counts.drain_seconds > OLD:
+    elif counts.lag > 1000 and counts.drain_seconds and counts.drain_seconds > LONG:
         yield Alert("warn", f"{name}: {counts.lag:,} events unread, {counts.drain_seconds:,.0f} s of work", link)
 
 

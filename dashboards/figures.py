@@ -106,7 +106,7 @@ FIGURES = (
         "Start inference: pipeline serve subscribers.inference:app", form="bars", per_second=True,
     ),
     Figure(
-        "released", "serving", "Batches by why they were released", "released", "batches/s",
+        "released", "serving", "Batches by reason of release", "released", "batches/s",
         "Start inference: pipeline serve subscribers.inference:app", form="area", per_second=True,
     ),
     Figure(

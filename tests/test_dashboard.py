@@ -7,6 +7,7 @@ import colorsys
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -323,6 +324,7 @@ async def test_a_dead_letter_is_replayed_a_group_paused_and_an_event_published_f
             await page.goto(f"{address}/dead")
             rows = page.locator("#grid-dead .ag-center-cols-container .ag-row")
             await expect(rows).to_have_count(3, timeout=PATIENCE)
+            await expect(rows.first.locator("[col-id=time]")).to_have_text(re.compile(r"^[\d.]+ (ms|s|min)$"))
             await rows.first.locator("[col-id=reason]").click()
             await expect(page.locator("#letter")).to_contain_text("the sensor is off")
             await expect(page.locator("#letter .tree")).to_contain_text("n")

@@ -35,7 +35,7 @@
     percent: none((v) => short(v * 100) + " %"),
     plain: none(String),
     version: none((v) => "v" + v),
-    ago: none((v) => seconds(Math.max(0, window.pipelineNow() - v))),
+    ago: none((v) => seconds(Math.max(0, window.pipelineNow() - (typeof v === "string" ? Date.parse(v) / 1000 : v)))),
     balance: none((v) => (v === 0 ? "balances" : "off by " + whole.format(v))),
   };
   window.pipelineNow = () => Date.now() / 1000;
