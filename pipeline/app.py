@@ -11,6 +11,7 @@ import secrets
 import signal
 import socket
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
     Awaitable,
@@ -28,7 +29,7 @@ from .batching import Batch
 from .blocking import BlockingPipeline
 from .channel import Channel, check_name
 from .deadletters import DeadLetter, dead_channel, fits
-from .errors import ConfigurationError, UnknownChannel
+from .errors import ConfigurationError, FrameError, UnknownChannel
 from .executors import RunIn
 from .frame import Codec
 from .ledger import Ledger, ledger_channel
@@ -45,7 +46,7 @@ from .retries import RetryPolicy
 from .router import Context, Router
 from .settings import Settings, settings
 from .subscriber import Subscriber, declare
-from .transports import Backend, Retried, Transport
+from .transports import Backend, Entry, Retried, Transport
 from .watching import Since, Watch, position
 
 __all__ = ["Pipeline"]
@@ -60,8 +61,8 @@ LEDGER_SPAN = 1.0
 """Seconds at least over which rates are taken between two ledgers."""
 SETTLED_AT_ONCE = 64
 """Dead letters under way to Redis together."""
-QUIET = 0.3
-"""Seconds without another event after which what a channel holds counts as read."""
+QUIET = 5.0
+"""Seconds without a frame after which a channel that lost its end (it was flushed meanwhile) counts as read."""
 OPEN_PATIENCE = 3.0
 """Seconds `async with app` waits for a Redis before it says that there is none. `serve` waits for ever."""
 
@@ -539,11 +540,9 @@ class Pipeline:
     ) -> list[Message[DeadLetter]]:
         """Dead letters of a channel that were neither replayed nor dropped, oldest first: all, or those of a group,
         with one of `ids`, with `reason` in their own."""
-        letters = dead_channel(channel)
         found: list[Message[DeadLetter]] = []
-        codec, transport = self.codec(letters), self._need_backend().durable
         settled: dict[tuple[int, str], set[str]] = {}
-        async for message in read_all(Watch(letters, codec, transport, self.payloads, 10 * 365 * 86400.0, _nothing)):
+        async for message in self._letters(channel):
             if not fits(message, group, ids, reason):
                 continue
             where = (message.event.partition, message.event.group)
@@ -552,6 +551,19 @@ class Pipeline:
             if message.id not in settled[where]:
                 found.append(message)
         return found
+
+    async def _letters(self, channel: str) -> AsyncIterator[Message[DeadLetter]]:
+        letters = dead_channel(channel)
+        codec = self.codec(letters)
+        async for entry in self._held(letters, 0):
+            try:
+                frame = codec.decode(entry.body, count=entry.count, position=entry.position)
+            except FrameError as error:
+                logger.warning("channel %r: a frame cannot be read and is left out: %s", letters.name, error)
+                continue
+            for index in range(len(frame.events)):
+                if index not in frame.invalid:
+                    yield frame.message(index)
 
     async def settle_dead(self, letters: Iterable[Message[DeadLetter]], *, replay: bool) -> int:
         """Replay dead letters (to their own group alone, with their own ids) or drop them. Each once, however often
@@ -611,18 +623,30 @@ class Pipeline:
 
     async def _before_message(self, channel: Channel[Any], partition: int, id_: str) -> str | None:
         """The position before the frame that holds a message; None when this partition has it not."""
-        codec = self.codec(channel)
-        tail = await self._need_backend().durable.tail(channel, partition, "0-0")
-        before = "0-0"
-        try:
-            async for entry in until_quiet(tail):
+        codec, before = self.codec(channel), "0-0"
+        async with contextlib.aclosing(self._held(channel, partition)) as entries:
+            async for entry in entries:
                 frame = codec.decode(entry.body, count=entry.count, position=entry.position)
                 if any(frame.id(index) == id_ for index in range(len(frame.events))):
                     return before
                 before = entry.id
+        return None
+
+    async def _held(self, channel: Channel[Any], partition: int) -> AsyncGenerator[Entry]:
+        """The frames that a durable channel holds at this moment, the oldest first, however long reading takes."""
+        backend = self._need_backend()
+        _, stats = await backend.ledger({channel.name: (True, channel.partitions)})
+        here = stats[channel.name][partition]
+        if not here.entries:
+            return
+        tail = await backend.durable.tail(channel, partition, "0-0")
+        try:
+            async for entry in until_quiet(tail):
+                yield entry
+                if (entry.position or 0) >= here.published:
+                    return
         finally:
             await tail.close()
-        return None
 
     # -- report --------------------------------------------------------------------------------------------------
 
@@ -653,17 +677,6 @@ class Pipeline:
         worth_it = self._routers or any(outbox.published for outbox in self._outboxes.values())
         if reporter is not None and (reporter.reported or worth_it):
             await self._report(reporter.sample(last=True))
-
-
-async def _nothing() -> None:
-    """Nothing to prepare."""
-
-
-async def read_all(watch: Watch[T]) -> AsyncIterator[Message[T]]:
-    """What a durable channel holds now, without waiting for more."""
-    async with watch as stream:
-        async for message in until_quiet(stream):
-            yield message
 
 
 async def until_quiet(stream: AsyncIterable[T]) -> AsyncIterator[T]:
