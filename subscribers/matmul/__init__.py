@@ -86,8 +86,8 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
             board.close()
 
     async def ask_for_tiles(id_: str, plan: Plan, board: Board) -> None:
-        """Of all workers: what is not done. To ask twice does no harm, so it is done after a coordinator's death and when
-        nothing moves: Redis may have lost its data, or a worker that does not see this folder had the event."""
+        """Of all workers: what is not done. To ask twice does no harm, so it is done after a coordinator's death, and
+        when nothing moves: Redis may have lost its data, or a worker that does not see this folder had the event."""
         for strip in plan.strips():
             tiles = [MatmulTile(job=id_, index=index) for index in strip if not board.is_done(plan.final(index))]
             await app.publish(catalog.matmul_tiles, tiles)
