@@ -30,7 +30,6 @@ from pipeline import (
     Tensor,
 )
 from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError
-from pipeline.requests import MOST_EARLY, Replies
 from pipeline.server import Server
 from pipeline.testing import first
 from pipeline.transports.scripts import Keys
@@ -378,13 +377,15 @@ async def test_a_request_is_answered_rejected_or_times_out(url: str) -> None:
         assert client.keys("pipeline:reply:*") == [], "answers must not stay"
 
 
-async def test_answers_that_come_too_late_are_forgotten() -> None:
-    """Under load somebody always publishes, so nothing else would end what waits for its question."""
-    replies = Replies(Any, "app")
-    replies._publishing = 1
-    for n in range(3 * MOST_EARLY):
-        replies._settle(str(n), Any, 0)
-    assert list(replies._early) == [str(n) for n in range(2 * MOST_EARLY, 3 * MOST_EARLY)]
+async def test_questions_that_nobody_waits_for_any_more_are_forgotten(url: str) -> None:
+    async with Pipeline("app", url) as app:
+        with pytest.raises(RequestTimeout, match="no answer"):
+            await app.request(numbers, Number(n=1), timeout=0.05)
+        question = app.ask(numbers, Number(n=2), timeout=60)
+        assert app._replies is not None
+        await until(lambda: len(app._replies._waiting) == 1)
+        question.cancel()
+        assert not app._replies._waiting
 
 
 async def test_events_of_a_key_stay_in_order_even_when_one_is_retried(anywhere: str) -> None:

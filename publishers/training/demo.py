@@ -124,16 +124,14 @@ def digit_module(seed: int) -> nn.Module:
     """The digit model of the catalog: float32 [n, 8, 8] in 0…1 → logits [n, 10]."""
     hidden, inputs = DIGIT_PARAMETERS["hidden.weight"]
     classes, _ = DIGIT_PARAMETERS["output.weight"]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            OrderedDict(
-                flatten=nn.Flatten(),
-                hidden=nn.Linear(inputs, hidden),
-                relu=nn.ReLU(),
-                output=nn.Linear(hidden, classes),
-            )
-        )
+    first, second = nn.Linear(inputs, hidden), nn.Linear(hidden, classes)
+    random = torch.Generator().manual_seed(seed)  # one of its own: another thread may draw from torch's
+    with torch.no_grad():
+        for layer in (first, second):
+            bound = 1 / math.sqrt(layer.in_features)  # as torch's Linear begins
+            for parameter in layer.parameters():
+                parameter.uniform_(-bound, bound, generator=random)
+    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), hidden=first, relu=nn.ReLU(), output=second))
 
 
 def work(plan: Plan, url: str | None = None, report: Callable[[str, str], None] = lambda run, state: None) -> None:
