@@ -41,8 +41,8 @@ check: $(TEST_STAMP) ## format, lint, types, layering
 test: check tools ## check, then all tests; PYTEST_ARGS="-k name" chooses
 	@$(PYTEST) -n $(PYTEST_WORKERS) --maxprocesses 4 --dist loadscope $(PYTEST_ARGS)
 
-bench: $(TEST_STAMP) ## measure: events, latency, tensors, growth, serving, matmul
-	@for name in events latency tensors growth serving matmul; do $(BIN)/python -m benchmarks $$name || exit 1; done
+bench: $(TEST_STAMP) ## measure: events, latency, tensors, growth, serving, matmul, dashboard
+	@for name in events latency tensors growth serving matmul dashboard; do $(BIN)/python -m benchmarks $$name || exit 1; done
 
 soak: $(TEST_STAMP) tools ## long chaos
 	@$(PYTEST) -m soak --timeout 0 $(PYTEST_ARGS)

@@ -19,8 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from pipeline.catalog import MatmulJob, MatmulResult, TensorFile
 from pipeline.server import Server
 from pipeline.settings import settings
 
+from . import matmul_ladder
 from .report import Figure
 
 __all__ = ["run"]
@@ -51,10 +50,7 @@ ROWS = 1024
 def run(repeats: int, seconds: float) -> list[Figure]:
     """Medians of 7, whatever `repeats` says, and the great product once."""
     torch.set_num_threads(THREADS)
-    figures = [*_round_trips(), *_blocks(), *_great()]
-    if find_spec("benchmarks.matmul_ladder") is not None:
-        figures += import_module("benchmarks.matmul_ladder").run(repeats, seconds)
-    return figures
+    return [*_round_trips(), *_blocks(), *_great(), *matmul_ladder.run(repeats, seconds)]
 
 
 # -- a round trip --------------------------------------------------------------------------------------------------

@@ -1,75 +1,101 @@
-"""The ASGI app: Dash for the page, one WebSocket a viewer for what moves."""
+"""The ASGI app: Dash for the pages, one WebSocket a viewer for what moves, a few numbers for programs."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
-import json
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import plotly
 from dash import Dash
-from fastapi import FastAPI, Request, Response, WebSocket, WebSocketDisconnect
-from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from fastapi import FastAPI, WebSocket, WebSocketDisconnect
+from fastapi.responses import FileResponse, JSONResponse
 
-from pipeline import Pipeline
+from pipeline import Pipeline, PipelineError
 from pipeline.settings import settings
 
+from . import actions, pages
+from .access import Access
+from .browse import events
+from .controls import Controls
 from .feed import Feed
 from .figures import specification
-from .hub import Hub
-from .pages import overview
+from .guard import Guard
+from .hub import Hub, Viewer
+from .numbers import numbers
+from .shell import INDEX, shell
 from .state import State
+from .streams import View
 
 __all__ = ["create", "server"]
 
-COOKIE = "pipeline_token"
+logger = logging.getLogger("dashboards")
+
 HERE = Path(__file__).parent
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-{%metas%}
-<title>Pipeline</title>
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>\
-<circle cx='8' cy='8' r='6' fill='%233FB68B'/></svg>">
-<script>document.documentElement.dataset.theme = localStorage.getItem("theme")
-  || (matchMedia("(prefers-color-scheme: light)").matches ? "light" : "dark");</script>
-{%css%}
-</head>
-<body>{%app_entry%}<footer>{%config%}{%scripts%}{%renderer%}</footer></body>
-</html>"""
 
 
 def create(url: str | None = None) -> FastAPI:
-    feed = Feed(Pipeline("dashboard", url), State())
+    token = settings().token
+    access = Access(token.get_secret_value() if token else None)
+    controls = Controls()
+    feed = Feed(Pipeline("dashboard", url), State(), controls.subscriptions())
     hub = Hub(feed)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await _ask_for_the_first_page(app, access.token)
         tasks = [asyncio.create_task(feed.run()), asyncio.create_task(hub.run())]
+        for task in tasks:
+            task.add_done_callback(_tell)
         yield
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     app = FastAPI(title="Pipeline dashboard", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    _routes(app, hub)
+    _routes(app, feed, hub)
+    app.include_router(actions.router(feed.app, controls, feed.state.happened, access))
     dash = Dash(
         "dashboards", server=cast(Any, app), backend="fastapi", assets_folder=str(HERE / "assets"), title="Pipeline",
-        index_string=PAGE, update_title="", serve_locally=True,
+        index_string=INDEX, update_title="", serve_locally=True, use_pages=True, pages_folder="",
+        assets_path_ignore=["live"], assets_ignore="grid.js", include_pages_meta=False,
     )  # fmt: skip
-    dash.layout = overview.layout
-    token = settings().token
-    app.add_middleware(_Guard, token=token.get_secret_value() if token else None)
+    pages.register()
+    dash.layout = shell
+    app.add_middleware(Guard, access=access)
     return app
 
 
-def _routes(app: FastAPI, hub: Hub) -> None:
+def _tell(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.critical("the dashboard stands still: %r", error, exc_info=error)
+
+
+async def _ask_for_the_first_page(app: FastAPI, token: str | None) -> None:
+    """Dash prepares itself when `/` is asked for; who asked for another page before got one without assets."""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(_: Any) -> None:
+        """Nobody reads it."""
+
+    headers = [(b"host", b"localhost"), (b"authorization", f"Bearer {token}".encode())]
+    await app(
+        {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
+            "path": "/", "raw_path": b"/", "root_path": "", "query_string": b"", "headers": headers,
+            "client": ("127.0.0.1", 0), "server": ("127.0.0.1", 0),
+        },
+        receive,
+        send,
+    )  # fmt: skip
+
+
+def _routes(app: FastAPI, feed: Feed, hub: Hub) -> None:
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         return {"status": "alive"}
@@ -81,78 +107,45 @@ def _routes(app: FastAPI, hub: Hub) -> None:
         return FileResponse(path, headers={"cache-control": "public, max-age=86400"})
 
     @app.get("/api/figures")
-    async def figures() -> list[dict[str, Any]]:
+    async def figures() -> dict[str, Any]:
         return specification()
 
     @app.get("/api/series")
     async def series() -> JSONResponse:
-        """Everything the page shows, as numbers."""
-        return JSONResponse(json.loads(hub.snapshot()))
+        """All counts as numbers: channel by channel what the server has, and what the buckets add up to."""
+        return JSONResponse({**hub.status(0.0), **numbers(feed.state)})
+
+    @app.get("/api/channels/{name:path}")
+    async def channel(name: str, count: int = 20) -> JSONResponse:
+        """The newest events of a channel."""
+        try:
+            return JSONResponse(await events(feed.app, name, count))
+        except PipelineError as error:
+            return JSONResponse({"error": str(error)}, 404 if feed.live else 503)
 
     @app.websocket("/feed")
-    async def feed(socket: WebSocket) -> None:
+    async def stream(socket: WebSocket) -> None:
         await socket.accept()
-        viewer = hub.join()
-        gone = asyncio.create_task(_until_gone(socket))
+        viewer = Viewer()
+        sending = asyncio.create_task(_send(socket, hub, viewer))
         try:
-            while not gone.done():
-                taking = asyncio.create_task(viewer.take())
-                await asyncio.wait({taking, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not taking.done():
-                    taking.cancel()
+            while True:
+                try:
+                    hub.show(viewer, View.parse(await socket.receive_json()))
+                except ValueError as error:
+                    await socket.close(1003, str(error)[:120])
                     break
-                frame, behind = taking.result()
-                await socket.send_bytes(hub.refresh(viewer) if behind else frame)
-        except (WebSocketDisconnect, RuntimeError):
-            """The viewer left while we wrote."""
+        except (WebSocketDisconnect, RuntimeError, KeyError):
+            """The viewer left."""
         finally:
             hub.leave(viewer)
-            gone.cancel()
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
 
 
-async def _until_gone(socket: WebSocket) -> None:
-    try:
-        while True:
-            await socket.receive_bytes()
-    except (WebSocketDisconnect, RuntimeError, KeyError):
-        return
-
-
-class _Guard:
-    """Refuses WebSockets of foreign pages, and everything without the token where one is set."""
-
-    def __init__(self, app: ASGIApp, token: str | None) -> None:
-        self._app = app
-        self._token = token
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            socket = WebSocket(scope, receive, send)
-            origin = socket.headers.get("origin")
-            foreign = origin is not None and urlsplit(origin).netloc != socket.headers.get("host")
-            if foreign or not self._knows(socket.headers.get("authorization"), socket.cookies.get(COOKIE)):
-                await socket.close(1008)
-                return
-        elif scope["type"] == "http":
-            request = Request(scope)
-            given = request.query_params.get("token")
-            if given is not None and self._knows(f"Bearer {given}", None) and self._token is not None:
-                response: Response = RedirectResponse(request.url.remove_query_params("token"), 303)
-                response.set_cookie(COOKIE, given, httponly=True, samesite="strict")
-                await response(scope, receive, send)
-                return
-            authorised = self._knows(request.headers.get("authorization"), request.cookies.get(COOKIE))
-            if scope["path"] != "/healthz" and not authorised:
-                hint = "a token is set: open /?token=…, or send Authorization: Bearer …\n"
-                await Response(hint, 401)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def _knows(self, header: str | None, cookie: str | None) -> bool:
-        if self._token is None:
-            return True
-        given = cookie if header is None else header.removeprefix("Bearer ")
-        return given is not None and hmac.compare_digest(given.encode(), self._token.encode())
+async def _send(socket: WebSocket, hub: Hub, viewer: Viewer) -> None:
+    while True:
+        await socket.send_bytes(await hub.next(viewer))
 
 
 def __getattr__(name: str) -> FastAPI:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline import Channel, Message, Pipeline, PipelineError, catalog
 from pipeline.ledger import ledger_channel
 from pipeline.metrics import metrics_channel
 
+from .markers import Subscription, once
 from .state import State
 
 __all__ = ["Feed"]
@@ -20,33 +21,55 @@ logger = logging.getLogger("dashboards.feed")
 
 PICTURES = "imagenet"
 """The model whose inputs are shown."""
-HISTORY = 15 * 60.0
+HISTORY = 6 * 3600.0
+"""Seconds back that are read at the start, where the streams still have them."""
 RECONNECT = 0.5
 STALE = 4.0
 """Seconds without a ledger, which comes every second, after which Redis counts as gone."""
+TURN = 200
+"""Messages after which the loop is given to others, while history is read."""
 
 
 class Feed:
-    def __init__(self, app: Pipeline, state: State) -> None:
+    """What processes count comes ready-made, once a second (`pipeline.ledger`, `pipeline.metrics`): the cost of looking
+    does not grow with the events that flow. Only events whose content is drawn are read themselves."""
+
+    def __init__(self, app: Pipeline, state: State, more: Sequence[Subscription] = ()) -> None:
+        self.app = app
         self.state = state
         self.heard = 0.0
         """Unix time of the last ledger that arrived."""
+        self.loaded = False
+        """The past has been read."""
         self.trouble = "waiting for Redis"
-        self._app = app
-        self._handlers: dict[Channel[Any], Callable[[Message[Any]], None]] = {
+        self._followed: dict[Channel[Any], list[Subscription]] = {}
+        for one in (*self._subscriptions(), *state.happened.subscriptions(), *more):
+            self._followed.setdefault(one.channel, []).append(one)
+
+    def _subscriptions(self) -> list[Subscription]:
+        state = self.state
+        handlers: dict[Channel[Any], Callable[[Message[Any]], None]] = {
             metrics_channel: lambda m: state.on_worker(m.event, m.time.timestamp()),
-            catalog.training_metrics: lambda m: state.on_training(m.event),
-            catalog.rounds: lambda m: state.on_round(m.event),
+            catalog.training_metrics: lambda m: state.on_training(m.event, m.time.timestamp()),
             catalog.predictions: lambda m: state.on_prediction(m.event, m.time.timestamp()),
             catalog.matmul_results: lambda m: state.on_matmul(m.event, m.time.timestamp()),
+            catalog.model_status: lambda m: state.on_model(m.event, m.time.timestamp()),
             catalog.requests_of(PICTURES): lambda m: state.pictures.on_inputs(m.id, m.event),
             catalog.answers: lambda m: state.on_answer(m.event, m.time.timestamp()),
+            catalog.matmul_progress: lambda m: state.jobs.on_tile(m.event, m.time.timestamp()),
+            catalog.systolic_cycles: lambda m: state.jobs.on_cycle(m.event),
             ledger_channel: self._on_ledger,
         }
+        return [
+            Subscription(channel, once(handler), HISTORY if channel.durable else 0.0)
+            for channel, handler in handlers.items()
+        ]
 
     def _on_ledger(self, message: Message[Any]) -> None:
         self.state.on_ledger(message.event)
-        self.heard = time.time()
+        if time.time() - message.event.time < STALE:
+            self.heard = time.time()
+            self.loaded = True
 
     @property
     def live(self) -> bool:
@@ -56,22 +79,32 @@ class Feed:
         """For ever: open, watch all, and begin again when Redis was not there."""
         while True:
             try:
-                async with self._app as app:
+                async with self.app as app:
                     self.trouble = "Redis does not answer"
                     async with asyncio.TaskGroup() as group:
-                        for channel, handler in self._handlers.items():
-                            group.create_task(self._follow(app, channel, handler), name=f"follow {channel.name}")
+                        for channel, subscriptions in self._followed.items():
+                            group.create_task(self._follow(app, channel, subscriptions), name=f"follow {channel.name}")
             except* (PipelineError, OSError) as errors:
                 self.trouble = str(errors.exceptions[0])
                 logger.debug("feed: %s", self.trouble)
             await asyncio.sleep(RECONNECT)
 
-    async def _follow(self, app: Pipeline, channel: Channel[Any], handler: Callable[[Message[Any]], None]) -> None:
-        """The stream position survives outages inside `watch`, so nothing is counted twice and nothing is missed."""
-        async with app.watch(channel, since=HISTORY if channel.durable else None) as stream:
+    @staticmethod
+    def _hand(one: Subscription, message: Message[Any]) -> None:
+        """An event that cannot be shown costs itself, and not the page."""
+        try:
+            one.handler(message)
+        except Exception:
+            logger.exception("an event of %s is left out: %s", message.channel, message.id)
+
+    async def _follow(self, app: Pipeline, channel: Channel[Any], subscriptions: list[Subscription]) -> None:
+        """The stream position survives outages inside `watch`; what is read again after a new beginning is left out."""
+        since = max(one.since for one in subscriptions)
+        async with app.watch(channel, since=since if since and channel.durable else None) as stream:
             count = 0
             async for message in stream:
-                handler(message)
+                for one in subscriptions:
+                    self._hand(one, message)
                 count += 1
-                if count % 500 == 0:
+                if count % TURN == 0:
                     await asyncio.sleep(0)

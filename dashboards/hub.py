@@ -1,24 +1,34 @@
-"""Viewers: a snapshot first, then the same delta bytes to all, and a fresh snapshot for whoever could not keep up."""
+"""Viewers: a snapshot first, then the same bytes to all of a view, and a new snapshot for who is too slow."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from .alerts import alerts
+from .facts import totals
 from .feed import Feed
+from .streams import Stream, View
 
 __all__ = ["Hub", "Viewer"]
 
-TICK = 0.5
+logger = logging.getLogger("dashboards.hub")
+
+TICK = 0.1
+ALIVE = 1.0
+"""Seconds between frames at most: a browser that hears nothing for longer knows that the dashboard is gone."""
+STATUS_EVERY = 0.5
 
 
 @dataclass(eq=False)
 class Viewer:
-    """A mailbox of one frame. A frame that is not fetched in time is replaced by a snapshot."""
+    """A mailbox of one frame. One that is not fetched before the next is there is replaced by a snapshot."""
 
+    view: View | None = None
     frame: bytes | None = None
     behind: bool = False
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -33,71 +43,113 @@ class Viewer:
         self.frame, self.behind = None, False
         self.arrived.clear()
 
-    async def take(self) -> tuple[bytes, bool]:
-        await self.arrived.wait()
-        self.arrived.clear()
-        frame, self.frame = self.frame, None
-        behind, self.behind = self.behind, False
-        assert frame is not None
-        return frame, behind
-
 
 class Hub:
+    """Ticks ten times a second; each view with viewers is encoded once a tick, and only when it has news."""
+
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
-        self._viewers: set[Viewer] = set()
+        self._viewers: dict[View, set[Viewer]] = {}
+        self._streams: dict[View, Stream] = {}
+        self._sent: dict[View, float] = {}
+        self._status: dict[str, Any] = {}
+        self._status_at = 0.0
+
+    @property
+    def viewers(self) -> int:
+        return sum(map(len, self._viewers.values()))
 
     async def run(self) -> None:
+        due = time.monotonic()
         while True:
-            await asyncio.sleep(TICK)
+            due = max(due + TICK, time.monotonic())
+            await asyncio.sleep(due - time.monotonic())
             self._tick()
 
     def _tick(self) -> None:
-        state = self._feed.state
-        state.close_seconds(time.time())
-        more = {"pictures": state.pictures.shown()} if state.pictures.changed else {}
-        delta = self._frame("delta", {name: chart.delta() for name, chart in state.charts.items()}, **more)
-        for viewer in self._viewers:
-            viewer.put(delta)
+        now, state = time.time(), self._feed.state
+        state.close_seconds(now)
+        for view in list(self._streams):
+            self._send(view, now)
+        for kind in state.kinds().values():
+            for ring in kind.values():
+                ring.changed = math.inf
+        state.runs.changed.clear()
 
-    def join(self) -> Viewer:
-        """A new viewer, with a snapshot in its mailbox. What is in that is in no delta to come."""
-        self._tick()
-        viewer = Viewer()
-        viewer.put(self.snapshot())
-        self._viewers.add(viewer)
-        return viewer
+    def _send(self, view: View, now: float) -> None:
+        try:
+            self._send_news(view, now)
+        except Exception:  # of one view; the others go on
+            logger.exception("%s cannot be sent", view)
 
-    def refresh(self, viewer: Viewer) -> bytes:
-        """A snapshot for who could not keep up, instead of what was missed."""
-        self._tick()
-        viewer.clear()
-        return self.snapshot()
+    def _send_news(self, view: View, now: float) -> None:
+        status = self.status(now)
+        frame = self._streams[view].delta(now, status)
+        if frame is None and now - self._sent[view] >= ALIVE:
+            frame = self._streams[view].status(now, status)
+        if frame is not None:
+            self._sent[view] = now
+            for viewer in self._viewers[view]:
+                viewer.put(frame)
+
+    # -- viewers -------------------------------------------------------------------------------------------------
+
+    def show(self, viewer: Viewer, view: View) -> None:
+        """Let a viewer look at this, a snapshot first. What is in that is in no delta to come."""
+        self.leave(viewer)
+        now = time.time()
+        if view not in self._streams:
+            self._streams[view] = Stream(view, self._feed.state)
+            self._viewers[view] = set()
+            self._sent[view] = now
+        self._send(view, now)
+        viewer.view = view
+        viewer.put(self._streams[view].snapshot(now, self.status(now)))
+        self._viewers[view].add(viewer)
 
     def leave(self, viewer: Viewer) -> None:
-        self._viewers.discard(viewer)
+        view, viewer.view = viewer.view, None
+        viewer.clear()
+        if view is None:
+            return
+        self._viewers[view].discard(viewer)
+        if not self._viewers[view]:
+            del self._viewers[view], self._streams[view], self._sent[view]
 
-    def snapshot(self) -> bytes:
-        state = self._feed.state
-        charts = {name: chart.snapshot() for name, chart in state.charts.items()}
-        return self._frame("snapshot", charts, pictures=state.pictures.shown())
+    async def next(self, viewer: Viewer) -> bytes:
+        """The viewer's next frame: the delta that arrived, or a snapshot when it has missed one."""
+        while True:
+            await viewer.arrived.wait()
+            view, frame, behind = viewer.view, viewer.frame, viewer.behind
+            viewer.clear()
+            if view is None or frame is None:
+                continue
+            if not behind:
+                return frame
+            now = time.time()
+            self._send(view, now)  # what is new goes to the others too
+            viewer.clear()
+            return self._streams[view].snapshot(now, self.status(now))
 
-    def _frame(self, kind: str, charts: dict[str, Any], **more: Any) -> bytes:
-        return json.dumps(
-            {"kind": kind, **self.facts(), **more, "charts": {name: one for name, one in charts.items() if one}},
-            separators=(",", ":"),
-        ).encode()
+    def snapshot(self, view: View) -> bytes:
+        """Everything of a view, once."""
+        now = time.time()
+        return Stream(view, self._feed.state).snapshot(now, self.status(now))
 
-    def facts(self) -> dict[str, Any]:
-        """Everything that is small enough to be sent whole each time."""
-        now, state = time.time(), self._feed.state
-        return {
-            "now": now,
-            "live": self._feed.live,
-            "trouble": None if self._feed.live else self._feed.trouble,
-            "tiles": state.tiles(now),
-            "workers": state.workers(now),
-            "channels": state.channels(),
-            "reasons": state.reasons(),
-            "base": state.base,
-        }
+    def status(self, now: float) -> dict[str, Any]:
+        """How things are, for the title, the pill and the banner of every page."""
+        if now - self._status_at >= STATUS_EVERY or self._status.get("live") != self._feed.live:
+            state, live = self._feed.state, self._feed.live
+            found = alerts(state, now)
+            numbers = totals(state)
+            self._status_at = now
+            self._status = {
+                "live": live,
+                "trouble": None if live else self._feed.trouble,
+                "alerts": len(found),
+                "bad": sum(alert["level"] == "bad" for alert in found),
+                "rate": numbers["rate"],
+                "dead": numbers["dead"],
+                "history": self._feed.loaded,
+            }
+        return self._status

@@ -1,201 +1,298 @@
-"""What the dashboard knows: events in, charts, tables and tiles out. Nothing here reads a clock or a network."""
+"""What the dashboard knows: events in, rings and records out. Nothing here reads a clock or a network."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
-from typing import Any
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from pipeline.catalog import Answer, MatmulResult, Prediction, Round, TrainingMetrics
-from pipeline.ledger import ChannelLedger, Ledger, ledger_channel
-from pipeline.metrics import WorkerSample, quantile
+from pipeline.catalog import Answer, MatmulResult, ModelStatus, Prediction, TrainingMetrics
+from pipeline.ledger import ChannelLedger, GroupLedger, Ledger, ledger_channel
+from pipeline.metrics import GroupSample, WorkerSample
 
-from .series import Chart
+from .jobs import Jobs
+from .markers import Markers
+from .rings import Gauge, Histogram, Ring, Sum, spread
+from .runs import Runs
 from .thumbnails import Pictures
 
-__all__ = ["CHARTS", "State"]
+__all__ = ["GONE_AFTER", "State", "Worker", "internal", "pair"]
 
-CHARTS = ("rate", "latency", "lag", "loss", "accuracy", "inference", "batches", "predictions", "matmul")
 RECENT = "last 10 s"
+ALL = "all so far"
 GONE_AFTER = 5.0
-"""Seconds without a report after which a worker is shown as gone; it is forgotten after ten times that."""
+"""Seconds without a report after which a worker is shown as silent; it is forgotten after FORGOTTEN_AFTER."""
+FORGOTTEN_AFTER = 120.0
+MOST_SERIES = 256
+"""Series of one kind; beyond it the one that was quiet longest makes room. Histograms are big: fewer of them."""
+MOST_HISTOGRAMS = 48
+
+R = TypeVar("R", bound=Ring)
+
+
+def pair(channel: str, group: str) -> str:
+    """The name of a group's series."""
+    return f"{channel} → {group}"
+
+
+def internal(channel: str) -> bool:
+    """The framework's own, and dead letters, which have a page of their own."""
+    return channel.startswith("pipeline.") or channel.endswith(".dead")
+
+
+@dataclass(slots=True)
+class Worker:
+    """A process that reports."""
+
+    seen: float
+    sample: WorkerSample
+    gone: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.sample.app} {self.sample.pid}"
+
+
+class Kind(dict[str, R]):
+    """The series of one kind, by name; the quietest makes room for a new one."""
+
+    def __init__(self, make: Callable[[], R], most: int = MOST_SERIES) -> None:
+        super().__init__()
+        self._make = make
+        self._most = most
+        self._order: OrderedDict[str, None] = OrderedDict()
+
+    def __missing__(self, name: str) -> R:
+        if len(self) >= self._most:
+            del self[next(iter(self._order))]
+        ring = self[name] = self._make()
+        return ring
+
+    def touch(self, name: str) -> R:
+        """The series, marked as the one heard last."""
+        ring = self[name]
+        self._order[name] = None
+        self._order.move_to_end(name)
+        return ring
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self._order.pop(name, None)
 
 
 class State:
-    """Fed by `feed`; read by `hub`."""
+    """Fed by `feed`; read by `streams`, `facts` and `flow`."""
 
     def __init__(self) -> None:
-        self.charts = {name: Chart() for name in CHARTS}
+        self.sums: dict[str, Kind[Sum]] = {
+            name: Kind(Sum)
+            for name in ("published", "handled", "dead", "retried", "batches", "released", "answers", "products")
+        }
+        self.gauges: dict[str, Kind[Gauge]] = {
+            name: Kind(Gauge)
+            for name in (
+                "waiting", "lag", "pending", "oldest", "retained", "cpu", "memory", "busy", "gpu", "in_hand",
+                "accuracy", "gflops", "peak",
+            )
+        }  # fmt: skip
+        self.latency: Kind[Histogram] = Kind(Histogram, MOST_HISTOGRAMS)
+        self.runs = Runs()
+        self.jobs = Jobs()
         self.ledger: Ledger | None = None
         self.base: dict[str, int] = {}
-        """Channel → events published before the first bucket it is drawn in."""
-        self._last: dict[str, tuple[float, int]] = {}
-        self._rates: dict[str, float] = {}
-        self._workers: dict[str, tuple[float, WorkerSample]] = {}
-        self._latency: dict[str, Counter[int]] = {}
-        self._latency_second = 0
+        """Channel → events published that no bucket holds."""
+        self.rates: dict[str, float] = {}
+        self.group_rates: dict[str, float] = {}
+        self.group_seen: dict[str, float] = {}
+        """Channel → group: when the rate of its dead letters last rose."""
+        self.workers: dict[str, Worker] = {}
+        self.publishes: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+        """(app, channel) → worker → when it last published there, and how many a second."""
+        self.happened = Markers()
+        """What is drawn on every time chart."""
+        self.models: dict[tuple[str, str], tuple[float, ModelStatus]] = {}
+        """(model, worker) → what it serves since when."""
+        self.pictures = Pictures()
+        self.version = 0
+        """Version of the weights that inference answers with."""
+        self.changes = 0
+        """Grows with each event: tables are built again when it has."""
+        self._last: dict[str, tuple[float, ChannelLedger]] = {}
+        self.reported = 0.0
+        """Up to here every worker with a group has reported."""
+        self._reported = 0.0
+        self._resumed = 0.0
+        """When workers were heard again after nobody was."""
         self._verdicts: Counter[bool] = Counter()
         self._second_verdicts: dict[int, Counter[bool]] = {}
         self._recent_verdicts: deque[Counter[bool]] = deque(maxlen=10)
-        self._reasons: Counter[str] = Counter()
-        self.pictures = Pictures()
-        self._answers: dict[int, Counter[str]] = {}
-        self._version = 0
-        self._kernels: dict[tuple[int, str], list[float]] = {}
-        self._round_seconds = math.nan
 
-    # -- events in -----------------------------------------------------------------------------------------------
+    def kinds(self) -> dict[str, Kind[Any]]:
+        """Every kind of series in buckets of time."""
+        return {**self.sums, **self.gauges, "latency": self.latency}
+
+    # -- the ledger ----------------------------------------------------------------------------------------------
 
     def on_ledger(self, ledger: Ledger) -> None:
-        """Rates are differences between two ledgers, so what is drawn adds up to what was published."""
+        """Counts are differences between two ledgers, so what is drawn adds up to what was published."""
         own = ledger.channels.get(ledger_channel.name)
         # The very first ledger that was ever written: nothing was published before its bucket.
-        whole = own is None or own.published <= 1
-        first = self.ledger is None and not whole
+        from_the_start = self.ledger is not None or own is None or own.published <= 1
+        lost: list[str] = []
         for name, channel in ledger.channels.items():
             before = self._last.get(name)
-            if before is None or channel.published < before[1]:  # new, or the server lost its data
-                start = channel.published if first and before is None else 0
-                self.base[name] = start
-                before = (self.ledger.time if self.ledger else ledger.time - 1.0, start)
-            seconds = max(0.2, ledger.time - before[0])
-            rate = (channel.published - before[1]) / seconds
-            self._last[name] = (ledger.time, channel.published)
-            self._rates[name] = rate
-            if not name.startswith("pipeline.") and not name.endswith(".dead"):
-                self.charts["rate"].add(name, ledger.time, channel.published - before[1])
-                self._on_groups(name, channel, ledger.time)
+            if before is None:
+                since = self.ledger.time if self.ledger else ledger.time - 1.0
+                old = ChannelLedger() if from_the_start else channel
+                self.base[name] = old.published
+            else:
+                since, old = before
+                if channel.published < old.published:
+                    lost.append(name)
+                    self.base[name] -= old.published
+                    old = ChannelLedger()
+            self._on_channel(name, channel, old, since, ledger.time)
+            self._last[name] = (ledger.time, channel)
+        if lost:
+            self.happened.add(ledger.time, "reset", f"the server lost data: {len(lost)} channels count anew", "redis")
+        for gone in self._last.keys() - ledger.channels.keys():
+            del self._last[gone]
         self.ledger = ledger
+        self.changes += 1
 
-    def _on_groups(self, name: str, channel: ChannelLedger, moment: float) -> None:
-        for group, one in channel.groups.items():
-            self.charts["lag"].add(f"{name} → {group}", moment, one.lag + one.pending)
+    def _on_channel(self, name: str, now: ChannelLedger, old: ChannelLedger, since: float, moment: float) -> None:
+        seconds = max(0.2, moment - since)
+        if now.published:
+            spread(self.sums["published"].touch(name), since, moment, now.published - old.published)
+        self.rates[name] = (now.published - old.published) / seconds
+        if internal(name):
+            return
+        if now.durable:
+            self.gauges["retained"].touch(name).set(moment, now.retained)
+        for group, counts in now.groups.items():
+            self._on_group(name, group, counts, old.groups.get(group, GroupLedger()), since, moment)
+
+    def _on_group(
+        self, channel: str, group: str, now: GroupLedger, old: GroupLedger, since: float, moment: float
+    ) -> None:
+        name = pair(channel, group)
+        if now.handled < old.handled:
+            text = f"{name} reads {old.handled - now.handled:,} events again"
+            self.happened.add(moment, "rewind", text, f"{channel}/{group}")
+        for what in ("handled", "dead", "retried"):
+            risen = max(0, getattr(now, what) - getattr(old, what))
+            spread(self.sums[what].touch(name), since, moment, risen)
+            if what == "handled":
+                self.group_rates[name] = risen / max(0.2, moment - since)
+            elif what == "dead" and risen:
+                self.group_seen[name] = moment
+        for what, value in (
+            ("waiting", now.lag + now.pending), ("lag", now.lag), ("pending", now.pending), ("oldest", now.oldest),
+        ):  # fmt: skip
+            self.gauges[what].touch(name).set(moment, value)
+
+    # -- workers -------------------------------------------------------------------------------------------------
 
     def on_worker(self, sample: WorkerSample, moment: float) -> None:
-        self._workers[sample.worker] = (moment, sample)
-        second = int(moment)
-        if second > self._latency_second:
-            self._close_latency()
-            self._latency_second = second
+        if moment - self._reported > GONE_AFTER:
+            self._resumed = moment
+        self._reported = max(self._reported, moment)
+        self._look_for_gone(moment)
+        worker = self.workers.get(sample.worker)
+        if worker is None:
+            worker = self.workers[sample.worker] = Worker(moment, sample)
+        worker.seen, worker.sample, worker.gone = moment, sample, sample.last
+        for channel, count in sample.published.items():
+            known = self.publishes.setdefault((sample.app, channel), {})
+            known[sample.worker] = (moment, count / max(0.1, sample.interval))
+        self.gauges["cpu"].touch(worker.label).set(moment, sample.cpu)
+        self.gauges["memory"].touch(worker.label).set(moment, sample.rss)
+        for gpu in sample.gpus or ():
+            self.gauges["gpu"].touch(f"{sample.host} {gpu.name} {gpu.index}").set(moment, gpu.utilisation)
+        if sample.groups:
+            busy = sum(group.busy for group in sample.groups) / max(0.1, sample.interval)
+            self.gauges["busy"].touch(worker.label).set(moment, busy)
         for group in sample.groups:
-            self._latency.setdefault(group.channel, Counter()).update(group.latency)
-            for reason, count in group.batches.items():
-                self._reasons[reason] += count
-            for size, count in group.batch_sizes.items():
-                self.charts["batches"].add(f"{group.group}: {size}+", moment, count)
+            self._on_sample(group, moment - sample.interval, moment)
+        self.reported = min(
+            (one.seen for one in self.workers.values() if one.sample.groups and not one.gone), default=0.0
+        )
+        self.changes += 1
 
-    def _close_latency(self) -> None:
-        for channel, bins in self._latency.items():
-            for q in (0.5, 0.99):
-                value = quantile(bins, q)
-                if not math.isnan(value):
-                    self.charts["latency"].add(f"{channel} p{q * 100:.0f}", self._latency_second, value * 1000)
-        self._latency.clear()
+    def _on_sample(self, group: GroupSample, since: float, moment: float) -> None:
+        if group.latency:
+            self.latency.touch(pair(group.channel, group.group)).add(moment, group.latency)
+        for reason, count in group.batches.items():
+            spread(self.sums["released"].touch(f"{group.group}: {reason}"), since, moment, count)
+        for size, count in group.batch_sizes.items():
+            spread(self.sums["batches"].touch(f"{group.group}: {size}+"), since, moment, count)
 
-    def on_training(self, metrics: TrainingMetrics) -> None:
-        for name in ("loss", "accuracy"):
-            value = metrics.values.get(name)
-            if value is not None and math.isfinite(value):
-                self.charts[name].add(metrics.run, metrics.step, value)
+    def _look_for_gone(self, now: float) -> None:
+        """Note who fell silent while others were heard; in an outage nobody is."""
+        for name, worker in list(self.workers.items()):
+            silent = now - max(worker.seen, self._resumed)
+            if silent > FORGOTTEN_AFTER:
+                del self.workers[name]
+                for known in self.publishes.values():
+                    known.pop(name, None)
+            elif silent > GONE_AFTER and not worker.gone:
+                worker.gone = True
+                self.changes += 1
 
-    def on_round(self, closed: Round) -> None:
-        self._round_seconds = closed.seconds
+    # -- models and jobs -----------------------------------------------------------------------------------------
+
+    def on_training(self, metrics: TrainingMetrics, moment: float) -> None:
+        self.runs.add(metrics.run, metrics.step, metrics.values, moment)
+        self.changes += 1
 
     def on_prediction(self, prediction: Prediction, moment: float) -> None:
-        self._version = prediction.version
-        if prediction.truth is None:
-            return
-        right = prediction.label == prediction.truth
-        self._verdicts[right] += 1
-        self._second_verdicts.setdefault(int(moment), Counter())[right] += 1
+        self.version = max(self.version, prediction.version)
+        if prediction.truth is not None:
+            right = prediction.label == prediction.truth
+            self._verdicts[right] += 1
+            self._second_verdicts.setdefault(int(moment), Counter())[right] += 1
 
     def on_answer(self, answer: Answer, moment: float) -> None:
-        name = f"{answer.model} v{answer.version}" + (
-            ": expired" if answer.expired else ": failed" if answer.error else ""
-        )
-        self._answers.setdefault(int(moment), Counter())[name] += 1
+        ending = ": expired" if answer.expired else ": failed" if answer.error else ""
+        self.sums["answers"].touch(f"{answer.model} v{answer.version}{ending}").add(moment, 1)
         self.pictures.on_answer(answer)
+        self.changes += 1
+
+    def on_model(self, status: ModelStatus, moment: float) -> None:
+        self.models[status.model, status.worker] = (moment, status)
+        while len(self.models) > MOST_SERIES:
+            del self.models[min(self.models, key=lambda key: self.models[key][0])]
+        self.changes += 1
 
     def on_matmul(self, result: MatmulResult, moment: float) -> None:
-        self._kernels.setdefault((int(moment), f"{result.kernel} on {result.device}"), []).append(result.gflops)
+        name = f"{result.kernel} on {result.device}"
+        self.gauges["gflops"].touch(name).set(moment, result.gflops)
+        self.sums["products"].touch(name).add(moment, 1)
+        share = getattr(result, "peak_share", None)
+        if share is not None and math.isfinite(share):
+            self.gauges["peak"].touch(name).set(moment, share)
+        self.changes += 1
 
     def close_seconds(self, now: float) -> None:
-        """Draw the seconds that are over; the unfinished one never."""
+        """Judge the seconds that are over."""
         for second in sorted(second for second in self._second_verdicts if second < int(now) - 1):
             self._recent_verdicts.append(self._second_verdicts.pop(second))
             recent = sum(self._recent_verdicts, Counter[bool]())
-            self.charts["inference"].add(RECENT, second, 100 * recent[True] / recent.total())
-            self.charts["inference"].add("all so far", second, 100 * self._verdicts[True] / self._verdicts.total())
-        for second in sorted(second for second in self._answers if second < int(now) - 1):
-            for name, count in self._answers.pop(second).items():
-                self.charts["predictions"].add(name, second, count)
-        for second, kernel in sorted(key for key in self._kernels if key[0] < int(now) - 1):
-            values = self._kernels.pop((second, kernel))
-            self.charts["matmul"].add(kernel, second, sum(values) / len(values))
+            ring = self.gauges["accuracy"]
+            ring.touch(RECENT).set(second, recent[True] / recent.total())
+            ring.touch(ALL).set(second, self._verdicts[True] / self._verdicts.total())
 
-    # -- out -----------------------------------------------------------------------------------------------------
+    @property
+    def accuracy(self) -> float | None:
+        """Of inference over the last ten seconds that had any."""
+        recent = sum(self._recent_verdicts, Counter[bool]())
+        return recent[True] / recent.total() if recent else None
 
-    def tiles(self, now: float) -> dict[str, Any]:
-        channels = self.ledger.channels if self.ledger else {}
-        own = {name: one for name, one in channels.items() if not name.startswith("pipeline.")}
-        groups = [group for one in own.values() if one.durable for group in one.groups.values()]
-        checked = self._verdicts.total()
-        return {
-            "rate": sum(rate for name, rate in self._rates.items() if name in own and not name.endswith(".dead")),
-            "published": sum(one.published for name, one in own.items() if not name.endswith(".dead")),
-            "waiting": sum(group.lag + group.pending for group in groups),
-            "dead": sum(group.dead for group in groups),
-            "accuracy": 100 * self._verdicts[True] / checked if checked else None,
-            "recent": _last_value(self.charts["inference"], RECENT),
-            "version": self._version,
-            "workers": sum(1 for seen, _ in self._workers.values() if now - seen < GONE_AFTER),
-            "round_ms": None if math.isnan(self._round_seconds) else 1000 * self._round_seconds,
-        }
+    # -- sums ----------------------------------------------------------------------------------------------------
 
-    def workers(self, now: float) -> list[dict[str, Any]]:
-        for name in [name for name, (seen, _) in self._workers.items() if now - seen > 10 * GONE_AFTER]:
-            del self._workers[name]
-        return [
-            {
-                "app": sample.app,
-                "host": sample.host,
-                "pid": sample.pid,
-                "live": now - seen < GONE_AFTER,
-                "seen": now - seen,
-                "uptime": max(0.0, seen - sample.started),
-                "rss": sample.rss,
-                "cpu": sample.cpu,
-                "busy": sum(group.busy for group in sample.groups) / max(0.1, sample.interval),
-                "in_hand": sum(group.in_hand for group in sample.groups),
-            }
-            for seen, sample in sorted(self._workers.values(), key=lambda item: (item[1].app, item[1].pid))
-        ]
-
-    def channels(self) -> list[dict[str, Any]]:
-        """A row a channel and group, for the ledger's table."""
-        rows: list[dict[str, Any]] = []
-        for name, one in (self.ledger.channels if self.ledger else {}).items():
-            if name.startswith("pipeline.") or not (one.published or one.groups):
-                continue
-            row = {
-                "channel": name,
-                "durable": one.durable,
-                "published": one.published,
-                "rate": self._rates.get(name, 0),
-            }
-            if not one.groups:
-                rows.append(row)
-            for group, counts in one.groups.items():
-                numbers = counts.model_dump(include={"handled", "dead", "retried", "pending", "lag"})
-                off = counts.difference(one.published) if one.durable else 0
-                rows.append({**row, "group": group, **numbers, "off": off})
-        return rows
-
-    def reasons(self) -> dict[str, int]:
-        return dict(self._reasons)
-
-
-def _last_value(chart: Chart, series: str) -> float | None:
-    ring = chart.rings.get(series)
-    values = ring.points()[1] if ring else []
-    return values[-1] if values else None
+    def total(self, channel: str) -> int:
+        """Events ever published on a channel, as the ledger says."""
+        known = self.ledger.channels.get(channel) if self.ledger else None
+        return known.published if known else 0

@@ -10,15 +10,26 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
 from .batching import Batch
 from .blocking import BlockingPipeline
 from .channel import Channel, check_name
-from .deadletters import DeadLetter, dead_channel
-from .errors import ConfigurationError, UnknownChannel
+from .deadletters import DeadLetter, dead_channel, fits
+from .errors import ConfigurationError, FrameError, UnknownChannel
 from .executors import RunIn
 from .frame import Codec
 from .ledger import Ledger, ledger_channel
@@ -35,7 +46,7 @@ from .retries import RetryPolicy
 from .router import Context, Router
 from .settings import Settings, settings
 from .subscriber import Subscriber, declare
-from .transports import Backend, Retried, Transport
+from .transports import Backend, Entry, Retried, Transport
 from .watching import Since, Watch, position
 
 __all__ = ["Pipeline"]
@@ -48,8 +59,10 @@ Hook = Callable[[], Awaitable[None]]
 
 LEDGER_SPAN = 1.0
 """Seconds at least over which rates are taken between two ledgers."""
-QUIET = 0.3
-"""Seconds without another event after which what a channel holds counts as read."""
+SETTLED_AT_ONCE = 64
+"""Dead letters under way to Redis together."""
+QUIET = 5.0
+"""Seconds without a frame after which a channel that lost its end (it was flushed meanwhile) counts as read."""
 OPEN_PATIENCE = 3.0
 """Seconds `async with app` waits for a Redis before it says that there is none. `serve` waits for ever."""
 
@@ -232,8 +245,7 @@ class Pipeline:
         with contextlib.suppress(Exception):
             async with asyncio.timeout(2):
                 await asyncio.gather(*(outbox.drain() for outbox in self._outboxes.values()))
-                if any(outbox.published for outbox in self._outboxes.values()) or self._routers:
-                    await self._send_last_report()
+                await self._send_last_report()
         if self._replies is not None:
             await self._replies.close()
         assert self._payloads is not None
@@ -518,35 +530,79 @@ class Pipeline:
             self._ledger = ledger
         return ledger
 
-    async def dead_letters(self, channel: str, group: str | None = None) -> list[Message[DeadLetter]]:
-        """Dead letters of a channel that were neither replayed nor dropped, oldest first."""
-        letters = dead_channel(channel)
+    async def dead_letters(
+        self,
+        channel: str,
+        group: str | None = None,
+        *,
+        ids: Collection[str] | None = None,
+        reason: str | None = None,
+    ) -> list[Message[DeadLetter]]:
+        """Dead letters of a channel that were neither replayed nor dropped, oldest first: all, or those of a group,
+        with one of `ids`, with `reason` in their own."""
         found: list[Message[DeadLetter]] = []
-        codec, transport = self.codec(letters), self._need_backend().durable
         settled: dict[tuple[int, str], set[str]] = {}
-        async for message in read_all(Watch(letters, codec, transport, self.payloads, 10 * 365 * 86400.0, _nothing)):
-            letter = message.event
-            if group is not None and letter.group != group:
+        async for message in self._letters(channel):
+            if not fits(message, group, ids, reason):
                 continue
-            where = (letter.partition, letter.group)
+            where = (message.event.partition, message.event.group)
             if where not in settled:
                 settled[where] = await self._need_backend().settled_letters(channel, *where)
             if message.id not in settled[where]:
                 found.append(message)
         return found
 
+    async def _letters(self, channel: str) -> AsyncIterator[Message[DeadLetter]]:
+        letters = dead_channel(channel)
+        codec = self.codec(letters)
+        async for entry in self._held(letters, 0):
+            try:
+                frame = codec.decode(entry.body, count=entry.count, position=entry.position)
+            except FrameError as error:
+                logger.warning("channel %r: a frame cannot be read and is left out: %s", letters.name, error)
+                continue
+            for index in range(len(frame.events)):
+                if index not in frame.invalid:
+                    yield frame.message(index)
+
     async def settle_dead(self, letters: Iterable[Message[DeadLetter]], *, replay: bool) -> int:
         """Replay dead letters (to their own group alone, with their own ids) or drop them. Each once, however often
         it is asked. Returns how many this call settled."""
-        settled = 0
-        for message in letters:
+        backend, waiting, settled = self._need_backend(), list(letters), 0
+
+        async def settle(message: Message[DeadLetter]) -> bool:
             letter = message.event
             again = Retried(0.0, letter.original, letter.count, origin=letter.origin) if replay else None
             ttl = dead_channel(letter.channel).keep * 2
-            settled += await self._need_backend().settle_letter(
-                letter.channel, letter.partition, letter.group, message.id, again, ttl
-            )
+            return await backend.settle_letter(letter.channel, letter.partition, letter.group, message.id, again, ttl)
+
+        for at in range(0, len(waiting), SETTLED_AT_ONCE):
+            settled += sum(await asyncio.gather(*map(settle, waiting[at : at + SETTLED_AT_ONCE])))
         return settled
+
+    async def pause(self, channel: str, group: str) -> bool:
+        """Let all workers of a group, also those that start later, read nothing more; what they hold they finish.
+
+        They notice within 0.1 s. It lasts until `resume`, whatever is restarted. Returns False when it was paused
+        already. Raises UnknownChannel; ConfigurationError for a group there is not, or of a live channel.
+        """
+        return await self._set_paused(channel, group, True)
+
+    async def resume(self, channel: str, group: str) -> bool:
+        """Let a paused group go on. Returns False when it was not paused. Raises as `pause` does."""
+        return await self._set_paused(channel, group, False)
+
+    async def _set_paused(self, channel: str, group: str, paused: bool) -> bool:
+        record = await self.registry.record(channel)
+        if not record.durable:
+            raise ConfigurationError(
+                f"channel {channel!r} is live: nothing waits there, so its groups cannot be paused; stop their workers"
+            )
+        changed = [
+            await self._need_backend().pause(channel, partition, group, paused)
+            for partition in range(int(record.limits["partitions"]))
+        ]
+        return any(changed)
 
     async def rewind(self, channel: str, group: str, since: str | float | datetime) -> int:
         """Let a group read again what was published since a time, or since a message (from its frame on).
@@ -567,18 +623,30 @@ class Pipeline:
 
     async def _before_message(self, channel: Channel[Any], partition: int, id_: str) -> str | None:
         """The position before the frame that holds a message; None when this partition has it not."""
-        codec = self.codec(channel)
-        tail = await self._need_backend().durable.tail(channel, partition, "0-0")
-        before = "0-0"
-        try:
-            async for entry in until_quiet(tail):
+        codec, before = self.codec(channel), "0-0"
+        async with contextlib.aclosing(self._held(channel, partition)) as entries:
+            async for entry in entries:
                 frame = codec.decode(entry.body, count=entry.count, position=entry.position)
                 if any(frame.id(index) == id_ for index in range(len(frame.events))):
                     return before
                 before = entry.id
+        return None
+
+    async def _held(self, channel: Channel[Any], partition: int) -> AsyncGenerator[Entry]:
+        """The frames that a durable channel holds at this moment, the oldest first, however long reading takes."""
+        backend = self._need_backend()
+        _, stats = await backend.ledger({channel.name: (True, channel.partitions)})
+        here = stats[channel.name][partition]
+        if not here.entries:
+            return
+        tail = await backend.durable.tail(channel, partition, "0-0")
+        try:
+            async for entry in until_quiet(tail):
+                yield entry
+                if (entry.position or 0) >= here.published:
+                    return
         finally:
             await tail.close()
-        return None
 
     # -- report --------------------------------------------------------------------------------------------------
 
@@ -604,19 +672,11 @@ class Pipeline:
             await self.publish(ledger_channel, await self.stats())
 
     async def _send_last_report(self) -> None:
-        if self._reporter is not None:
-            await self._report(self._reporter.sample())
-
-
-async def _nothing() -> None:
-    """Nothing to prepare."""
-
-
-async def read_all(watch: Watch[T]) -> AsyncIterator[Message[T]]:
-    """What a durable channel holds now, without waiting for more."""
-    async with watch as stream:
-        async for message in until_quiet(stream):
-            yield message
+        """Who has reported, or did something worth it, says that this was the last of it."""
+        reporter = self._reporter
+        worth_it = self._routers or any(outbox.published for outbox in self._outboxes.values())
+        if reporter is not None and (reporter.reported or worth_it):
+            await self._report(reporter.sample(last=True))
 
 
 async def until_quiet(stream: AsyncIterable[T]) -> AsyncIterator[T]:

@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pydantic_core import from_json
 
 from . import render
 from .app import Pipeline
 from .channel import Channel
 from .errors import ConfigurationError, EventTypeError, PipelineError, UnknownChannel
 from .message import Receipt
-from .registry import Record
 from .server import supervise
 from .settings import redact, settings
 from .supervisor import up as supervise_processes
@@ -256,7 +254,7 @@ def publish(channel: str, event: str, key: str | None, delay: float | None) -> N
         refused = 0
         for number, line in _lines(event):
             try:
-                value = _parse(record, line)
+                value = record.parse(line.rstrip("\n"))
                 receipt: Receipt = await app.publish(target, value, key=key, delay=delay)
             except (EventTypeError, ValueError) as error:
                 if event != "-":
@@ -278,18 +276,6 @@ def _lines(event: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(sys.stdin, 1):
         if line.strip():
             yield number, line
-
-
-def _parse(record: Record, text: str) -> Any:
-    if record.type in ("str", "bytes"):
-        return text.rstrip("\n") if record.type == "str" else text.rstrip("\n").encode()
-    try:
-        value = from_json(text)
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"an event is a JSON object, not {text.strip()[:40]!r}")
-    return record.validate(value)
 
 
 @cli.command()
@@ -391,6 +377,30 @@ def dead(channel: str, group: str | None, replay: bool, drop: bool, as_json: boo
             click.echo(f"no dead letters on {channel}")
 
     _run(work)
+
+
+@cli.command()
+@click.argument("channel")
+@click.option("--group", required=True, help="The group whose workers are to stop reading.")
+def pause(channel: str, group: str) -> None:
+    """Pause a group: its workers finish what they hold and read nothing more until `pipeline resume`.
+
+    Example: pipeline pause readings --group detectors
+    """
+    changed = _run(lambda app: app.pause(channel, group))
+    click.echo(f"group {group} of {channel} {'is paused' if changed else 'was paused already'}")
+
+
+@cli.command()
+@click.argument("channel")
+@click.option("--group", required=True, help="The group that is to go on.")
+def resume(channel: str, group: str) -> None:
+    """Let a paused group go on.
+
+    Example: pipeline resume readings --group detectors
+    """
+    changed = _run(lambda app: app.resume(channel, group))
+    click.echo(f"group {group} of {channel} {'goes on' if changed else 'was not paused'}")
 
 
 @cli.command("replay")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
 from .channel import Channel
 from .errors import Reject, Retry
 from .events import Event
+from .frame import preview
+from .message import Message
 
-__all__ = ["DeadLetter", "dead_channel", "reason_of", "traceback_of"]
+__all__ = ["DeadLetter", "dead_channel", "describe", "fits", "reason_of", "traceback_of"]
 
 KEEP = 7 * 24 * 3600.0
 
@@ -38,6 +41,27 @@ class DeadLetter(Event):
 @lru_cache(4096)
 def dead_channel(channel: str) -> Channel[DeadLetter]:
     return Channel(f"{channel}.dead", DeadLetter, keep=KEEP)
+
+
+def fits(
+    message: Message[DeadLetter],
+    group: str | None = None,
+    ids: Collection[str] | None = None,
+    reason: str | None = None,
+) -> bool:
+    """Whether a letter is its group's, one of `ids`, and has `reason` (in any case) in its own. None: whichever."""
+    letter = message.event
+    return (
+        (group is None or letter.group == group)
+        and (ids is None or message.id in ids)
+        and (reason is None or reason.lower() in letter.reason.lower())
+    )
+
+
+def describe(message: Message[DeadLetter]) -> dict[str, Any]:
+    """As JSON: the letter with its id and time, and the `events` it holds; None where nobody can read them."""
+    fields = message.event.model_dump(mode="json", exclude={"original"})
+    return {"id": message.id, "time": message.time.isoformat(), **fields, "events": preview(message.event.original)}
 
 
 def reason_of(error: BaseException) -> str:

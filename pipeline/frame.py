@@ -30,7 +30,7 @@ from .errors import EventTypeError, FrameError, FrameInvalid, FrameTruncated, Fr
 from .message import Message, trace_of, utc
 from .tensors import ALIGNMENT, Buffers, Tensor, TensorBytes
 
-__all__ = ["REFERENCE", "Codec", "Frame", "Header", "Invalid", "Placer", "reference_of"]
+__all__ = ["REFERENCE", "Codec", "Frame", "Header", "Invalid", "Placer", "outline", "preview", "reference_of"]
 
 VERSION = 1
 MOST_SOURCES = 1000
@@ -412,6 +412,15 @@ def preview(payload: bytes) -> Any:
     except (FrameError, ValueError):
         return None
     return plain(raw.get("data"), buffers) if isinstance(raw, dict) else None
+
+
+def outline(data: Any) -> Any:
+    """Plain JSON with its tensors by dtype and shape: nobody reads base64."""
+    if isinstance(data, dict):
+        if set(data) == {"dtype", "shape", "data"}:
+            return f"<{data['dtype']} {data['shape']}>"
+        return {name: outline(value) for name, value in data.items()}
+    return [outline(item) for item in data] if isinstance(data, list) else data
 
 
 def _tensor_json(value: Any) -> Any:

@@ -31,6 +31,8 @@ class GroupLedger(Event):
     consumers: int = 0
     oldest: float = 0.0
     """Seconds since the oldest held entry was written; 0 when none is held."""
+    paused: bool = False
+    """Its workers read nothing until it is resumed."""
 
     drain_seconds: float | None = None
     """Estimated time until `lag` and `pending` are handled, at the rate since the ledger that was read before this one:

@@ -7,8 +7,18 @@ from bisect import bisect_left
 
 from .channel import Channel
 from .events import Event
+from .transports import Holding
 
-__all__ = ["LATENCY_BOUNDS", "GroupMetrics", "GroupSample", "Histogram", "WorkerSample", "metrics_channel", "quantile"]
+__all__ = [
+    "LATENCY_BOUNDS",
+    "GpuSample",
+    "GroupMetrics",
+    "GroupSample",
+    "Histogram",
+    "WorkerSample",
+    "metrics_channel",
+    "quantile",
+]
 
 LATENCY_BOUNDS: tuple[float, ...] = tuple(1e-5 * 10 ** (i / 20) for i in range(141))
 """Upper bounds in seconds of the latency histogram's bins: 20 a decade, 10 µs to 100 s. One overflow bin follows."""
@@ -33,6 +43,24 @@ class GroupSample(Event):
     """Batch size rounded down to a power of two → how many batches."""
     latency: dict[int, int]
     """Bin of LATENCY_BOUNDS → events, from publish to the handler's end, in seconds."""
+    leases: int = 0
+    """Stream entries held by lease at the end of the interval."""
+    oldest_lease: float = 0.0
+    """Seconds for which this process has had the oldest of them."""
+    paused: bool = False
+    """Its group was paused when this process last looked."""
+
+
+class GpuSample(Event):
+    """One GPU of the process's host, whoever uses it."""
+
+    index: int
+    name: str
+    utilisation: float
+    """0…1: the share of the last moments in which a kernel ran."""
+    memory_used: int
+    """Bytes."""
+    memory_total: int
 
 
 class WorkerSample(Event):
@@ -56,6 +84,15 @@ class WorkerSample(Event):
     dropped: dict[str, int]
     """Live channel → events known to be lost to this process in the interval."""
     groups: list[GroupSample]
+    """Its subscribers."""
+    threads: int = 0
+    """Of the operating system, those of libraries included."""
+    files: int | None = None
+    """Open file descriptors, sockets included; None where the system does not tell."""
+    gpus: list[GpuSample] | None = None
+    """None without a GPU, or without the extra `gpu`."""
+    last: bool = False
+    """The process's app was closed in order after this. Who falls silent without it was killed, or cut off."""
 
 
 metrics_channel: Channel[WorkerSample] = Channel("pipeline.metrics", WorkerSample, keep=900.0)
@@ -111,7 +148,7 @@ class GroupMetrics:
         power = 1 << (size.bit_length() - 1)
         self.batch_sizes[power] = self.batch_sizes.get(power, 0) + 1
 
-    def sample(self, channel: str, group: str, in_hand: int) -> GroupSample:
+    def sample(self, channel: str, group: str, in_hand: int, holding: Holding) -> GroupSample:
         """What was counted since the last sample; counting begins anew."""
         sample = GroupSample(
             channel=channel,
@@ -125,6 +162,9 @@ class GroupMetrics:
             batches=self.batches,
             batch_sizes=self.batch_sizes,
             latency=self.latency.bins,
+            leases=holding.leases,
+            oldest_lease=holding.oldest,
+            paused=holding.paused,
         )
         self.reset()
         return sample

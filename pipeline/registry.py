@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
+from pydantic_core import from_json
 
 from .channel import Channel
 from .errors import ChannelConflict, EventTypeError, UnknownChannel
@@ -41,14 +42,32 @@ class Record:
         limits = self.limits if self.durable else {"frame": self.limits["frame"]}
         return Channel(self.name, kind, durable=self.durable, reply=reply, **limits)
 
-    def validate(self, value: Any) -> Any:
-        """Return `value` when it fits the schema. Raises EventTypeError naming every misfit."""
+    def misfits(self, value: Any) -> list[tuple[str, str]]:
+        """Where `value` does not fit the schema ("sensor", "window.0", "" for the whole), and why; [] when it does."""
         validator = jsonschema.Draft202012Validator(self.schema)
         errors = sorted(validator.iter_errors(value), key=lambda error: list(map(str, error.path)))
-        if errors:
-            texts = [f"{'.'.join(map(str, error.path)) or 'event'}: {error.message[:200]}" for error in errors[:5]]
+        return [(".".join(map(str, error.path)), error.message[:200]) for error in errors]
+
+    def validate(self, value: Any) -> Any:
+        """Return `value` when it fits the schema. Raises EventTypeError naming the first misfits."""
+        if misfits := self.misfits(value):
+            texts = [f"{place or 'event'}: {reason}" for place, reason in misfits[:5]]
             raise EventTypeError(f"not a valid {self.type} for channel {self.name!r}: {'; '.join(texts)}")
         return value
+
+    def parse(self, text: str) -> Any:
+        """An event as somebody writes it by hand: a JSON object that fits; raw text on `str` and `bytes` channels.
+
+        Raises ValueError, EventTypeError."""
+        if self.type in ("str", "bytes"):
+            return text if self.type == "str" else text.encode()
+        try:
+            value = from_json(text)
+        except ValueError as error:
+            raise ValueError(f"not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"an event is a JSON object, not {text.strip()[:40]!r}")
+        return self.validate(value)
 
 
 class Registry:

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .deadletters import DeadLetter
-from .frame import preview
+from .deadletters import DeadLetter, describe
+from .frame import outline, preview
 from .ledger import Ledger
 from .message import Message, trace_of
 
@@ -39,20 +39,11 @@ def json_line(message: Message[Any], data: Any, kind: str) -> str:
 
 
 def line(message: Message[Any], data: Any, kind: str) -> str:
-    text = data if isinstance(data, str) else json.dumps(_short(data))
+    text = data if isinstance(data, str) else json.dumps(outline(data))
     if len(text) > MOST_TEXT:
         text = f"{text[:MOST_TEXT]} …"
     key = f" [{message.key}]" if message.key else ""
     return f"{message.time.astimezone():%H:%M:%S.%f} {kind} {message.source}{key} {text}"
-
-
-def _short(data: Any) -> Any:
-    """Tensors by dtype and shape: nobody reads base64."""
-    if isinstance(data, dict):
-        if set(data) == {"dtype", "shape", "data"}:
-            return f"<{data['dtype']} {data['shape']}>"
-        return {name: _short(value) for name, value in data.items()}
-    return [_short(item) for item in data] if isinstance(data, list) else data
 
 
 def ledger(before: Ledger, now: Ledger, everything: bool) -> str:
@@ -77,6 +68,7 @@ def ledger(before: Ledger, now: Ledger, everything: bool) -> str:
             handled = (one.handled - old.groups.get(group, one).handled) / seconds
             difference = one.difference(channel.published)
             balance = "" if not channel.durable else "balances" if difference == 0 else f"off by {difference:+,}"
+            balance += ", paused" if one.paused else ""
             numbers = (one.handled, handled, one.dead, one.retried, one.pending, one.lag)
             table.add_row(
                 name, group, f"{channel.published:,}", rate, *(f"{number:,.0f}" for number in numbers),
@@ -90,14 +82,11 @@ def ledger(before: Ledger, now: Ledger, everything: bool) -> str:
 def letter(message: Message[DeadLetter]) -> str:
     one = message.event
     events = preview(one.original)
-    text = json.dumps(_short(events[0] if isinstance(events, list) and len(events) == 1 else events))
+    text = json.dumps(outline(events[0] if isinstance(events, list) and len(events) == 1 else events))
     head = f"{message.time.astimezone():%Y-%m-%d %H:%M:%S} {one.group} {one.event_id} after {one.attempts} attempts"
     trace = "".join(f"\n    {row}" for row in one.traceback.rstrip().splitlines()[-6:])
     return f"{head}: {one.reason}\n    {text[:MOST_TEXT]}{trace}"
 
 
 def letter_json(message: Message[DeadLetter]) -> str:
-    fields = message.event.model_dump(mode="json", exclude={"original"})
-    return json.dumps(
-        {"id": message.id, "time": message.time.isoformat(), **fields, "events": preview(message.event.original)}
-    )
+    return json.dumps(describe(message))

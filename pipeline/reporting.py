@@ -14,8 +14,9 @@ from importlib import metadata
 import psutil
 
 from .errors import PipelineError
+from .gpu import Gpus
 from .ledger import ChannelLedger, GroupLedger, Ledger
-from .metrics import GroupMetrics, WorkerSample
+from .metrics import GpuSample, GroupMetrics, WorkerSample
 from .registry import Registry
 from .router import Router
 from .transports import Backend, PartitionStats
@@ -74,6 +75,7 @@ def _channel(durable: bool, parts: list[PartitionStats]) -> ChannelLedger:
             lag=sum(one.lag for one in stats) if durable else 0,
             consumers=max(one.consumers for one in stats),
             oldest=max(one.oldest for one in stats),
+            paused=any(one.paused for one in stats),
         )
     return ChannelLedger(
         durable=durable,
@@ -105,6 +107,10 @@ class Reporter:
         self._published = published
         self._send = send
         self._ledger = ledger
+        self.reported = False
+        """Something was sent, so others know of this process."""
+        self._gpus = Gpus()
+        self._seen_gpus: list[GpuSample] | None = None
         self._process = psutil.Process()
         self._cpu = time.process_time()
         self._started = time.time()
@@ -114,9 +120,11 @@ class Reporter:
         while True:
             await asyncio.sleep(self._interval)
             try:
+                self._seen_gpus = await self._gpus.read()
                 sample = self.sample()
                 await asyncio.sleep(0)  # events that came meanwhile go first
                 await self._send(sample)
+                self.reported = True
                 await asyncio.sleep(0)
                 await self._ledger()
             except (PipelineError, LinkLost, ReplyError) as error:
@@ -124,7 +132,7 @@ class Reporter:
             except Exception:
                 logger.exception("metrics of this second could not be reported")
 
-    def sample(self) -> WorkerSample:
+    def sample(self, *, last: bool = False) -> WorkerSample:
         now = time.monotonic()
         elapsed, self._last = now - self._last, now
         before, self._cpu = self._cpu, time.process_time()
@@ -136,7 +144,7 @@ class Reporter:
                 published[name] = published.get(name, 0) + count
             if metrics.dropped:
                 dropped[channel] = dropped.get(channel, 0) + metrics.dropped
-            groups.append(metrics.sample(channel, router.subscriber.group, router.flow.events))
+            groups.append(metrics.sample(channel, router.subscriber.group, router.flow.events, router.holding()))
         return WorkerSample(
             app=self._app,
             worker=self._worker,
@@ -146,10 +154,14 @@ class Reporter:
             started=self._started,
             interval=elapsed,
             rss=self._process.memory_info().rss,
+            threads=self._process.num_threads(),
+            files=self._process.num_fds() if hasattr(self._process, "num_fds") else None,
+            gpus=self._seen_gpus,
             cpu=(self._cpu - before) / elapsed,
             published=published,
             dropped=dropped,
             groups=groups,
+            last=last,
         )
 
 

@@ -30,7 +30,7 @@ from .metrics import GroupMetrics
 from .middleware import Middleware
 from .payloads import Flight, Payloads
 from .subscriber import Subscriber
-from .transports import CHANCES, SUSPICION, Commit, Entry, Group, Reader, Retried, Segment, Transport
+from .transports import CHANCES, SUSPICION, Commit, Entry, Group, Holding, Reader, Retried, Segment, Transport
 from .transports.client import ReplyError
 
 __all__ = ["Router"]
@@ -131,6 +131,15 @@ class Router:
     def tasks(self) -> list[asyncio.Task[None]]:
         """All that run; none of them ends before `drain`, unless something is broken."""
         return [*self._reading, *self._working, *([self._settling] if self._settling else [])]
+
+    def holding(self) -> Holding:
+        """What its readers have in hand, together."""
+        each = [reader.holding() for reader in self._readers]
+        return Holding(
+            sum(one.leases for one in each),
+            max((one.oldest for one in each), default=0.0),
+            any(one.paused for one in each),
+        )
 
     async def stop_reading(self) -> None:
         self._draining.set()

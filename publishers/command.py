@@ -18,6 +18,8 @@ from pipeline.blocking import BlockingPipeline
 from pipeline.errors import ConfigurationError, PublishUncertain
 from pipeline.settings import settings
 
+from .pace import Pace
+
 __all__ = ["fail", "insist", "opened", "opened_blocking", "paced", "positive", "run", "start_logging"]
 
 logger = logging.getLogger("publishers")
@@ -114,19 +116,40 @@ async def insist(action: Callable[[], Awaitable[T]], what: str) -> T:
             return result
 
 
-async def paced(rate: float, count: int | None = None) -> AsyncIterator[int]:
-    """How many events are due, again and again, until `count` in all. `rate` is in events/s; 0: as fast as it goes."""
-    loop = asyncio.get_running_loop()
-    started, sent = loop.time(), 0
+async def paced(rate: float, count: int | None = None, app: Pipeline | None = None) -> AsyncIterator[int]:
+    """How many events are due, again and again, until `count` in all. `rate` is in events/s; 0: as fast as it goes.
+
+    With `app`, which publishes them, the rate is announced and can be set while it runs (catalog.SetRate), by its name.
+    """
+    pace = Pace(app.name if app else "", rate or None)
+    if app is not None:
+        app.spawn(pace.follow(app), name="rate")
+    sent = 0
     while count is None or sent < count:
+        pace.changed.clear()
+        async for due in _at_one_rate(pace, None if count is None else count - sent):
+            yield due
+            sent += due
+
+
+async def _at_one_rate(pace: Pace, count: int | None) -> AsyncIterator[int]:
+    """As `paced`, until the rate changes."""
+    loop, rate = asyncio.get_running_loop(), pace.rate
+    started, sent = loop.time(), 0
+    while not pace.changed.is_set() and (count is None or sent < count):
+        if rate == 0:
+            await pace.changed.wait()
+            return
         left = MOST_DUE if count is None else min(MOST_DUE, count - sent)
         elapsed = loop.time() - started
         if rate and elapsed - sent / rate > CATCH_UP:
             started += elapsed - sent / rate
             continue
-        due = left if rate == 0 else min(left, int(elapsed * rate) + 1 - sent)
-        if due <= 0:
-            await asyncio.sleep(max(TICK, sent / rate - elapsed))
+        due = left if rate is None else min(left, int(elapsed * rate) + 1 - sent)
+        if rate is not None and due <= 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(TICK, sent / rate - elapsed)):
+                    await pace.changed.wait()
             continue
         yield due
         sent += due

@@ -43,7 +43,7 @@ async def stream(
 ) -> int:
     """Publish events at `rate` a second (0: as fast as Redis takes them). Returns how many there were."""
     published = 0
-    async for due in paced(rate, count):
+    async for due in paced(rate, count, app):
         part = list(islice(events, due))
         if not part:
             break

@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     async def stream() -> None:
         async with opened(Pipeline("images")) as app:
-            async for due in paced(options.rate):
+            async for due in paced(options.rate, app=app):
                 batch = [
                     catalog.Inputs(data=Tensor(picture), deadline=time.time() + STALE)
                     for picture in itertools.islice(pictures, due)

@@ -67,7 +67,8 @@ class Served:
         """Load and warm up beside the model that serves; then take its place, or leave it there and say why."""
         assert self.current is not None
         try:
-            spec, folder = read_spec(event.source, self._options.models_dir)
+            began_with = (self.spec, self._folder)
+            spec, folder = read_spec(event.source, self._options.models_dir) if event.source else began_with
             if spec.name != self.name:
                 raise BadModel(f"{event.source} describes model {spec.name!r}")
             spec = spec.model_copy(update={"version": event.version})
@@ -203,14 +204,14 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
 
     async def follow() -> None:
         """The newest load of each model counts; what was superseded before we came is not loaded."""
-        wanted: dict[str, LoadModel] = {}
+        wanted: dict[str, Message[LoadModel]] = {}
         arrived = asyncio.Event()
 
         async def read() -> None:
             async with app.watch(catalog.model_loads, since=catalog.model_loads.keep) as stream:
                 async for message in stream:
                     if message.event.model in models:
-                        wanted[message.event.model] = message.event
+                        wanted[message.event.model] = message
                         arrived.set()
 
         reading = app.spawn(read(), name="reading model loads")
@@ -220,8 +221,9 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
                 arrived.clear()
                 await asyncio.sleep(0.01)  # let what is there already supersede itself
                 while wanted:
-                    name, event = wanted.popitem()
-                    await tell(await asyncio.to_thread(models[name].swap, event))
+                    name, load = wanted.popitem()
+                    status = await asyncio.to_thread(models[name].swap, load.event)
+                    await tell(status.model_copy(update={"load": load.id}))
 
     return app
 

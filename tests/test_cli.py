@@ -91,6 +91,7 @@ async def test_bad_input_is_one_clear_line(url: str) -> None:
             (("publish", "readings", '{"sensor": 1}'), 2, "'value' is a required property"),
             (("publish", "nowhere", "{}"), 2, "no channel 'nowhere' is registered (known: readings)"),
             (("replay", "readings", "--group", "x", "--since", "1h"), 2, "no group 'x'"),
+            (("pause", "readings", "--group", "x"), 2, "no group 'x'"),
             (("watch", "readings", "--since", "yesterday"), 2, "since="),
             (("dead", "readings", "--replay", "--drop"), 2, "exclude each other"),
             (("serve", "nosuch:app"), 2, "No module named 'nosuch'"),
@@ -168,6 +169,26 @@ async def test_dead_letters_are_shown_replayed_and_counted(url: str) -> None:
         assert "2 events to read again" in rewound.stdout
 
 
+async def test_a_group_is_paused_and_resumed_by_hand(url: str) -> None:
+    app, seen = Pipeline("app", url), []
+
+    @app.subscriber(readings, group="g")
+    async def work(event: Reading) -> None:
+        seen.append(event)
+
+    async with app, serving(app):
+        paused = await ask(url, "pause", "readings", "--group", "g")
+        assert (paused.returncode, paused.stdout) == (0, "group g of readings is paused\n")
+        await app.publish(readings, [Reading(sensor="a", value=n) for n in range(3)])
+        group = json.loads((await ask(url, "stats", "--json")).stdout)["channels"]["readings"]["groups"]["g"]
+        assert (group["paused"], group["lag"], group["handled"]) == (True, 3, 0)
+        assert "balances, paused" in (await ask(url, "stats")).stdout
+        assert not seen
+        assert "goes on" in (await ask(url, "resume", "readings", "--group", "g")).stdout
+        await idle(app, "readings")
+    assert len(seen) == 3
+
+
 async def test_serving_in_several_processes_survives_a_kill_and_stops_at_once(url: str) -> None:
     with running(url, "serve", "tests.served:app", "--workers", "2") as process:
         parent = psutil.Process(process.pid)
@@ -205,7 +226,9 @@ def served_by(children: list[psutil.Process]) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("verb", ["up", "server", "serve", "publish", "watch", "stats", "dead", "replay"])
+@pytest.mark.parametrize(
+    "verb", ["up", "server", "serve", "publish", "watch", "stats", "dead", "pause", "resume", "replay"]
+)
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", verb, "--help"],

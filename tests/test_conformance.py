@@ -12,6 +12,7 @@ import pytest
 import redis
 
 from pipeline import Channel
+from pipeline.errors import ConfigurationError
 from pipeline.ledger import GroupLedger
 from pipeline.transports import Backend, Commit, Entry, Group, GroupStats, Outgoing, Output, Reply, Retried, Segment
 from pipeline.transports.client import ReplyError
@@ -304,6 +305,51 @@ async def test_a_dead_letter_is_settled_once(durable: Place) -> None:
     assert (await take(reader, 1))[0].body == b"again"
     assert await durable.backend.settled_letters("c", 0, "g") == {"letter:1"}
     await reader.close()
+
+
+async def test_a_paused_group_reads_nothing_new_due_or_abandoned_and_may_commit_what_it_holds(durable: Place) -> None:
+    one, two = await durable.join("a"), await durable.join("b")
+    await durable.publish(1)
+    await durable.publish(5)
+    first, second = await take(one, 2)
+    assert await durable.backend.pause("c", 0, "g", True)
+    assert not await durable.backend.pause("c", 0, "g", True), "it is paused already"
+    assert [await reader.read(1, 0.1) for reader in (one, two)] == [[], []]
+    assert await one.commit(Commit([whole(first)], handled=3, retried=1, retries=[Retried(0.0, b"again")])) == []
+    one.settled(first.id)
+    await durable.publish(9)
+    for _ in range(3):
+        assert await one.read(4, 0.1) == []
+    assert one.holding().paused
+    assert one.holding().leases == 1
+    assert 0 < one.holding().oldest < 5
+    await stall(durable, one)
+    assert await two.read(4, 0.3) == [], "an abandoned entry waits too"
+    late = await durable.join("c")
+    assert await late.read(4, 0.1) == [], "and a reader that comes later finds the group paused"
+    stats = await durable.stats()
+    assert (stats.paused, stats.handled, stats.pending, stats.lag) == (True, 3, 5, 4)
+    assert await durable.backend.pause("c", 0, "g", False)
+    assert not await durable.backend.pause("c", 0, "g", False)
+    found = await take(late, 3)
+    assert {entry.body for entry in found} == {b"again", second.body, b"s:9+4"}
+    stats = await durable.stats()
+    assert (stats.paused, stats.lag) == (False, 0)
+    for reader in (one, two, late):
+        await reader.close()
+
+
+async def test_only_a_group_there_is_can_be_paused_and_it_alone(durable: Place) -> None:
+    reader, other = await durable.join(), await durable.join(group="other")
+    with pytest.raises(ConfigurationError, match="no group 'nobody'"):
+        await durable.backend.pause("c", 0, "nobody", True)
+    await durable.backend.pause("c", 0, "g", True)
+    assert await reader.read(1, 0.1) == []
+    await durable.publish(1)
+    assert len(await take(other, 1)) == 1
+    assert await reader.read(1, 0.15) == []
+    for one in (reader, other):
+        await one.close()
 
 
 async def test_a_rewound_group_reads_again_and_balances(durable: Place) -> None:

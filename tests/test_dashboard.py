@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import colorsys
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import websockets
-from playwright.async_api import Page, async_playwright
+from axe_playwright_python.async_playwright import Axe
+from PIL import Image
+from playwright.async_api import Browser, Page, async_playwright, expect
 
-from dashboards.series import MOST, Chart
-from pipeline import Channel, Event, Pipeline
+from dashboards.wire import decode
+from pipeline import Channel, Event, Pipeline, Reject
+from pipeline.catalog import TrainingMetrics, training_metrics
 from pipeline.server import Server
 
 from .apps import serving
 from .processes import line_with
+
+pytestmark = pytest.mark.browser
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 QUIET = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
+PATIENCE = 30_000
+"""ms to wait for what a loaded machine may take long for."""
+PAGES = ("/", "/channels", "/training", "/serving", "/matmul", "/workers", "/dead")
 
 
 class Reading(Event):
@@ -51,7 +62,7 @@ def dashboard(url: str, **environment: str) -> Iterator[str]:
         yield line_with("http://", process).split()[-1]
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(5) is not None
+        assert process.wait(10) is not None
         if process.stdout is not None:
             process.stdout.close()
 
@@ -63,20 +74,26 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-async def page() -> AsyncIterator[Page]:
-    """A page that fails the test on console errors and on requests to anywhere else."""
+async def browser() -> AsyncIterator[Browser]:
     binary = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
     assert binary is not None, "no chromium on PATH; install it: `apt-get install chromium`"
-    wrong: list[str] = []
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=binary, args=QUIET)
-        page = await browser.new_page(viewport={"width": 1300, "height": 1800})
-        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda request: None if _local(request.url) else wrong.append(f"external: {request.url}"))
-        yield page
+        yield browser
         await browser.close()
-    expected = ("ERR_CONNECTION_REFUSED", "WebSocket connection")
+
+
+@pytest.fixture
+async def page(browser: Browser) -> AsyncIterator[Page]:
+    """A page that fails the test on console errors and on requests to anywhere else."""
+    wrong: list[str] = []
+    page = await browser.new_page(viewport={"width": 1300, "height": 1400}, color_scheme="dark")
+    page.set_default_timeout(PATIENCE)
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: None if _local(request.url) else wrong.append(f"external: {request.url}"))
+    yield page
+    expected = ("ERR_CONNECTION_REFUSED", "WebSocket connection", "503 (Service Unavailable)")
     assert [text for text in wrong if not any(part in text for part in expected)] == []
 
 
@@ -84,84 +101,264 @@ def _local(url: str) -> bool:
     return url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:"))
 
 
-async def drawn(page: Page, channel: str) -> float:
-    """Events of a channel in the chart: the sum over its points."""
-    total = await page.evaluate(
-        """name => { const plot = document.getElementById('chart-rate');
-        const trace = (plot.data || []).find(t => t.name === name);
-        return trace ? trace.y.reduce((sum, y) => sum + (y || 0), 0) : 0; }""",
-        channel,
+async def holds(page: Page, channel: str, events: int) -> None:
+    """Wait until the chart holds exactly so many events of a channel, and has drawn them."""
+    await page.wait_for_function(
+        """([name, events]) => {
+            const held = (window.pipelineCharts.rate || {})[name];
+            const drawn = (document.getElementById('chart-rate')?.data || []).find((trace) => trace.name === name);
+            const sum = (values) => values.reduce((all, value) => all + (value || 0), 0);
+            return held && drawn && sum(held.columns[0]) === events && sum(drawn.y) === events;
+        }""",
+        arg=[channel, events],
+        timeout=PATIENCE,
     )
-    return float(total)
 
 
-async def shows(page: Page, channel: str, events: int, seconds: float = 20) -> None:
-    """Wait until chart and table show exactly so many events."""
-    row = page.locator("#channels tbody tr", has_text=channel).first
-    text = ""
-    async with asyncio.timeout(seconds):
-        while True:
-            if await row.count():
-                text = (await row.locator("td").nth(2).text_content() or "").replace(",", "")
-            if text == str(events) and await drawn(page, channel) == events:
-                return
-            await asyncio.sleep(0.1)
-
-
-@pytest.mark.browser
-async def test_what_is_drawn_is_what_was_published_and_a_late_viewer_sees_it_too(server: Server, page: Page) -> None:
+async def test_what_is_drawn_is_what_was_published_in_numbers_and_pixels_also_for_who_comes_late(
+    server: Server, page: Page, browser: Browser
+) -> None:
     app = Pipeline("publisher", server.url)
+    others = [Channel(f"c{n:02}", Reading) for n in range(11)]
 
     @app.subscriber(readings, group="g")
     async def work(event: Reading) -> None:
         """Nothing to do."""
 
     with dashboard(server.url) as address:
-        await page.goto(address)
-        await page.wait_for_selector(".pill.stale, .pill.live")
+        await page.goto(f"{address}/?window=60")
         async with app, serving(app):
-            for n in range(30):
-                await app.publish(readings, [Reading(n=n)] * 37)
+            for _ in range(30):
+                await app.publish(readings, [Reading(n=0)] * 137)
+                for n, channel in enumerate(others):
+                    await app.publish(channel, [Reading(n=0)] * (10 * n + 5))
                 await asyncio.sleep(0.05)
-            await shows(page, "readings", 30 * 37)
-            await page.wait_for_selector(".pill.live")
-            assert page.context.browser is not None
-            late = await page.context.browser.new_page()
-            await late.goto(address)
-            await shows(late, "readings", 30 * 37)
-            assert (await app.stats()).channels["readings"].published == 30 * 37
-            assert "balances" in (
-                await late.locator("#channels tbody tr", has_text="readings").first.text_content() or ""
-            )
+            await holds(page, "readings", 30 * 137)
+            for n, channel in enumerate(others):
+                await holds(page, channel.name, 30 * (10 * n + 5))
+            await expect(page.locator("#state")).to_have_text("live")
+            await every_series_is_in_the_pixels(page, 12)
+            late = await browser.new_page(viewport={"width": 1300, "height": 1400})
+            await late.goto(f"{address}/?window=60")
+            await holds(late, "readings", 30 * 137)
+            counts = (await asyncio.to_thread(_json, f"{address}/api/series"))["counts"]["readings"]
+            published = (await app.stats()).channels["readings"].published
+            assert counts == {"published": published, "held": published, "base": 0}
+            assert published == 30 * 137
+            await late.goto(f"{address}/channels")
+            row = late.locator("#grid-channels .ag-center-cols-container [row-id^=readings]")
+            await expect(row).to_contain_text("balances", timeout=PATIENCE)
             await late.close()
 
 
-@pytest.mark.browser
+async def every_series_is_in_the_pixels(page: Page, expected: int) -> None:
+    """Each colour of the legend is found in the picture of the chart."""
+    colours = await page.evaluate(
+        """() => [...document.querySelectorAll('#legend-rate .swatch')].map((one) =>
+            getComputedStyle(one).backgroundColor.match(/\\d+/g).map(Number))"""
+    )
+    assert len(colours) == expected
+    assert len({tuple(colour) for colour in colours}) == expected
+    await page.mouse.move(0, 0)
+    shot = Image.open(io.BytesIO(await page.locator("[data-figure=rate] .frame").screenshot())).convert("RGB")
+    pixels = {pixel for _, pixel in shot.getcolors(1 << 24) or []}
+    for colour in colours:
+        assert any(_alike(colour, pixel) for pixel in pixels), f"{colour} is not in the picture"
+
+
+def _alike(colour: list[int], pixel: tuple[int, int, int]) -> bool:
+    """The same hue, as a thin line over a dark ground has it."""
+    one, other = (colorsys.rgb_to_hsv(*(value / 255 for value in values)) for values in (colour, pixel))
+    turn = abs(one[0] - other[0])
+    return min(turn, 1 - turn) < 0.02 and abs(one[1] - other[1]) < 0.18 and other[2] > 0.45
+
+
 async def test_the_page_tells_when_redis_is_gone_and_recovers_with_exact_counts(server: Server, page: Page) -> None:
     app = Pipeline("publisher", server.url)
     with dashboard(server.url) as address:
         async with app:
             await app.publish(readings, [Reading(n=n) for n in range(500)])
             await page.goto(address)
-            await shows(page, "readings", 500)
+            await holds(page, "readings", 500)
             server.kill()
-            await page.wait_for_selector("#banner:not([hidden])", timeout=15_000)
-            assert "pipeline server" in (await page.locator("#banner").text_content() or "")
+            await expect(page.locator("#banner")).to_contain_text("pipeline server", timeout=PATIENCE)
+            await expect(page.locator("#state")).to_have_text("stale")
+            assert (await page.title()).startswith("⚠")
             await asyncio.to_thread(server.start)
             await app.publish(readings, [Reading(n=n) for n in range(250)])
-            await page.wait_for_selector("#banner", state="hidden", timeout=15_000)
-            await shows(page, "readings", 750)
+            await expect(page.locator("#banner")).to_be_hidden(timeout=PATIENCE)
+            await holds(page, "readings", 750)
+            assert "events/s" in await page.title()
 
 
-@pytest.mark.browser
-async def test_an_empty_page_says_what_to_type_and_both_themes_work(server: Server, page: Page) -> None:
+async def test_runs_are_compared_by_step_and_by_time_and_a_zoom_asks_for_finer_buckets(
+    server: Server, page: Page
+) -> None:
+    app = Pipeline("publisher", server.url)
+    with dashboard(server.url) as address:
+        async with app:
+            for run in ("one", "two", "three"):
+                steps = 3000 if run == "one" else 40
+                await app.publish(
+                    training_metrics,
+                    [
+                        TrainingMetrics(run=run, step=n, values={"loss": 2 / (n + 1), "accuracy": n / steps})
+                        for n in range(steps)
+                    ],
+                )
+            await app.publish(training_metrics, TrainingMetrics(run="lone", step=5, values={"loss": 0.5}))
+            await page.goto(f"{address}/training")
+            await expect(page.locator("#runs tbody tr")).to_have_count(4, timeout=PATIENCE)
+            await page.wait_for_function("window.pipelineCharts.loss?.one?.x.at(-1) === 2999", timeout=PATIENCE)
+            assert await page.evaluate("window.pipelineCharts.loss.one.x.length") <= 600
+            await page.wait_for_function(
+                "document.getElementById('chart-loss').data?.some((t) => t.mode === 'markers' && t.x.includes(5))"
+            )
+            await drag(page, "loss", 0.5, 0.6)
+            await page.wait_for_function(
+                "new URLSearchParams(location.search).has('low') && window.pipelineCharts.loss?.one?.x.length > 100"
+            )
+            xs = await page.evaluate("window.pipelineCharts.loss.one.x")
+            assert 1400 < xs[0] < xs[-1] < 1900
+            assert xs[1] - xs[0] <= 2
+            await page.click("#unzoom")
+            await page.click("[data-axis=time]")
+            await page.wait_for_function("window.pipelineCharts.loss?.two?.x[0] > 1e9")
+            await page.locator("#runs .toggle", has_text="two").click(modifiers=["Shift"])
+            await page.wait_for_function("document.getElementById('chart-loss').data.filter((t) => t.name).length <= 1")
+            assert "runs=two" in page.url
+            assert "axis=time" in page.url
+
+
+async def drag(page: Page, figure: str, start: float, end: float) -> None:
+    """Over a part of a chart."""
+    frame = page.locator(f"[data-figure={figure}] .frame")
+    await frame.scroll_into_view_if_needed()
+    box = await frame.bounding_box()
+    assert box is not None
+    left, wide, middle = box["x"] + 62, box["width"] - 76, box["y"] + box["height"] / 2
+    await page.mouse.move(left + start * wide, middle)
+    await page.mouse.down()
+    await page.mouse.move(left + (start + end) / 2 * wide, middle)
+    await page.mouse.move(left + end * wide, middle)
+    await page.mouse.up()
+
+
+async def test_time_stands_still_goes_back_and_is_kept_in_the_address(server: Server, page: Page) -> None:
+    app = Pipeline("publisher", server.url)
+    with dashboard(server.url) as address:
+        async with app:
+            await app.publish(readings, [Reading(n=n) for n in range(300)])
+            await page.goto(f"{address}/?window=60")
+            await holds(page, "readings", 300)
+            await page.click("#pause")
+            await expect(page.locator("#state")).to_have_text("paused")
+            held = await page.evaluate("window.pipelineCharts.rate.readings.x.length")
+            await app.publish(readings, Reading(n=1))
+            await asyncio.sleep(2.5)  # more than two buckets, of which none may come
+            assert await page.evaluate("window.pipelineCharts.rate.readings.x.length") == held
+            await page.reload()
+            await expect(page.locator("#state")).to_have_text("paused", timeout=PATIENCE)
+            assert "end=" in page.url
+            await page.click("#pause")
+            await holds(page, "readings", 301)
+            frame = page.locator("[data-figure=rate] .frame")
+            await frame.focus()
+            await page.keyboard.press("ArrowLeft")
+            await expect(page.locator("[data-figure=latency] .cursor")).to_be_visible()
+            await expect(page.locator("[data-figure=waiting] .cursor")).to_be_visible()
+            async with page.expect_download() as download:
+                await page.locator("[data-figure=rate] [data-export=csv]").click()
+            text = (await (await download.value).path()).read_text()
+            counts = [float(line.split(",")[2]) for line in text.splitlines()[1:] if '"readings"' in line]
+            assert sum(counts) == 301
+            async with page.expect_download() as download:
+                await page.locator("[data-figure=rate] [data-export=png]").click()
+            assert (await (await download.value).path()).read_bytes().startswith(b"\x89PNG")
+
+
+async def test_every_page_says_what_to_type_when_empty_and_is_accessible_in_both_themes_and_on_a_phone(
+    server: Server, page: Page
+) -> None:
     with dashboard(server.url) as address:
         await page.goto(address)
-        await page.wait_for_selector("#empty-loss:visible")
-        assert "python -m publishers.training" in (await page.locator("#empty-loss").text_content() or "")
-        first = await page.evaluate("document.documentElement.dataset.theme")
-        await page.click("#theme")
-        assert await page.evaluate("document.documentElement.dataset.theme") != first
+        for path in PAGES:
+            await page.click(f'nav a[href="{path}"]')
+            await page.wait_for_selector(f".page-{path.strip('/') or 'overview'}")
+            await page.wait_for_timeout(300)
+            await accessible(page, f"{path} dark")
+            await page.click("#theme")
+            await accessible(page, f"{path} light", runOnly="color-contrast")
+            await page.click("#theme")
+        await page.click('nav a[href="/training"]')
+        await expect(page.locator("#empty-loss")).to_contain_text("python -m publishers.training")
+        await page.set_viewport_size({"width": 390, "height": 844})
+        for path in PAGES:
+            await page.click("#burger")
+            await page.click(f'nav a[href="{path}"]')
+            await page.wait_for_selector(f".page-{path.strip('/') or 'overview'}")
+            wide = await page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= 390, f"{path} is {wide} px wide on a phone"
+
+
+async def accessible(page: Page, what: str, **options: str) -> None:
+    found = await Axe().run(page, options={"resultTypes": ["violations"], **options})
+    broken = [(one["id"], [node["target"] for node in one["nodes"]][:4]) for one in found.response["violations"]]
+    assert broken == [], what
+
+
+async def test_a_dead_letter_is_replayed_a_group_paused_and_an_event_published_from_the_page(
+    server: Server, page: Page
+) -> None:
+    app, refuse, handled = Pipeline("worker", server.url), True, []
+
+    @app.subscriber(readings, group="g")
+    async def work(event: Reading) -> None:
+        if refuse:
+            raise Reject("the sensor is off")
+        handled.append(event.n)
+
+    with dashboard(server.url) as address:
+        async with app, serving(app):
+            await app.publish(readings, [Reading(n=n) for n in range(3)])
+            await page.goto(f"{address}/dead")
+            rows = page.locator("#grid-dead .ag-center-cols-container .ag-row")
+            await expect(rows).to_have_count(3, timeout=PATIENCE)
+            await expect(rows.first.locator("[col-id=time]")).to_have_text(re.compile(r"^[\d.]+ (ms|s|min)$"))
+            await rows.first.locator("[col-id=reason]").click()
+            await expect(page.locator("#letter")).to_contain_text("the sensor is off")
+            await expect(page.locator("#letter .tree")).to_contain_text("n")
+            refuse = False
+            await page.locator("#grid-dead .ag-row [type=checkbox]").first.click()
+            await expect(page.locator("#chosen")).to_have_text("1 chosen")
+            await page.click("#replay")
+            await page.locator("#dialog button[type=submit]").click()
+            await expect(page.locator(".toast.good")).to_contain_text("replayed 1")
+            await until(lambda: len(handled) == 1)
+            await expect(rows).to_have_count(2, timeout=PATIENCE)
+            await page.click("#replay-all")
+            await page.locator("#dialog button[type=submit]").click()
+            await until(lambda: sorted(handled) == [0, 1, 2])
+            await page.goto(f"{address}/channels?channel=readings")
+            await page.get_by_role("button", name="Pause g").click()
+            await page.locator("#dialog button[type=submit]").click()
+            await expect(page.get_by_role("button", name="Resume g")).to_be_visible(timeout=PATIENCE)
+            await page.click("#publish")
+            await page.fill("#field-n", "41")
+            await page.locator("#dialog button[type=submit]").click()
+            await expect(page.locator("#dialog")).to_be_hidden()
+            assert 41 not in handled
+            await page.get_by_role("button", name="Resume g").click()
+            await until(lambda: 41 in handled)
+            await expect(page.locator("#events")).to_contain_text('{"n":41}', timeout=PATIENCE)
+        audit = await asyncio.to_thread(_json, f"{address}/api/audit")
+        assert [one["action"] for one in audit] == ["resume", "publish", "pause", "replay", "replay"]
+
+
+async def until(done: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE / 1000):
+        while not done():
+            await asyncio.sleep(0.05)
 
 
 async def test_numbers_for_programs(server: Server) -> None:
@@ -169,23 +366,33 @@ async def test_numbers_for_programs(server: Server) -> None:
     with dashboard(server.url) as address:
         async with app:
             await app.publish(readings, [Reading(n=n) for n in range(42)])
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(30):
                 while True:
                     found = await asyncio.to_thread(_json, f"{address}/api/series")
-                    rate = found["charts"].get("rate", {}).get("readings", [[], []])
-                    if sum(rate[1]) == 42:
+                    if found["counts"].get("readings", {}).get("held") == 42:
                         break
                     await asyncio.sleep(0.2)
-    assert found["tiles"]["published"] == 42
+            events = await asyncio.to_thread(_json, f"{address}/api/channels/readings?count=3")
+    assert found["totals"]["published"] == 42
+    assert sum(found["charts"]["published"]["readings"][1]) == 42
+    assert [one["data"] for one in events["events"]] == [{"n": 41}, {"n": 40}, {"n": 39}]
 
 
 async def test_a_slow_viewer_gets_a_snapshot_and_holds_up_nobody(server: Server) -> None:
     with dashboard(server.url) as address:
         feed = address.replace("http", "ws") + "/feed"
-        async with websockets.connect(feed, max_queue=1) as slow, websockets.connect(feed) as quick:
-            kinds = [json.loads(await quick.recv())["kind"] for _ in range(5)]
-            assert kinds == ["snapshot", "delta", "delta", "delta", "delta"]
-            assert json.loads(await slow.recv())["kind"] == "snapshot"
+        async with websockets.connect(feed, max_queue=1, close_timeout=0.5) as slow, websockets.connect(feed) as quick:
+            for socket in (slow, quick):
+                await socket.send(json.dumps({"page": "overview"}))
+            kinds = [await kind(quick) for _ in range(3)]
+            assert kinds == ["snapshot", "delta", "delta"]
+            assert await kind(slow) == "snapshot"
+
+
+async def kind(socket: websockets.ClientConnection) -> str:
+    frame = await asyncio.wait_for(socket.recv(), 20)
+    assert isinstance(frame, bytes)
+    return str(decode(frame)[0]["kind"])
 
 
 async def test_foreign_pages_and_strangers_are_refused(server: Server) -> None:
@@ -199,8 +406,17 @@ async def test_foreign_pages_and_strangers_are_refused(server: Server) -> None:
         with pytest.raises(websockets.InvalidStatus):
             await websockets.connect(feed, additional_headers=bearer, origin="http://evil.example")  # type: ignore[arg-type]
         async with websockets.connect(feed, additional_headers=bearer) as socket:
-            assert json.loads(await socket.recv())["kind"] == "snapshot"
-        assert "kind" in await asyncio.to_thread(_json, f"{address}/api/series", bearer)
+            await socket.send(json.dumps({"page": "workers"}))
+            assert await kind(socket) == "snapshot"
+            await socket.send(json.dumps({"page": "nowhere"}))
+            await asyncio.wait_for(socket.wait_closed(), 20)
+            assert "nowhere" in socket.close_reason
+        assert "counts" in await asyncio.to_thread(_json, f"{address}/api/series", bearer)
+        for headers, status in (({}, "401"), ({**bearer, "Origin": "http://evil.example"}, "403")):
+            with pytest.raises(urllib.error.HTTPError, match=status):
+                await asyncio.to_thread(
+                    _post, f"{address}/api/dead/drop", {"channel": "readings", "all": True}, headers
+                )
 
 
 def test_a_taken_port_is_one_clear_line(server: Server) -> None:
@@ -217,16 +433,13 @@ def test_a_taken_port_is_one_clear_line(server: Server) -> None:
     assert second.stderr.startswith(f"dashboard: cannot listen on 127.0.0.1:{port}: Address already in use")
 
 
-def test_a_series_holds_its_newest_points() -> None:
-    chart = Chart()
-    for n in range(MOST + 10):
-        chart.add("a", n, 2 * n)
-    xs, ys = chart.snapshot()["a"]
-    assert (len(xs), xs[0], ys[-1]) == (MOST, 10, 2 * (MOST + 9))
-    assert len(chart.delta()["a"][0]) == MOST + 10
-    assert chart.delta() == {}
-
-
 def _json(url: str, headers: dict[str, str] | None = None) -> Any:
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=5) as response:
+        return json.load(response)
+
+
+def _post(url: str, body: Any, headers: dict[str, str]) -> Any:
+    headers = {"Content-Type": "application/json", **headers}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
+    with urllib.request.urlopen(request, timeout=5) as response:
         return json.load(response)

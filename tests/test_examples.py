@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,11 @@ a bare client heard: Raga Yaman - Kishori Amonkar
 97 / 10 = 9 remainder 7
 request on channel 'example.divisions': nothing can be divided by zero
 """,
+    "search.py": """\
+best: {'alpha': 0.1}, 0.967 after 133 epochs
+forest: 0.951, as grown alone: True
+speed-up: … ×
+""",
     "serve_model.py": """\
 [1.0, 5.0, 2.0, 0.0] → second 0.93
 [0.0, 1.0, 2.0, 9.0] → fourth 1.00
@@ -52,7 +58,8 @@ def examples() -> list[Path]:
 @pytest.mark.parametrize("example", examples(), ids=lambda path: path.name)
 def test_an_example_prints_what_is_promised(example: Path, url: str) -> None:
     result = finished(str(example), url=url, PYTHONPATH=str(ROOT))
-    assert (result.stdout, result.stderr, result.returncode) == (PRINTED[example.name], "", 0)
+    printed = re.sub(r"\d+\.\d+ ×", "… ×", result.stdout)  # a measured ratio; benchmarks judge those
+    assert (printed, result.stderr, result.returncode) == (PRINTED[example.name], "", 0)
 
 
 @pytest.mark.parametrize("example", examples(), ids=lambda path: path.name)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 
-from pipeline import Channel, Event, Message, Pipeline, RetryPolicy, ServerUnavailable
+from pipeline import Channel, Event, Message, Pipeline, Reject, RetryPolicy, ServerUnavailable
 from pipeline.server import Server
 from pipeline.transports import CHANCES, SUSPICION
 
@@ -256,3 +256,27 @@ async def test_a_worker_outlives_a_redis_that_is_absent_at_its_start(own: Server
         await until(lambda: handled == [1])
     stop.set()
     await task
+
+
+async def test_a_server_that_pauses_hides_no_dead_letters(url: str) -> None:
+    app = Pipeline("app", url)
+    spread: Channel[Number] = Channel("spread", Number, frame=1)
+
+    @app.subscriber(spread, group="g")
+    async def work(event: Number) -> None:
+        raise Reject("no")
+
+    async with app, serving(app):
+        for n in range(300):  # so many frames take several reads
+            await app.publish(spread, Number(n=n))
+            if n % 20 == 0:
+                await asyncio.sleep(0.005)
+        await idle(app, spread)
+        looking = asyncio.create_task(app.dead_letters("spread"))
+        with redis.Redis.from_url(url) as client:
+            for _ in range(3):
+                await asyncio.sleep(0.002)
+                client.client_pause(500)
+        assert sorted(letter.event.event_id for letter in await looking) == sorted(
+            f"{app.source}:{n}" for n in range(1, 301)
+        )

@@ -9,7 +9,8 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
-from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import hypothesis.extra.numpy as hnp
@@ -33,9 +34,10 @@ from .programs import app_program, collect, events, program
 
 def texts() -> list[str]:
     """The descriptions of scikit-learn's datasets, by paragraphs of about 60 lines."""
-    folder = files("sklearn.datasets") / "descr"
-    lines = [line for file in sorted(folder.iterdir(), key=lambda file: file.name) if file.name.endswith(".rst")
-             for line in file.read_text("utf-8").splitlines()]  # fmt: skip
+    package = find_spec("sklearn")  # to import it takes two seconds
+    assert package is not None
+    folder = Path(str(package.origin)).parent / "datasets" / "descr"
+    lines = [line for file in sorted(folder.glob("*.rst")) for line in file.read_text("utf-8").splitlines()]
     return ["\n".join(lines[at : at + 60]) for at in range(0, len(lines), 60)]
 
 

@@ -150,6 +150,19 @@ async def _some(stream: Any, count: int) -> AsyncIterator[Any]:
             yield await anext(aiter(stream))
 
 
+async def test_tiles_that_went_to_a_worker_without_the_jobs_folder_are_asked_for_again(
+    valkey_url: str, options: Settings, tmp_path: Path
+) -> None:
+    here = options.model_copy(update={"matmul_lease": 0.3})
+    elsewhere = here.model_copy(update={"matmul_dir": tmp_path / "elsewhere"})
+    a = numbers(600, 600)
+    workers = (matmul.make(here, valkey_url), matmul.make(elsewhere, valkey_url))
+    async with serving(*workers), Pipeline("t", valkey_url) as app:
+        found = await ask(app, a, a, result="event", blocks="always")
+    assert torch.equal(torch.as_tensor(found.product), a @ a)
+    assert (found.tiles, found.recomputed) == (9, 0)
+
+
 async def test_big_products_travel_in_shared_memory(app: Pipeline) -> None:
     a = numbers(300, 300)
     await ask(app, a, a, result="event", blocks="never")

@@ -68,7 +68,8 @@ class LoadModel(Event):
     version: int = Field(ge=0)
     """What answers will carry. Loading an earlier version's source again is a roll-back."""
     source: str
-    """A specification file within the workers' PIPELINE_MODELS_DIR, or the name of a built-in model."""
+    """A specification file within the workers' PIPELINE_MODELS_DIR, or the name of a built-in model; "": what they were
+    started with."""
 
 
 class ModelStatus(Event):
@@ -79,6 +80,8 @@ class ModelStatus(Event):
     worker: str
     state: Literal["serving", "refused"]
     reason: str = ""
+    load: str = ""
+    """Id of the LoadModel event that this answers; "": the worker was started with it."""
     kind: str = ""
     shape: list[int | None] = Field(default_factory=list)
     """Of one item; None where any size will do."""

@@ -23,6 +23,7 @@ __all__ = [
     "Group",
     "GroupStats",
     "Guarantees",
+    "Holding",
     "Outgoing",
     "Output",
     "PartitionStats",
@@ -113,6 +114,18 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Holding:
+    """What a reader has in hand now."""
+
+    leases: int = 0
+    """Entries it has and has not settled."""
+    oldest: float = 0.0
+    """Seconds for which it has had the oldest of them."""
+    paused: bool = False
+    """It found its group paused when it last looked."""
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Events `low…high` (inclusive) of an entry, settled by a commit. An entry apart is settled whole."""
 
@@ -174,7 +187,8 @@ class Reader(Protocol):
     async def read(self, entries: int, wait: float) -> list[Entry]:
         """Up to about `entries` frames: new, abandoned or due ones. Returns [] after `wait` seconds without any.
 
-        Whatever is returned is leased to this reader and renewed until it is committed, released, or lost.
+        Whatever is returned is leased to this reader and renewed until it is committed, released, or lost. While the
+        group is paused nothing is returned, and what is held is renewed and may be committed as ever.
         """
         ...
 
@@ -185,6 +199,10 @@ class Reader(Protocol):
 
     def settled(self, entry: str) -> None:
         """Every event of the entry is committed: its lease need not be renewed any more."""
+        ...
+
+    def holding(self) -> Holding:
+        """For reports, once a second."""
         ...
 
     def lost(self) -> list[str]:
@@ -258,6 +276,7 @@ class GroupStats:
     lag: int
     consumers: int
     oldest: float
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,6 +364,12 @@ class Backend(Protocol):
 
     async def rewind(self, channel: str, partition: int, group: str, position: str) -> int:
         """Let a group read again what follows a position. Returns the events now unread."""
+        ...
+
+    async def pause(self, channel: str, partition: int, group: str, paused: bool) -> bool:
+        """Let a durable group's readers read nothing until told to go on; it lasts as long as the group.
+
+        They notice within 0.1 s. False when it was so before. Raises ConfigurationError when there is no such group."""
         ...
 
     async def dropped(self, channel: str, group: str, count: int) -> None:

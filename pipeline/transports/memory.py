@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..channel import Channel
-from . import Commit, Entry, Group, Guarantees, Outgoing, PartitionStats, Retried
+from . import Commit, Entry, Group, Guarantees, Holding, Outgoing, PartitionStats, Retried
 from .client import LinkLost
 from .store import Partition, Position, Store, parse
 
@@ -88,6 +88,10 @@ class MemoryBackend:
     async def rewind(self, channel: str, partition: int, group: str, position: str) -> int:
         with self.store.lock:
             return self.store.partition(channel, partition).rewind(group, parse(position))
+
+    async def pause(self, channel: str, partition: int, group: str, paused: bool) -> bool:
+        with self.store.lock:
+            return self.store.partition(channel, partition).pause(group, paused)
 
     async def dropped(self, channel: str, group: str, count: int) -> None:
         with self.store.lock:
@@ -188,9 +192,10 @@ class _Reader:
         self._keep = channel.keep
         self._partitions = channel.partitions
         self._group = group
-        self._held: dict[str, None] = {}
+        self._held: dict[str, float] = {}
         self._lost: list[str] = []
         self._stopping = False
+        self._paused = False
         self._alone = ""
 
     @property
@@ -222,7 +227,8 @@ class _Reader:
         self._lost += (lost := place.renew(group.name, group.consumer, group.lease, list(self._held)))
         for id_ in lost:
             self._held.pop(id_, None)
-        if self._alone in self._held:
+        self._paused = place.groups[group.name].paused
+        if self._paused or self._alone in self._held:
             return []
         found, suspects = place.take_due(group.name, group.lease, max(16, entries), not self._held)
         if suspects and found:
@@ -231,7 +237,7 @@ class _Reader:
             found += place.claim(group.name, group.consumer, group.lease, entries)
             found = found or place.read(group.name, group.consumer, entries)
         found = [entry for entry in found if entry.id not in self._held]
-        self._held.update((entry.id, None) for entry in found)
+        self._held.update(dict.fromkeys((entry.id for entry in found), self._store.clock.now()))
         return found
 
     def _may_read(self) -> bool:
@@ -257,6 +263,11 @@ class _Reader:
 
     def settled(self, entry: str) -> None:
         self._held.pop(entry, None)
+
+    def holding(self) -> Holding:
+        since = next(iter(self._held.values()), None)
+        oldest = 0.0 if since is None else self._store.clock.now() - since
+        return Holding(len(self._held), oldest, self._paused)
 
     def lost(self) -> list[str]:
         lost, self._lost = self._lost, []
@@ -402,6 +413,9 @@ class _LiveReader:
 
     def settled(self, entry: str) -> None:
         """A live entry has no lease."""
+
+    def holding(self) -> Holding:
+        return Holding()
 
     def lost(self) -> list[str]:
         return []

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from ..channel import Channel
 from ..errors import ServerUnavailable
-from . import Commit, Entry, Group, Guarantees, Outgoing
+from . import Commit, Entry, Group, Guarantees, Holding, Outgoing
 from .client import Link, LinkLost, ReplyError
 from .scripts import Keys
 from .streams import PATIENCE, Streams
@@ -275,6 +275,9 @@ class LiveReader:
 
     def settled(self, entry: str) -> None:
         """A live entry has no lease."""
+
+    def holding(self) -> Holding:
+        return Holding()
 
     def lost(self) -> list[str]:
         return []

@@ -86,6 +86,9 @@ class RedisBackend:
     async def rewind(self, channel: str, partition: int, group: str, position: str) -> int:
         return await self._streams.rewind(channel, partition, group, position)
 
+    async def pause(self, channel: str, partition: int, group: str, paused: bool) -> bool:
+        return await self._streams.pause(channel, partition, group, paused)
+
     async def dropped(self, channel: str, group: str, count: int) -> None:
         await self._client.call("HINCRBY", Keys.of(channel).group(group, "h"), "dropped", count)
 
@@ -113,5 +116,7 @@ def _stats(result: list[Any]) -> PartitionStats:
 
 
 def _group(numbers: list[int]) -> GroupStats:
-    before, handled, dead, retried, suppressed, dropped, pending, lag, consumers, oldest = numbers
-    return GroupStats(before, handled, dead, retried, suppressed, dropped, pending, lag, consumers, oldest / 1000)
+    before, handled, dead, retried, suppressed, dropped, pending, lag, consumers, oldest, paused = numbers
+    return GroupStats(
+        before, handled, dead, retried, suppressed, dropped, pending, lag, consumers, oldest / 1000, bool(paused)
+    )

@@ -21,7 +21,7 @@ class Holder(Protocol):
 
     keys: Keys
     group: Group
-    held: dict[str, None]
+    held: dict[str, float]
     taken_away: list[str]
 
 

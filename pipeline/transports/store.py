@@ -89,6 +89,7 @@ class _Group:
     suppressed: int = 0
     dropped: int = 0
     rid: int = 0
+    paused: bool = False
     pending: dict[Position, _Pending] = field(default_factory=dict)
     progress: dict[Position, str] = field(default_factory=dict)
     due: dict[str, _Due] = field(default_factory=dict)
@@ -293,6 +294,14 @@ class Partition:
         group.wait(self._clock.now(), again)
         return True
 
+    def pause(self, name: str, paused: bool) -> bool:
+        """See pause.lua."""
+        group = self.groups.get(name)
+        if group is None:
+            raise ConfigurationError(f"no group {name!r}")
+        before, group.paused = group.paused, paused
+        return before != paused
+
     def rewind(self, name: str, to: Position) -> int:
         """See rewind.lua."""
         group = self.groups.get(name)
@@ -353,6 +362,7 @@ class Partition:
             lag=self.published - max(group.before, group.last[1]),
             consumers=len(group.consumers),
             oldest=0.0 if oldest is None else self._clock.now() - oldest,
+            paused=group.paused,
         )
 
     def after(self, position: Position) -> list[Entry]:

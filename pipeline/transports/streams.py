@@ -13,7 +13,7 @@ from typing import Any
 
 from ..channel import Channel
 from ..errors import ChannelFull, ConfigurationError, PublishUncertain, ServerUnavailable
-from . import SUSPICION, Commit, Entry, Group, Guarantees, Outgoing, Retried
+from . import SUSPICION, Commit, Entry, Group, Guarantees, Holding, Outgoing, Retried
 from .client import Argument, Client, Link, LinkLost, ReplyError, transient
 from .partitions import Share
 from .renewal import Renewer
@@ -158,6 +158,15 @@ class Streams:
             return int(await self.run("rewind", names, group, position))
         except ReplyError as error:
             if "NOGROUP" in str(error) or "no such key" in str(error):
+                raise ConfigurationError(f"channel {channel!r} has no group {group!r}") from None
+            raise
+
+    async def pause(self, channel: str, partition: int, group: str, paused: bool) -> bool:
+        keys = Keys.of(channel, partition)
+        try:
+            return bool(await self.run("pause", [keys.groups, keys.group(group, "h")], group, int(paused)))
+        except ReplyError as error:
+            if "NOGROUP" in str(error):
                 raise ConfigurationError(f"channel {channel!r} has no group {group!r}") from None
             raise
 
@@ -336,8 +345,8 @@ class StreamReader:
     def __init__(self, streams: Streams, channel: Channel[Any], keys: Keys, group: Group) -> None:
         self.keys = keys
         self.group = group
-        self.held: dict[str, None] = {}
-        """What this reader has and has not settled; the renewal thread reads it."""
+        self.held: dict[str, float] = {}
+        """What this reader has and has not settled, and since when (monotonic); the renewal thread reads it."""
         self.taken_away: list[str] = []
         self.share: Share | None = None
         """Set for an exclusive group: who owns which partition."""
@@ -350,6 +359,7 @@ class StreamReader:
         self._due_at = 0.0
         self._released = -1
         self._stopping = False
+        self._paused = False
         self._suspects = False
         """Events that may kill their worker wait until nothing else is in hand."""
         self._alone = ""
@@ -379,7 +389,9 @@ class StreamReader:
                     continue
                 found = self._inherited or await self._look(entries)
                 self._inherited = []
-                if not found and not self._suspects:
+                if self._paused and not found:
+                    await asyncio.sleep(POLL)
+                elif not found and not self._suspects:
                     found = await self._read_new(entries)
             except (ServerUnavailable, LinkLost) as error:
                 logger.debug("%s: %s", self._where, error)
@@ -407,11 +419,19 @@ class StreamReader:
             self.taken_away.extend(self.held)
             self.held.clear()
             return False
-        if not share.room() or not await self._streams.run("own", [key], consumer, self._lease_ms):
+        if not share.room() or await self._is_paused():
+            return False
+        if not await self._streams.run("own", [key], consumer, self._lease_ms):
             return False
         share.owned.add(key)
         self._inherited = await self._inherit()
         return True
+
+    async def _is_paused(self) -> bool:
+        """Asked before a partition is taken, whose last owner's entries would come with it."""
+        names = self.keys.group(self.group.name, "h")
+        self._paused = await self._streams.client.call("HGET", names, "paused") is not None
+        return self._paused
 
     async def _inherit(self) -> list[Entry]:
         """What the last owner left pending comes first, in order: its commits do not count any more."""
@@ -427,7 +447,7 @@ class StreamReader:
                 return found
 
     async def _look(self, entries: int) -> list[Entry]:
-        """Due events and hand-backs every POLL, abandoned entries twice a lease."""
+        """Due events, hand-backs and whether the group is paused every POLL, abandoned entries twice a lease."""
         now = time.monotonic()
         found: list[Entry] = []
         if self._alone in self.held:
@@ -436,7 +456,7 @@ class StreamReader:
         if now >= self._due_at:
             self._due_at = now + POLL
             found = await self._take_due(entries)
-        if now >= self._claim_at:
+        if now >= self._claim_at and not self._paused:
             self._claim_at = now + self.group.lease / 2 * random.uniform(0.7, 1.0)
             found += await self._claim(entries)
         return found
@@ -444,10 +464,10 @@ class StreamReader:
     async def _take_due(self, entries: int) -> list[Entry]:
         names = [self.keys.group(self.group.name, part) for part in ("due", "bod", "takes", "h")]
         empty = int(not self.held)
-        taken, released, suspects = await self._streams.run(
+        taken, released, suspects, paused = await self._streams.run(
             "take", names, self._lease_ms, max(16, entries), SUSPICION, empty
         )
-        self._suspects = bool(suspects)
+        self._suspects, self._paused = bool(suspects), bool(paused)
         if suspects and empty and taken:
             self._alone = str(taken[-1][0], "ascii")
         if suspects:
@@ -457,12 +477,12 @@ class StreamReader:
                 self._claim_at = 0.0
                 self._cursor = "0-0"
             self._released = released
-        found = []
+        found, now = [], time.monotonic()
         for rid, body, times in taken:
             name = str(rid, "ascii")
             entry = Entry(name, body or b"", _weight(name), deliveries=times)
             if entry.id not in self.held:
-                self.held[entry.id] = None
+                self.held[entry.id] = now
                 found.append(entry)
         return found
 
@@ -481,11 +501,11 @@ class StreamReader:
         return found
 
     def _hold(self, claimed: list[Any]) -> list[Entry]:
-        found = []
+        found, now = [], time.monotonic()
         for id_, count, body, done, deliveries in claimed:
             entry = _entry(id_, int(count), body, str(done, "ascii"), deliveries)
             if entry.id not in self.held:
-                self.held[entry.id] = None
+                self.held[entry.id] = now
                 found.append(entry)
         return found
 
@@ -495,13 +515,13 @@ class StreamReader:
             "XREADGROUP", "GROUP", self.group.name, self.group.consumer, "COUNT", max(1, entries),
             "BLOCK", int(POLL * 1000), "STREAMS", self.keys.stream, ">",
         )  # fmt: skip
-        found = []
+        found, now = [], time.monotonic()
         for id_, fields in reply[0][1] if reply else ():
             if not _is_frame(fields):
                 await self._refuse_foreign(id_, fields)
                 continue
             entry = _entry(id_, int(fields[1]), fields[3])
-            self.held[entry.id] = None
+            self.held[entry.id] = now
             found.append(entry)
         return found
 
@@ -533,6 +553,11 @@ class StreamReader:
     def settled(self, entry: str) -> None:
         """This entry needs no lease any more."""
         self.held.pop(entry, None)
+
+    def holding(self) -> Holding:
+        since = next(iter(self.held.values()), None)  # entries are held in the order in which they were taken
+        oldest = 0.0 if since is None else time.monotonic() - since
+        return Holding(len(self.held), oldest, self._paused)
 
     def lost(self) -> list[str]:
         lost, self.taken_away = self.taken_away, []

@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     async def work() -> None:
         async with opened(Pipeline("jobs")) as app:
-            async for due in paced(options.rate, options.count):
+            async for due in paced(options.rate, options.count, app):
                 part = [next(jobs) for _ in range(due)]
                 await insist(lambda part=part: app.publish(catalog.matmul_jobs, part), "publishing jobs")  # type: ignore[misc]
 

@@ -27,6 +27,7 @@ from pipeline.catalog.compression import check_codec
 from pipeline.errors import ConfigurationError
 
 from ..command import fail, positive, start_logging
+from . import launcher
 
 __all__ = ["main"]
 
@@ -52,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
             fail(f"--rank is from 0 to {workers - 1}") if not 0 <= rank < workers else _work(options | {"rank": rank})
         )
     start_logging()
-    return _Workers([options | {"rank": rank} for rank in range(workers)]).run()
+    with launcher.listening(wanted=options["runs"] == 0):  # who trains for ever also starts what is asked for
+        return _Workers([options | {"rank": rank} for rank in range(workers)]).run()
 
 
 class _Workers:

@@ -25,6 +25,7 @@ from pipeline.errors import ConfigurationError
 
 from ..command import opened_blocking
 from ..datasets import Part, digits
+from ..pace import Pace
 from .exchange import JoinTimeout
 from .run import Run, join
 
@@ -139,12 +140,14 @@ def work(plan: Plan, url: str | None = None, report: Callable[[str, str], None] 
     Raises Diverged.
     """
     torch.set_num_threads(1)
+    app = Pipeline("trainer", url)
     with (
-        opened_blocking(Pipeline("trainer", url)) as pipe,
+        opened_blocking(app) as pipe,
         pipe.watch(catalog.rounds, since=PAST) as rounds,
         pipe.watch(catalog.weights, since=catalog.weights.keep) as weights,
     ):
-        worker = _Worker(plan, pipe, weights, url)
+        pace = Pace("training", plan.rate or None).follow_in_thread(app, pipe)
+        worker = _Worker(plan, pipe, weights, url, pace)
         number = 0
         while True:
             number = max(number, _under_way(plan, _history(rounds)))
@@ -162,8 +165,11 @@ def work(plan: Plan, url: str | None = None, report: Callable[[str, str], None] 
 class _Worker:
     """One worker through its runs."""
 
-    def __init__(self, plan: Plan, pipe: BlockingPipeline, weights: BlockingWatch[Weights], url: str | None) -> None:
+    def __init__(
+        self, plan: Plan, pipe: BlockingPipeline, weights: BlockingWatch[Weights], url: str | None, pace: Pace
+    ) -> None:
         self._plan = plan
+        self._pace = pace
         self._pipe = pipe
         self._weights = weights
         self._url = url
@@ -187,12 +193,11 @@ class _Worker:
                 at = run.round if plan.mode == "sync" else step
                 if at >= plan.rounds:
                     break
-                began = time.perf_counter()
+                began = time.monotonic()
                 self._step(run, module, optimizer, np.random.default_rng((seed, plan.rank, at)))
                 if run.is_reporter and at and at % plan.publish_every == 0:
                     self._offer(run, module)
-                if plan.rate:
-                    time.sleep(max(0.0, 1 / plan.rate - (time.perf_counter() - began)))
+                self._pace.turn_in_thread(began)
         return state_of(module, optimizer)
 
     def _step(

@@ -17,8 +17,10 @@ __all__ = ["ARCHITECTURES", "Program", "ladder", "tensor_cores"]
 
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0)}
 """Compute capabilities by name: A100, H100, B200."""
-REGISTERS, MAX_WARPS = 65536, 64
+REGISTERS, THREADS = 65536, 2048
 """Of a multiprocessor, in all three."""
+SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
+"""Bytes of shared memory of a multiprocessor; every block takes 1 KB more than it asks for."""
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")
 """Instructions of sm_80, sm_90 and sm_100 that multiply tiles."""
 
@@ -49,8 +51,22 @@ class Program:
 
     @property
     def blocks(self) -> int:
-        """How many the registers of a multiprocessor have room for."""
-        return min(REGISTERS // (self.registers * self.threads), MAX_WARPS * 32 // self.threads)
+        """How many a multiprocessor has room for at once."""
+        return min(
+            REGISTERS // (self.registers * self.threads),
+            SHARED[self.architecture] // (self.shared + 1024),
+            THREADS // self.threads,
+        )
+
+    @property
+    def fused(self) -> int:
+        """Multiply-adds of floats, of which one instruction of sm_100 does two."""
+        return self.count("FFMA", "DFMA") + 2 * self.count("FFMA2")
+
+    @property
+    def tensor(self) -> int:
+        """Instructions of the tensor cores."""
+        return self.count(*TENSOR_CORE)
 
     def count(self, *names: str, modifier: str = "") -> int:
         """Of the instructions so called, those that have the modifier."""

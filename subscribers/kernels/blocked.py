@@ -26,12 +26,12 @@ _turn = threading.Lock()
 
 def multiply(name: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, alpha: float, beta: float) -> None:
     wide = {torch.int8: torch.int32, torch.float16: torch.float32, torch.bfloat16: torch.float32}.get(a.dtype, a.dtype)
-    direct = out.dtype == wide and beta == 0 and alpha == 1 and out.stride(-1) == 1
+    direct = out.dtype == wide and beta == 0 and alpha == 1 and out.is_contiguous()
     with _turn:
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         for one, other, result in zip(a.to(wide), b.to(wide), out, strict=True):
             product = result if direct else torch.empty(result.shape, dtype=wide)
-            _product(one.numpy(), other.contiguous().numpy(), product.numpy())
+            _product(one.contiguous().numpy(), other.contiguous().numpy(), product.numpy())
             if not direct:
                 product = product if alpha == 1 else product.mul_(alpha)
                 result.copy_(product if beta == 0 else product.add_(result, alpha=beta))
@@ -39,7 +39,7 @@ def multiply(name: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, alp
 
 @numba.njit(parallel=True, cache=True, nogil=True, fastmath={"contract"})  # type: ignore[untyped-decorator]
 def _product(a: Any, b: Any, c: Any) -> None:
-    """c ← a · b. a [m, k] with any strides; rows of b [k, n] and c [m, n] contiguous."""
+    """c ← a · b, all contiguous: each layout would be compiled anew."""
     (m, k), n = a.shape, b.shape[1]
     down, across = (m + ROWS - 1) // ROWS, (n + COLUMNS - 1) // COLUMNS
     for block in numba.prange(down * across):

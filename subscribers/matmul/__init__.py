@@ -9,12 +9,16 @@ matmul.jobs ─▶ multiply ─▶ operands (inline, files, earlier products) �
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from typing import Any
 
 from pipeline import Message, Pipeline, Reject, RetryPolicy, catalog
 from pipeline.catalog import MatmulJob, MatmulResult, MatmulTile, SystolicCycle, TileProgress
 from pipeline.settings import Settings, settings
 
+from .board import Board
+from .plan import Plan
 from .worker import Work, Worker
 
 __all__ = ["make"]
@@ -24,6 +28,8 @@ COORDINATING = 2
 AT_HAND = 2
 """Tiles: one that is computed, and the next."""
 LOOK_EVERY = 0.004
+STALLED = 4
+"""Leases without another tile done, after which tiles are asked for again."""
 TIDY_EVERY = 5.0
 ATTEMPTS = 5
 PATIENT = RetryPolicy(attempts=1000)
@@ -63,11 +69,14 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
 
     async def share(id_: str, work: Work) -> MatmulResult:
         plan, board = await worker.run(worker.share, id_, work)
+        moved, done = -math.inf, board.done()
         try:
-            for strip in plan.strips():
-                tiles = [MatmulTile(job=id_, index=index) for index in strip if not board.is_done(plan.final(index))]
-                await app.publish(catalog.matmul_tiles, tiles)
-            while not worker.is_complete(id_, plan, board):  # noqa: ASYNC110  # what other processes do shows in a file
+            while not worker.is_complete(id_, plan, board):
+                if time.monotonic() - moved > STALLED * options.matmul_lease:
+                    await ask_for_tiles(id_, plan, board)
+                    moved = time.monotonic()
+                elif board.done() != done:
+                    moved, done = time.monotonic(), board.done()
                 await asyncio.sleep(LOOK_EVERY)
             return await worker.run(worker.finish, id_, work, plan, board)
         except Reject:
@@ -75,6 +84,13 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
             raise
         finally:
             board.close()
+
+    async def ask_for_tiles(id_: str, plan: Plan, board: Board) -> None:
+        """Of all workers: what is not done. To ask twice does no harm, so it is done after a coordinator's death, and
+        when nothing moves: Redis may have lost its data, or a worker that does not see this folder had the event."""
+        for strip in plan.strips():
+            tiles = [MatmulTile(job=id_, index=index) for index in strip if not board.is_done(plan.final(index))]
+            await app.publish(catalog.matmul_tiles, tiles)
 
     @app.subscriber(
         catalog.matmul_tiles, group="matmul", publishes=catalog.matmul_progress, concurrency=AT_HAND,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from .plan import Plan, Shapes, check
 from .tiles import BOARD, PLAN, SharedProduct, plan_kernel, prepare, product_path
 
 __all__ = ["Work", "Worker"]
+
+logger = logging.getLogger("subscribers.matmul")
 
 T = TypeVar("T")
 
@@ -162,8 +165,10 @@ class Worker:
         """The last job's stays open; None when this one is over."""
         if self._shared_job != job or self._shared is None or not (self._shared.where / PLAN).exists():
             self.close_shared()
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 self._shared, self._shared_job = SharedProduct(self.folder, job, self.memory), job
+            except FileNotFoundError:
+                logger.info("job %s is over, or its coordinator's PIPELINE_MATMUL_DIR is another folder", job)
         return self._shared
 
     def close_shared(self) -> None:

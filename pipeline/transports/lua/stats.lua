@@ -1,6 +1,7 @@
 -- STATS of one channel's partition, at one moment. Pending is walked, not computed by subtraction, so that the ledger can fail.
 -- KEYS: stream, meta, groups
--- → {published, dup, entries, {{group, before, handled, dead, retried, suppressed, dropped, pending, lag, consumers, oldest ms}…}}
+-- → {published, dup, entries, {{group, before, handled, dead, retried, suppressed, dropped, pending, lag, consumers,
+--    oldest ms, paused}…}}
 local stream = KEYS[1]
 local function number(v) return tonumber(v or '0') or 0 end
 local published = number(redis.call('HGET', KEYS[2], 'published'))
@@ -19,7 +20,8 @@ if exists then
 end
 for _, group in ipairs(redis.call('SMEMBERS', KEYS[3])) do
   local base = KEYS[3] .. ':' .. group
-  local h = redis.call('HMGET', base .. ':h', 'before', 'handled', 'dead', 'retried', 'suppressed', 'dropped', 'extra')
+  local h = redis.call('HMGET', base .. ':h', 'before', 'handled', 'dead', 'retried', 'suppressed', 'dropped', 'extra',
+    'paused')
   local pending = redis.call('ZCARD', base .. ':due') + number(h[7])
   local lag, oldest = 0, 0
   if positions[group] then
@@ -44,6 +46,6 @@ for _, group in ipairs(redis.call('SMEMBERS', KEYS[3])) do
     end
   end
   groups[#groups + 1] = {group, number(h[1]), number(h[2]), number(h[3]), number(h[4]), number(h[5]), number(h[6]),
-    pending, lag, consumers[group] or 0, oldest}
+    pending, lag, consumers[group] or 0, oldest, number(h[8])}
 end
 return {published, number(redis.call('HGET', KEYS[2], 'dup')), exists and redis.call('XLEN', stream) or 0, groups}

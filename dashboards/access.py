@@ -1,0 +1,78 @@
+"""Who may look, and who may act: the token where one is set, else who sits at the machine; never foreign pages."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from starlette.requests import HTTPConnection
+
+__all__ = ["COOKIE", "Access", "Denied", "foreign"]
+
+COOKIE = "pipeline_token"
+
+
+class Denied(Exception):
+    """Raised when somebody may not act: the HTTP status, and what to do."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Access:
+    """token   what PIPELINE_TOKEN is set to; None: nothing"""
+
+    def __init__(self, token: str | None) -> None:
+        self.token = token
+
+    def knows(self, connection: HTTPConnection) -> bool:
+        """Whether the token came along, in the header or the cookie; where none is set, whoever asks may look."""
+        header = connection.headers.get("authorization")
+        return self.is_token(connection.cookies.get(COOKIE) if header is None else header.removeprefix("Bearer "))
+
+    def is_token(self, given: str | None) -> bool:
+        if self.token is None:
+            return True
+        return given is not None and hmac.compare_digest(given.encode(), self.token.encode())
+
+    def actor(self, connection: HTTPConnection) -> str:
+        """Who acts: "token" or "local". Raises Denied."""
+        if not self.knows(connection):
+            raise Denied(401, "a token is set: open /?token=…, or send Authorization: Bearer …")
+        if foreign(connection.headers):
+            raise Denied(403, "a page of another origin may not act; use the dashboard's own address")
+        if self.token is not None:
+            return "token"
+        if not _local(connection):
+            raise Denied(
+                403, "without a token only who sits at the machine may act, under http://127.0.0.1 or http://localhost "
+                "and without a proxy: set PIPELINE_TOKEN, then open /?token=…"
+            )  # fmt: skip
+        return "local"
+
+
+def foreign(headers: Mapping[str, str]) -> bool:
+    """Whether a page of another origin sent this."""
+    origin = headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != headers.get("host")
+
+
+def _local(connection: HTTPConnection) -> bool:
+    """From a loopback address, to a loopback name (a page elsewhere may let its name point here), without a proxy."""
+    headers = connection.headers
+    if "forwarded" in headers or "x-forwarded-for" in headers or connection.client is None:
+        return False
+    name = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    return _loopback(connection.client.host) and (name == "localhost" or _loopback(name))
+
+
+def _loopback(address: str) -> bool:
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return (mapped or found).is_loopback

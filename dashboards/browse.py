@@ -1,0 +1,150 @@
+"""A look into a channel: its newest events, tensors as pictures or statistics."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections import deque
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline import Channel, Message, Pipeline, Tensor
+from pipeline.frame import Codec
+
+from .thumbnails import png
+
+__all__ = ["events", "summary"]
+
+MOST = 100
+LOOK = 1.5
+"""Seconds for which a live channel is listened to; it has no past."""
+PATIENCE = 0.25
+"""Seconds without another event after which a durable channel's end is reached."""
+BACK = (0.5, 5.0, 60.0, 900.0, 6 * 3600.0)
+"""Seconds to look back, further each time until there is enough."""
+SIDE = 64
+MOST_TEXT = 4000
+
+
+async def events(app: Pipeline, name: str, count: int) -> dict[str, Any]:
+    """The newest of a channel, newest first. Raises UnknownChannel; ConfigurationError while there is no Redis."""
+    record = await app.registry.record(name)
+    channel, count = record.channel(), max(1, min(count, MOST))
+    found = await (_past(app, channel, count) if record.durable else _now(app, channel, count))
+    return {
+        "channel": name,
+        "type": record.type,
+        "durable": record.durable,
+        "events": [_row(app.codec(channel), message) for message in reversed(found)],
+    }
+
+
+async def _past(app: Pipeline, channel: Channel[Any], count: int) -> list[Message[Any]]:
+    found: list[Message[Any]] = []
+    for seconds in BACK:
+        found = await _listen(app, channel, count, seconds, PATIENCE)
+        if len(found) >= count:
+            break
+    return found
+
+
+async def _now(app: Pipeline, channel: Channel[Any], count: int) -> list[Message[Any]]:
+    return await _listen(app, channel, count, None, LOOK)
+
+
+async def _listen(
+    app: Pipeline, channel: Channel[Any], count: int, since: float | None, patience: float
+) -> list[Message[Any]]:
+    newest: deque[Message[Any]] = deque(maxlen=count)
+    try:
+        async with asyncio.timeout(LOOK), app.watch(channel, since) as stream:
+            items = aiter(stream)
+            while True:
+                async with asyncio.timeout(patience):
+                    newest.append(await anext(items))
+    except (TimeoutError, StopAsyncIteration):
+        pass
+    return list(newest)
+
+
+def _row(codec: Codec[Any], message: Message[Any]) -> dict[str, Any]:
+    return {
+        "id": message.id,
+        "time": message.time.timestamp(),
+        "source": message.source,
+        "key": message.key,
+        "attempt": message.attempt,
+        "headers": dict(message.headers),
+        "data": summary(_plain(codec, message.event)),
+    }
+
+
+def _plain(codec: Codec[Any], event: Any) -> Any:
+    if isinstance(event, bytes):
+        return base64.b64encode(event).decode()
+    return event if isinstance(event, str) else codec.to_json(event)
+
+
+def summary(value: Any) -> Any:
+    """JSON with tensors as `{"tensor": "float32 [8, 8]", "low", "high", "mean", "picture"?}`, long texts cut short."""
+    if isinstance(value, dict):
+        if set(value) == {"dtype", "shape", "data"}:
+            return _tensor(value)
+        return {name: summary(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return _numbers(value) if len(value) > 64 else [summary(item) for item in value]
+    if isinstance(value, str) and len(value) > MOST_TEXT:
+        return f"{value[:MOST_TEXT]} … ({len(value):,} characters)"
+    return value
+
+
+def _numbers(values: list[Any]) -> Any:
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        return [*(summary(item) for item in values[:64]), f"… and {len(values) - 64} more"]
+    return {"tensor": f"numbers {list(array.shape)}", **_statistics(array)}
+
+
+def _tensor(value: dict[str, Any]) -> dict[str, Any]:
+    described = {"tensor": f"{value['dtype']} {value['shape']}"}
+    try:
+        array = np.asarray(Tensor.from_json(value))
+    except (ValueError, TypeError):
+        return described
+    return {**described, **_statistics(array)}
+
+
+def _statistics(array: npt.NDArray[Any]) -> dict[str, Any]:
+    if not array.size or array.dtype.kind not in "fiub":
+        return {}
+    numbers = array.astype(np.float64)
+    finite = numbers[np.isfinite(numbers)]
+    found: dict[str, Any] = {"not finite": int(numbers.size - finite.size)} if finite.size < numbers.size else {}
+    if finite.size:
+        found.update(
+            low=float(f"{finite.min():.4g}"), high=float(f"{finite.max():.4g}"), mean=float(f"{finite.mean():.4g}")
+        )
+    picture = _picture(array)
+    return {**found, "picture": picture} if picture else found
+
+
+def _picture(array: npt.NDArray[Any]) -> str | None:
+    """Images as they are, matrices as grey."""
+    squeezed = np.squeeze(array)
+    if squeezed.ndim == 3 and squeezed.shape[0] == 3:
+        squeezed = np.moveaxis(squeezed, 0, 2)
+    coloured = squeezed.ndim == 3 and squeezed.shape[2] == 3
+    if not (coloured or squeezed.ndim == 2) or min(squeezed.shape[:2]) < 4:
+        return None
+    step = max(1, -(-max(squeezed.shape[:2]) // SIDE))
+    small = np.nan_to_num(squeezed[::step, ::step].astype(np.float64))
+    if array.dtype != np.uint8:
+        low, high = small.min(), small.max()
+        small = (small - low) * (255.0 / (high - low) if high > low else 0.0)
+    pixels = small.astype(np.uint8)
+    if not coloured:
+        pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()

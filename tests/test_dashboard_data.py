@@ -1,0 +1,359 @@
+"""The dashboard's data path without a network: what goes in is what comes out, once, at every width."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dashboards.alerts import alerts
+from dashboards.browse import summary
+from dashboards.facts import channels, totals
+from dashboards.flow import diagram
+from dashboards.numbers import numbers
+from dashboards.rings import LEVELS, Gauge, Histogram, Sum, level_of, quantiles, spread
+from dashboards.runs import SLOTS, Runs, Trace, nice
+from dashboards.state import State
+from dashboards.streams import Stream, View
+from dashboards.wire import Series, decode, encode
+from pipeline import Tensor
+from pipeline.catalog import TrainingMetrics
+from pipeline.ledger import ChannelLedger, GroupLedger, Ledger, ledger_channel
+from pipeline.metrics import LATENCY_BOUNDS, GroupSample, WorkerSample
+
+T = 1_000_000.0
+STATUS: dict[str, Any] = {"live": True}
+
+
+def total(ring: Sum, level: int = 0) -> float:
+    last = ring.newest(level) + 1
+    return float(np.nansum(ring.read(level, last - LEVELS[level][1], last)))
+
+
+def ledger(time: float, first: int = 1, **published: int) -> Ledger:
+    known = {name: ChannelLedger(published=count) for name, count in published.items()}
+    return Ledger(time=time, channels={ledger_channel.name: ChannelLedger(published=first), **known})
+
+
+def grouped(time: float, published: int, **counts: int) -> Ledger:
+    group = GroupLedger(**counts)
+    return Ledger(time=time, channels={"c": ChannelLedger(published=published, groups={"g": group})})
+
+
+def sample(time: float, worker: str = "w", **more: Any) -> WorkerSample:
+    fields: dict[str, Any] = {"app": "app", "host": "h", "pid": 1, "started": T, "published": {}, "groups": []}
+    fields.update(more, worker=worker, version="1", interval=1.0, rss=1, cpu=0.5, dropped={})
+    return WorkerSample(**fields)
+
+
+# -- rings -------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.floats(0, 3000), st.integers(0, 1000)), max_size=60))
+def test_every_width_of_bucket_adds_up_to_the_same(items: list[tuple[float, int]]) -> None:
+    ring = Sum()
+    newest = max((moment for moment, _ in items), default=0.0)
+    for moment, count in items:
+        ring.add(T + moment, count)
+    for level, (width, slots) in enumerate(LEVELS):
+        first = int((T + newest) // width) - slots
+        held = sum(count for moment, count in items if int((T + moment) // width) > first)
+        assert total(ring, level) == held
+
+
+@given(st.floats(0.01, 30), st.integers(0, 10_000))
+def test_what_came_between_two_ledgers_is_spread_in_whole_numbers(seconds: float, count: int) -> None:
+    ring = Sum()
+    spread(ring, T, T + seconds, count)
+    values = ring.read(0, int(T) - 2, int(T + seconds) + 2)
+    heard = values[~np.isnan(values)]
+    assert heard.sum() == count
+    assert (heard == np.round(heard)).all()
+    assert (heard >= 0).all()
+
+
+def test_a_gauge_keeps_the_last_the_lowest_and_the_highest() -> None:
+    ring = Gauge()
+    for moment, value in ((0.1, 5), (0.2, 1), (0.9, 3), (2.0, 7)):
+        ring.set(T + moment, value)
+    rows = ring.read(0, int(T), int(T) + 3)
+    assert rows[0].tolist() == [3, 1, 5]
+    assert np.isnan(rows[1]).all()
+    assert rows[2].tolist() == [7, 7, 7]
+
+
+def test_old_buckets_are_empty_again_when_their_place_is_reused() -> None:
+    ring = Sum()
+    ring.add(T, 1)
+    ring.add(T + LEVELS[0][1], 2)
+    assert np.isnan(ring.read(0, int(T), int(T) + 1)).all()
+    ring.add(T, 5)  # too old by now: the finest level has no place for it
+    assert total(ring, 0) == 2
+    assert total(ring, 3) == 8
+
+
+def test_quantiles_are_within_a_bin_of_the_truth() -> None:
+    seconds = np.random.default_rng(0).lognormal(-5, 1.2, 50_000)
+    counts = np.bincount(np.searchsorted(LATENCY_BOUNDS, seconds), minlength=len(LATENCY_BOUNDS) + 1)
+    found = quantiles(counts[None, :])[0]
+    for value, share in zip(found, (0.5, 0.95, 0.99), strict=True):
+        assert value == pytest.approx(np.quantile(seconds, share), rel=0.06)  # a bin is 12 % wide, and split
+    assert np.isnan(quantiles(np.zeros((1, 142), np.uint32))).all()
+
+
+def test_histograms_of_buckets_add_up() -> None:
+    ring = Histogram()
+    ring.add(T, {3: 2, 141: 1})
+    ring.add(T + 7, {3: 5})
+    assert ring.read(1, int(T // 5), int(T // 5) + 2).sum(axis=0)[[3, 141]].tolist() == [7, 1]
+
+
+def test_a_window_is_drawn_from_buckets_that_cover_it() -> None:
+    assert [level_of(span, span) for span in (30, 300, 900, 3600, 21600)] == [0, 0, 1, 2, 3]
+    assert level_of(60, 3 * 3600) == 2  # a minute of three hours ago: finer buckets are gone
+
+
+# -- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_any_length_keeps_its_extremes_in_bounded_memory() -> None:
+    trace, values = Trace(), np.random.default_rng(1).normal(size=50_000)
+    for step, value in enumerate(values):
+        trace.add(step, T + step, float(value))
+    found = trace.read("step", nice(50_000 / 300), 0, 0, math.inf, now=T + 1e6).columns
+    assert len(found) <= 300
+    assert found[:, 2].min() == values.min()
+    assert found[:, 3].max() == values.max()
+    assert found[-1, 1] == values[-1]
+    assert trace._data.nbytes <= SLOTS * 5 * 8
+
+
+def test_an_unfinished_bucket_of_a_run_is_left_out_until_the_run_rests() -> None:
+    trace = Trace()
+    for step in range(25):
+        trace.add(step, T, 1.0)
+    assert trace.read("step", 10, 0, 0, math.inf, now=T).through == 2
+    assert trace.read("step", 10, 0, 0, math.inf, now=T + 5).through == 3
+
+
+def test_steps_that_go_back_are_sorted_and_no_number_is_no_value() -> None:
+    runs = Runs()
+    for step in (3, 1, 2):
+        runs.add("r", step, {"loss": float(step), "accuracy": math.nan}, T)
+    trace = runs.by_name["r"].traces["loss"]
+    assert trace.read("step", 1, 0, 0, math.inf, now=T + 9).columns[:, 0].tolist() == [1, 2, 3]
+    assert set(runs.by_name["r"].traces) == {"loss"}
+
+
+# -- frames ------------------------------------------------------------------------------------------------------
+
+
+def test_frames_survive_the_way_to_the_browser() -> None:
+    rows = np.arange(12.0).reshape(4, 3)
+    head, series = decode(
+        encode(
+            {"kind": "delta", "ü": 1}, [Series("f", "n → g", 5.0, 1.0, rows), Series("f", "x", 0, 0, rows[:, :1], True)]
+        )
+    )
+    assert head == {"kind": "delta", "ü": 1}
+    assert [(one.figure, one.name, one.first, one.width, one.whole) for one in series] == [
+        ("f", "n → g", 5.0, 1.0, False), ("f", "x", 0, 0, True),
+    ]  # fmt: skip
+    assert (series[0].rows == rows).all()
+    assert (series[1].rows == rows[:, :1]).all()
+
+
+class Browser:
+    """What a browser does with frames, in Python."""
+
+    def __init__(self) -> None:
+        self.series: dict[tuple[str, str], dict[float, float]] = {}
+
+    def take(self, frame: bytes | None) -> None:
+        if frame is None:
+            return
+        head, series = decode(frame)
+        if head["kind"] == "snapshot":
+            self.series = {}
+        for one in series:
+            held = self.series.setdefault((one.figure, one.name), {})
+            xs = [one.first + i * one.width for i in range(len(one.rows))] if one.width else one.rows[:, 0].tolist()
+            first = -math.inf if one.whole else xs[0]
+            for x in [x for x in held if x >= first]:
+                del held[x]
+            held.update(zip(xs, one.rows[:, 0 if one.width else 1].tolist(), strict=True))
+
+    def rest(self, figure: str, name: str) -> dict[float, float]:
+        return self.series.get((figure, name), {})
+
+
+def test_late_viewers_and_those_who_followed_hold_the_same() -> None:
+    state, view = State(), View("overview", window=300)
+    stream, followed = Stream(view, state), Browser()
+    followed.take(stream.snapshot(T, STATUS))
+    published = 0
+    for second in range(40):
+        published += 7 * second
+        state.on_ledger(ledger(T + second + 0.4, a=published, b=second))
+        for tick in range(3):
+            followed.take(stream.delta(T + second + 0.4 + tick / 10, STATUS))
+        for kind in state.kinds().values():
+            for ring in kind.values():
+                ring.changed = math.inf
+    late = Browser()
+    late.take(stream.snapshot(T + 40, STATUS))
+    assert late.series == followed.series
+    drawn = sum(late.rest("rate", "a").values())
+    assert published - 7 * 39 <= drawn <= published  # the second that is not over is not drawn
+    state.on_ledger(ledger(T + 42, a=published, b=39))
+    followed.take(stream.delta(T + 42.1, STATUS))
+    assert sum(followed.rest("rate", "a").values()) == published
+
+
+def test_what_is_told_late_is_drawn_where_it_belongs() -> None:
+    state, browser = State(), Browser()
+    stream = Stream(View("matmul", window=60), state)
+    browser.take(stream.snapshot(T + 20, STATUS))
+    state.sums["products"].touch("blas on cpu").add(T + 5, 3)
+    browser.take(stream.delta(T + 20.1, STATUS))
+    assert browser.rest("products", "blas on cpu") == {T + 5: 3}
+    state.sums["products"]["blas on cpu"].changed = math.inf
+    state.sums["products"]["blas on cpu"].add(T + 6, 1)
+    browser.take(stream.delta(T + 21.1, STATUS))
+    assert browser.rest("products", "blas on cpu") == {T + 5: 3, T + 6: 1}
+
+
+def test_a_run_is_sent_once_and_then_only_what_is_new() -> None:
+    state, browser = State(), Browser()
+    stream = Stream(View("training"), state)
+    browser.take(stream.snapshot(T, STATUS))
+    sizes = []
+    for step in range(2000):
+        state.on_training(TrainingMetrics(run="r", step=step, values={"loss": 1 / (step + 1)}), T + step / 10)
+        frame = stream.delta(T + step / 10, STATUS)
+        browser.take(frame)
+        sizes.append(len(frame or b""))
+    late = Browser()
+    late.take(stream.snapshot(T + 199.9, STATUS))
+    assert late.rest("loss", "r") == browser.rest("loss", "r")
+    assert len(late.rest("loss", "r")) > 150
+    assert np.median(sizes) < 1500
+    for tick in range(10):  # charts of runs take turns
+        browser.take(stream.delta(T + 210 + tick / 10, STATUS))
+    assert max(browser.rest("loss", "r")) == 1999
+
+
+def test_a_window_in_the_past_stands_still() -> None:
+    state = State()
+    for second in range(30):
+        state.on_ledger(ledger(T + second, a=10 * second))
+    stream, browser = Stream(View("overview", window=10, end=T + 15), state), Browser()
+    browser.take(stream.snapshot(T + 30, STATUS))
+    assert sorted(browser.rest("rate", "a")) == [T + second for second in range(5, 15)]
+    state.on_ledger(ledger(T + 31, a=1000))
+    frame = stream.delta(T + 32, STATUS)
+    assert frame is None or decode(frame)[1] == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"page": "x"},
+        {"page": "overview", "window": 0.1},
+        {"page": "training", "axis": "z"},
+        {"page": "overview", "end": "inf"},
+    ],
+)
+def test_views_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"page|window|axis|end"):
+        View.parse(wrong)
+
+
+# -- what is known -----------------------------------------------------------------------------------------------
+
+
+def test_counts_add_up_to_the_servers_after_a_late_start_and_a_loss_of_data() -> None:
+    state = State()
+    state.on_ledger(ledger(T, first=50, a=1000))
+    state.on_ledger(ledger(T + 1, first=51, a=1300))
+    state.on_ledger(ledger(T + 2, first=1, a=40))  # the server was emptied
+    state.on_ledger(ledger(T + 3, first=2, a=45))
+    counts = numbers(state)["counts"]["a"]
+    assert counts["base"] + counts["held"] == counts["published"] == 45
+    assert [marker.kind for marker in state.happened.since()] == ["reset"]
+
+
+def test_the_first_ledger_ever_holds_everything() -> None:
+    state = State()
+    state.on_ledger(ledger(T, first=0, a=1000))
+    assert numbers(state)["counts"]["a"] == {"published": 1000, "held": 1000, "base": 0}
+
+
+def test_groups_balance_and_rewinds_are_marked() -> None:
+    state = State()
+    state.on_ledger(grouped(T, 10, handled=10))
+    state.on_ledger(grouped(T + 1, 10, handled=4, lag=6))
+    assert [marker.kind for marker in state.happened.since()] == ["rewind"]
+    assert [row["off"] for row in channels(state)] == [0]
+    assert totals(state)["off"] == 0
+    state.on_ledger(grouped(T + 2, 12, handled=4, lag=6))
+    assert totals(state)["off"] == 2
+    assert "off by +2" in alerts(state, T + 2)[0]["text"]
+
+
+def test_alerts_tell_of_dead_letters_and_of_work_without_workers() -> None:
+    state = State()
+    state.on_ledger(grouped(T, 10, handled=10))
+    assert alerts(state, T) == []
+    state.on_ledger(grouped(T + 1, 12, handled=10, dead=1, lag=1))
+    texts = [alert["text"] for alert in alerts(state, T + 1)]
+    assert any("new dead letters" in text for text in texts)
+    assert any("no worker" in text for text in texts)
+
+
+def test_who_falls_silent_while_others_are_heard_is_told_and_an_outage_blames_nobody() -> None:
+    state = State()
+    for second in range(3):
+        state.on_worker(sample(T, "a", pid=1), T + second)
+        state.on_worker(sample(T, "b", pid=2), T + second)
+    state.on_worker(sample(T, "a", pid=1), T + 60)  # nobody was heard for a minute; then a, and soon b
+    state.on_worker(sample(T, "b", pid=2), T + 60.5)
+    for second in range(61, 70):
+        state.on_worker(sample(T, "a", pid=1), T + second)
+    assert [worker.label for worker in state.workers.values() if worker.gone] == ["app 2"]
+    assert ["app 2 on h fell silent" in alert["text"] for alert in alerts(state, T + 70)] == [True]
+
+
+def test_the_diagram_goes_from_left_to_right_and_circles_end() -> None:
+    state = State()
+    group = GroupSample(
+        channel="in", group="g", handled=5, dead=0, retried=0, suppressed=0, in_hand=0, busy=0, batches={},
+        batch_sizes={}, latency={},
+    )  # fmt: skip
+    again = group.model_copy(update={"channel": "out", "group": "h"})
+    state.on_ledger(ledger(T, **{"in": 5, "out": 5}))
+    state.on_worker(sample(T, "p", app="source", published={"in": 5}), T)
+    state.on_worker(sample(T, "q", app="worker", published={"out": 5}, groups=[group]), T)
+    state.on_worker(sample(T, "r", app="loop", published={"in": 1}, groups=[again]), T)
+    found = diagram(state, T)
+    column = {node["label"]: node["column"] for node in found["nodes"]}
+    assert column["source"] < column["in"] < column["worker"] < column["out"] < column["loop"]
+    assert {(edge["from"], edge["to"]) for edge in found["edges"]} >= {
+        ("app:loop", "channel:in"),
+        ("channel:out", "app:loop"),
+    }
+
+
+def test_events_are_shown_with_tensors_as_pictures_and_statistics() -> None:
+    image = Tensor(np.arange(64, dtype=np.float32).reshape(8, 8)).to_json()
+    shown = summary({"image": image, "label": 3, "many": list(range(100)), "text": "x" * 9000})
+    assert shown["label"] == 3
+    assert (shown["image"]["low"], shown["image"]["high"], shown["image"]["mean"]) == (0, 63, 31.5)
+    assert shown["image"]["picture"].startswith("data:image/png;base64,")
+    assert shown["many"]["tensor"] == "numbers [100]"
+    assert len(shown["text"]) < 5000
+    assert summary({"dtype": "float32", "shape": [2], "data": "!"}) == {"tensor": "float32 [2]"}
