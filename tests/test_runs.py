@@ -335,16 +335,16 @@ def test_several_aggregators_share_a_big_model(valkey_url: str, team: Any, tmp_p
         check(*workers)
 
 
-def test_nothing_is_left_in_shared_memory(aggregator: str, team: Any) -> None:
-    from .conftest import SHARED
-
+def test_nothing_is_left_in_shared_memory(
+    aggregator: str, team: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_SHM_DIR", str(tmp_path))
     for mode in ("sync", "hogwild"):
         workers = team(aggregator, f"r-{mode}", 2, mode=mode, workers=2, steps=20)
         for worker in workers:
             worker.final()
-    assert [
-        name for name in [path.name for path in Path(SHARED).iterdir()] if "group" in name or "hogwild" in name
-    ] == []
+    left = [path.name for path in tmp_path.iterdir()]
+    assert not [name for name in left if "group" in name or "hogwild" in name]
 
 
 def test_what_does_not_fit_a_run_is_refused_with_the_reason(aggregator: str, team: Any) -> None:

@@ -219,6 +219,7 @@ class Sync(Mode):
                 self._push(vector, samples, values)
             while exchange.has(run.round):
                 self._apply(exchange.take(run.round), apply)
+            exchange.takes_part(run.round)  # else the others, who do not wait for it, are always a round ahead
             return
         started = time.perf_counter()
         self._push(vector, samples, values)
