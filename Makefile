@@ -39,7 +39,7 @@ check: $(TEST_STAMP) ## format, lint, types, layering
 	@$(BIN)/lint-imports >.venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
 
 test: check tools ## check, then all tests; PYTEST_ARGS="-k name" chooses
-	@$(PYTEST) -n $(PYTEST_WORKERS) --maxprocesses 4 --dist loadscope $(PYTEST_ARGS)
+	@$(PYTEST) -n $(PYTEST_WORKERS) --maxprocesses 4 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: $(TEST_STAMP) ## measure: events, latency, tensors, growth, serving, matmul, dashboard
 	@for name in events latency tensors growth serving matmul dashboard; do $(BIN)/python -m benchmarks $$name || exit 1; done
