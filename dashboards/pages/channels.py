@@ -11,18 +11,18 @@ from ..components import button, charts, grid, number, page, panel, text
 __all__ = ["layout"]
 
 COLUMNS = [
-    text("channel", "channel", pinned="left", flex=3, minWidth=140, maxWidth=220),
+    text("channel", "channel", pinned="left", flex=2, minWidth=140, maxWidth=180),
     text("group", "group", minWidth=100),
-    number("published", "published", minWidth=96),
-    number("rate", "a second", "rate"),
-    number("handled", "handled", minWidth=96),
+    number("published", "published", minWidth=80),
+    number("rate", "a second", "rate", minWidth=74),
+    number("handled", "handled", minWidth=80),
     number("lag", "unread"),
-    number("pending", "pending"),
+    number("pending", "pending", minWidth=70),
     number("oldest", "oldest", "seconds"),
-    number("dead", "dead", cellClassRules={"bad": "params.value > 0"}),
+    number("dead", "dead", minWidth=56, cellClassRules={"bad": "params.value > 0"}),
     number("retried", "retried"),
     number(
-        "off", "ledger", "balance", minWidth=96,
+        "off", "ledger", "balance", minWidth=84,
         cellClassRules={"good": "params.value === 0", "bad": "params.value != null && params.value !== 0"},
     ),
     number("p50", "p50", "seconds"),

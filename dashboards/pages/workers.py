@@ -10,23 +10,23 @@ __all__ = ["layout"]
 
 COLUMNS = [
     text("app", "app", pinned="left", minWidth=110),
-    text("state", "state", minWidth=84, cellClassRules={
+    text("state", "state", minWidth=72, cellClassRules={
         "good": "params.value === 'live'", "bad": "params.value === 'silent'", "soft": "params.value === 'stopped'",
     }),
-    text("host", "host", minWidth=80, flex=1),
+    text("host", "host", minWidth=64, flex=1),
     number("pid", "pid", "plain"),
     number("started", "up for", "ago"),
     number("cpu", "CPU", "percent"),
     number("memory", "memory", "bytes"),
-    number("busy", "in handlers", "percent"),
+    number("busy", "busy", "percent"),
     number("in_hand", "in hand"),
     number("leases", "leases"),
-    number("oldest_lease", "oldest lease", "seconds"),
-    number("threads", "threads", "plain"),
+    number("oldest_lease", "oldest", "seconds"),
+    number("threads", "threads", "plain", minWidth=70),
     number("gpu", "GPU", "percent"),
-    number("gpu_memory", "GPU memory", "bytes"),
-    text("version", "version", minWidth=80, flex=1),
-    text("groups", "reads", minWidth=160, flex=3),
+    number("gpu_memory", "GPU memory", "bytes", minWidth=96),
+    text("version", "version", minWidth=68, flex=1),
+    text("groups", "reads", minWidth=120, flex=3),
 ]  # fmt: skip
 
 

@@ -85,7 +85,7 @@ function frame() {
   let drawn = 0;
   for (const name of [...dirty]) {
     if (!charts.has(name)) { dirty.delete(name); continue; }
-    if (!seen.has(name)) continue;
+    if (!seen.has(name)) { tellEmpty(charts.get(name)); continue; }
     if (drawn && performance.now() - began > BUDGET) { schedule(); break; }
     dirty.delete(name);
     draw(charts.get(name));
@@ -141,13 +141,17 @@ function latest() {
 
 const visible = (chart, name) => (chart.run ? runs.isShown(name) : !chart.hidden.has(name));
 
+function tellEmpty(chart) {
+  chart.empty.hidden = Object.values(figures[chart.name] || {}).some((one) => one.x.length);
+}
+
 function draw(chart) {
   const began = performance.now();
   const [from, to] = range(chart);
   if (!chart.run) trim(chart.name, view.end === null ? from - 2 : -Infinity);
   const all = figures[chart.name] || {};
+  tellEmpty(chart);
   const names = Object.keys(all).sort().filter((name) => all[name].x.length);
-  chart.empty.hidden = names.length > 0;
   for (const name of names) colour(chart, name);
   const tint = chart.run ? runs.colourOf : (name) => colour(chart, name);
   const shownRuns = chart.run ? runs.shown() : null;

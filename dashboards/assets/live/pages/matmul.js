@@ -12,10 +12,10 @@ export function themed() { if (facts.systolic) systolic(facts.systolic); }
 function kernels(rows) {
   const box = byId("kernels");
   if (!rows.length) { box.replaceChildren(element("p", { class: "empty-line", text: "Publish jobs: python -m publishers.jobs" })); return; }
-  const head = element("tr", {}, ...["kernel", "device", "last", "best", "of the peak"].map((text) => element("th", { scope: "col", text })));
+  const head = element("tr", {}, ...["kernel", "device", "last GFLOP/s", "best GFLOP/s", "of the peak"].map((text) => element("th", { scope: "col", text })));
   box.replaceChildren(element("table", { class: "plain" }, element("thead", {}, head), element("tbody", {}, ...rows.map((row) => element("tr", {},
     element("th", { scope: "row", text: row.kernel }), element("td", { text: row.device }),
-    ...[row.last, row.best].map((value) => element("td", { text: value == null ? "–" : `${short(value)} GFLOP/s` })),
+    ...[row.last, row.best].map((value) => element("td", { text: value == null ? "–" : short(value) })),
     element("td", {}, row.share == null ? "–" : meter(row.share)))))));
 }
 
