@@ -41,11 +41,11 @@ check: $(TEST_STAMP) ## format, lint, types, layering
 test: check tools ## check, then all tests; PYTEST_ARGS="-k name" chooses
 	@$(PYTEST) -n $(PYTEST_WORKERS) --maxprocesses 4 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
-bench: $(TEST_STAMP) ## measure: events, latency, tensors, growth, serving, matmul, dashboard
-	@for name in events latency tensors growth serving matmul dashboard; do $(BIN)/python -m benchmarks $$name || exit 1; done
+bench: $(TEST_STAMP) ## measure all of it, each in its own run
+	@for name in events latency tensors growth serving training allreduce compression matmul dashboard; do $(BIN)/python -m benchmarks $$name || exit 1; done
 
 soak: $(TEST_STAMP) tools ## long chaos
-	@$(PYTEST) -m soak --timeout 0 $(PYTEST_ARGS)
+	@$(PYTEST) -m soak --timeout 0 -s $(PYTEST_ARGS)
 
 clean: ## remove what was built or cached; the events in .pipeline stay
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -6,11 +6,12 @@ import argparse
 import os
 import tempfile
 
-from . import allreduce, dashboard, events, growth, latency, matmul, serving, tensors, training
+from . import allreduce, compression, dashboard, events, growth, latency, matmul, serving, tensors, training
 from .report import show
 
 BENCHMARKS = {
     "allreduce": allreduce.run,
+    "compression": compression.run,
     "dashboard": dashboard.run,
     "events": events.run,
     "growth": growth.run,

@@ -21,7 +21,7 @@ from pipeline.server import Server
 from .allreduce import aggregating
 from .report import Figure
 
-__all__ = ["run"]
+__all__ = ["Work", "measure", "run"]
 
 BATCH = 128
 TARGET = 0.95
@@ -55,12 +55,12 @@ def run(repeats: int, seconds: float) -> list[Figure]:
     with Server() as server, aggregating(server.url):
         for _ in range(repeats):
             for side in names:
-                for what, value in _measure(side, server.url).items():
+                for what, value in measure(side, server.url).items():
                     figures[side, what].values.append(value)
     return [figure for figure in figures.values() if figure.values]
 
 
-def _measure(side: str, url: str) -> dict[str, float]:
+def measure(side: str, url: str) -> dict[str, float]:
     """Of the team: samples/s of all; the first worker's time to target, accuracy and bytes."""
     environment = {**os.environ, "TRAINING_RUN": f"training-{secrets.token_hex(4)}", "OMP_NUM_THREADS": "1"}
     team = [
@@ -214,7 +214,7 @@ def _torch_hogwild_worker(rank: int, model: Any, steps: int) -> None:
 def ours(side: str, url: str, rank: int, steps: int) -> None:
     from publishers.training import join
 
-    work, (_, options) = Work(rank, 2), OURS[side]
+    work, options = Work(rank, 2), _options_of(side)
     optimizer = None if "server_optimizer" in options else work.optimizer()
     with join(
         os.environ["TRAINING_RUN"], work.model, workers=2, rank=rank, url=url, lease=5.0, metrics=False, **options
@@ -228,9 +228,14 @@ def ours(side: str, url: str, rank: int, steps: int) -> None:
         work.go(steps, step, lambda: run.sent / per_round or None)
 
 
+def _options_of(side: str) -> dict[str, Any]:
+    """`compress=NAME`: mode sync through the aggregator with that codec."""
+    return {"compress": side.partition("=")[2], "plane": "redis"} if "=" in side else OURS[side][1]
+
+
 if __name__ == "__main__":
     side, url, rank, steps = sys.argv[1:5]
-    if side in OURS:
+    if side in OURS or "=" in side:
         ours(side, url, int(rank), int(steps))
     else:
         {"single": single, "ddp": ddp, "torch-hogwild": torch_hogwild}[side](url, int(rank), int(steps))

@@ -172,7 +172,7 @@ def test_a_paused_worker_is_given_up_and_is_one_of_them_again_when_it_wakes(
     check(*workers)
 
 
-@pytest.mark.parametrize("plane", ["shm", "redis"])
+@planes
 def test_who_joins_midway_begins_with_what_the_others_have(
     plane: str, aggregator: str, team: Any, tmp_path: Path
 ) -> None:

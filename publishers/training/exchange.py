@@ -382,9 +382,11 @@ class Exchange:
         """Later rounds are here and this one is not: it is missed."""
         return not self.has(round_) and any(number > round_ for number in self._rounds)
 
-    def forget(self) -> None:
+    def forget(self, state: State) -> None:
+        """It is not one to begin with, nor is what came before it. What came since stays."""
         with self._changed:
-            self._states.clear()
+            at = next((index for index, one in enumerate(self._states) if one is state), -1)
+            del self._states[: at + 1]
 
     def take_state(self, timeout: float, lowest_rank: int = -1) -> State | None:
         """The newest State, from a worker where `lowest_rank` is 0; None when none came in time."""

@@ -103,7 +103,6 @@ class Mode:
             state = run.exchange.take_state(max(1.0, run.plan.lease))
             if state is not None and state.rank < 0 and run.plane in ("shm", "torch"):
                 self.load(state)  # from a checkpoint; who of us leads is not the aggregator's affair
-                run.exchange.forget()
                 if run.rank == min(admission.members):
                     self.lead(admission.members)
                     self.give_state()
@@ -113,7 +112,8 @@ class Mode:
                 self.load(state)
                 if self.follow(json.loads(state.note or "{}"), admission.members):
                     return
-            run.exchange.forget()
+            if state is not None:
+                run.exchange.forget(state)
             again = True  # whoever was to give it is gone, or what it gave has passed by
 
     def lead(self, members: list[int]) -> None:
