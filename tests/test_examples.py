@@ -43,6 +43,10 @@ speed-up: … ×
 [1.0, 5.0, 2.0, 0.0] → second 0.93
 [0.0, 1.0, 2.0, 9.0] → fourth 1.00
 """,
+    "train_together.py": """\
+the same weights: True
+accuracy: 0.96
+""",
     "tensors_batch.py": """\
 hum: loudest at 50 Hz, Tensor(float32, shape=[257])
 low E: loudest at 82 Hz, Tensor(float32, shape=[257])

@@ -122,6 +122,36 @@ async def test_a_hundred_stale_entries_behind_thousands_of_live_ones_are_found(s
         await reader.close()
 
 
+async def test_an_entry_whose_settlement_is_on_its_way_was_not_taken_away(streams: Streams, url: str) -> None:
+    """Redis acknowledges, the lease is renewed, and only then does the worker read that it was acknowledged."""
+
+    class Held(dict[str, float]):
+        """What lies in it under `late` is let go of once the renewal has asked for it."""
+
+        late = ""
+
+        def __contains__(self, id_: object) -> bool:
+            here = super().__contains__(id_)
+            if id_ == self.late:
+                self.pop(self.late, None)
+            return here
+
+    reader = await streams.join(jobs, 0, Group("g", "one", lease=0.3))
+    app = Pipeline("app", url)
+    async with app:
+        await app.publish(jobs, [Number(n=n) for n in range(2)])
+    entries = [entry.id for _ in range(2) for entry in await reader.read(1, 1.0)]
+    held = Held(reader.held)
+    held.late, other = entries
+    reader.held = held
+    bare = redis.Redis.from_url(url)
+    bare.xack(reader.keys.stream, "g", held.late)
+    bare.xclaim(reader.keys.stream, "g", "two", 0, [other])
+    await until(lambda: bool(reader.taken_away), 3.0)
+    assert (reader.lost(), list(held)) == ([other], [other])
+    await reader.close()
+
+
 async def test_a_connection_that_falls_silent_is_given_up_and_nothing_is_lost(
     valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,8 @@ class Renewer:
         self._url = url
         self._script = script
         self._holders: list[Holder] = []
+        self._missed: set[tuple[Holder, str]] = set()
+        """What Redis did not count as ours at the last renewal though held: settled, if its reply is on the way."""
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -67,6 +69,7 @@ class Renewer:
             client.close()
 
     def _renew(self, client: redis.Redis, holders: list[Holder]) -> None:
+        self._missed = {pair for pair in self._missed if pair[0] in holders}
         for holder in holders:
             held = list(holder.held)
             if not held and not holder.group.exclusive:
@@ -89,8 +92,11 @@ class Renewer:
             except (redis.RedisError, OSError) as error:
                 logger.debug("leases of group %r could not be renewed: %s", group.name, error)
                 return
-            # A settled entry is no longer pending either; only what is still held was taken away.
-            gone = [id_ for id_ in (str(item, "ascii") for item in lost) if id_ in holder.held]
+            # A settled entry is no longer pending either, and the reply to its commit may come after this one: only
+            # what is missed twice and still held was taken away.
+            missed = {(holder, id_) for id_ in (str(item, "ascii") for item in lost) if id_ in holder.held}
+            gone = [id_ for _, id_ in missed & self._missed]
+            self._missed = {pair for pair in self._missed if pair[0] is not holder} | missed
             if gone:
                 logger.warning(
                     "group %r: the lease of %d entries ended; another worker has them", group.name, len(gone)
