@@ -47,7 +47,7 @@ from .router import Context, Router
 from .settings import Settings, settings
 from .subscriber import Subscriber, declare
 from .transports import Backend, Entry, Retried, Transport
-from .watching import Since, Watch, position
+from .watching import Beginning, Since, Watch, before, position
 
 __all__ = ["Pipeline"]
 
@@ -423,18 +423,30 @@ class Pipeline:
 
     def watch(self, channel: Channel[T], since: Since = None) -> Watch[T]:
         """Read a channel beside its groups, from now, or on durable channels from `since`: "5m", seconds, a datetime,
-        or a message id (which is left out). Listening begins when the context is entered.
+        or a message id (which is left out; when the channel keeps it no more, all that it does keep comes). Listening
+        begins when the context is entered.
         """
+        at = None if since is None else position(since)
+        if since is not None and not channel.durable:
+            raise ConfigurationError(f"channel {channel.name!r} is live: it has no past to watch since={since!r}")
         codec = self.codec(channel)
         backend = self._need_backend()
         transport = backend.durable if channel.durable else backend.live
 
-        async def prepare() -> None:
+        async def begin() -> Beginning:
             await self.registry.register(channel, codec)
             if codec.tensors:
                 await self.payloads.announce(channel, watched=True)
+            if since is None or at is not None:
+                return Beginning([at] * channel.partitions)
+            record = await self.registry.record(channel.name)
+            positions = await self._before_message(record.channel(), str(since))
+            if positions is not None:
+                return Beginning(positions, str(since))
+            logger.warning("channel %r keeps no message %s any more; all that it keeps follows", channel.name, since)
+            return Beginning(["0-0"] * channel.partitions)
 
-        return Watch(channel, codec, transport, self.payloads, since, prepare)
+        return Watch(channel, codec, transport, self.payloads, begin)
 
     # -- serve ---------------------------------------------------------------------------------------------------
 
@@ -605,7 +617,8 @@ class Pipeline:
         return any(changed)
 
     async def rewind(self, channel: str, group: str, since: str | float | datetime) -> int:
-        """Let a group read again what was published since a time, or since a message (from its frame on).
+        """Let a group read again what was published since a time, or since a message (from its frame on; what lies in
+        other partitions, from its time on).
 
         Returns the events now unread. Raises UnknownChannel, ConfigurationError.
         """
@@ -613,23 +626,34 @@ class Pipeline:
         if not record.durable:
             raise UnknownChannel(f"channel {channel!r} is live: it keeps nothing to replay")
         at = position(since)
-        partitions = range(int(record.limits["partitions"]))
-        unread = 0
-        for partition in partitions:
-            start = at or await self._before_message(record.channel(), partition, str(since))
-            if start is not None:
-                unread += await self._need_backend().rewind(channel, partition, group, start)
-        return unread
+        channel_ = record.channel()
+        positions = [at] * channel_.partitions if at else await self._before_message(channel_, str(since))
+        if positions is None:
+            raise ConfigurationError(
+                f"channel {channel!r} keeps no message {since!r} (it keeps them for {channel_.keep:g} s); give a time"
+            )
+        return sum(
+            [
+                await self._need_backend().rewind(channel, partition, group, start)
+                for partition, start in enumerate(positions)
+            ]
+        )
 
-    async def _before_message(self, channel: Channel[Any], partition: int, id_: str) -> str | None:
-        """The position before the frame that holds a message; None when this partition has it not."""
-        codec, before = self.codec(channel), "0-0"
-        async with contextlib.aclosing(self._held(channel, partition)) as entries:
-            async for entry in entries:
-                frame = codec.decode(entry.body, count=entry.count, position=entry.position)
-                if any(frame.id(index) == id_ for index in range(len(frame.events))):
-                    return before
-                before = entry.id
+    async def _before_message(self, channel: Channel[Any], id_: str) -> list[str] | None:
+        """The position in each partition before the frame that holds a message, or before its time; None: not kept."""
+        codec = self.codec(channel)
+        for partition in range(channel.partitions):
+            async with contextlib.aclosing(self._held(channel, partition)) as entries:
+                async for entry in entries:
+                    try:
+                        frame = codec.decode(entry.body, count=entry.count, position=entry.position)
+                    except FrameError:
+                        continue
+                    if any(frame.id(index) == id_ for index in range(len(frame.events))):
+                        moment = entry.id.partition("-")[0]
+                        positions = [f"{moment}-0"] * channel.partitions
+                        positions[partition] = before(entry.id)
+                        return positions
         return None
 
     async def _held(self, channel: Channel[Any], partition: int) -> AsyncGenerator[Entry]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jsonschema
@@ -34,6 +34,13 @@ class Record:
     reply: str | None
     reply_schema: dict[str, Any] | None
     limits: dict[str, Any]
+
+    @classmethod
+    def read(cls, name: str, raw: str | bytes) -> Record:
+        """As it lies in the registry; what a later release has added to it is passed over."""
+        values = json.loads(raw)
+        values["limits"] = {limit: values["limits"][limit] for limit in _LIMITS}
+        return cls(name, **{field.name: values[field.name] for field in fields(cls) if field.name != "name"})
 
     def channel(self) -> Channel[Any]:
         """The channel as somebody without its class sees it: JSON objects, or raw text or bytes."""
@@ -121,7 +128,7 @@ class Registry:
         """Every registered channel by name."""
         found = {}
         for name, raw in sorted((await self._backend.registered()).items()):
-            found[name] = Record(name=name, **json.loads(raw))
+            found[name] = Record.read(name, raw)
         return found
 
     async def record(self, name: str) -> Record:

@@ -15,8 +15,9 @@ import logging
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from .batching import columns
@@ -273,8 +274,8 @@ class Router:
         deliveries = 0 if delay else held.entry.deliveries - 1
         retries = [Retried(delay, body, deliveries=deliveries, origin=held.entry.origin) for body in bodies]
         commit = Commit(segments=held.segments(indexes), retries=retries)
-        await held.reader.commit(commit)
-        self._forget(held, held.open)
+        if await self._insist(lambda: held.reader.commit(commit), len(indexes), while_draining=False):
+            self._forget(held, held.open)
 
     async def _bury_frame(self, entry: Entry, reader: Reader, partition: int, error: FrameError) -> None:
         """Nobody can read this frame: a dead letter for all its events, and the worker goes on."""
@@ -288,9 +289,9 @@ class Router:
         commit = draft.commit()
         if self.subscriber.channel.durable or entry.apart:
             commit.segments.append(Segment(entry.id, count, 0, count - 1))
-        await reader.commit(commit)
-        reader.settled(entry.id)
-        self._context.metrics.dead += count
+        if await self._insist(lambda: reader.commit(commit), count, while_draining=False):
+            reader.settled(entry.id)
+            self._context.metrics.dead += count
 
     def _lose(self, reader: Reader, id_: str) -> None:
         """Another worker has this entry: drop what has not begun. What has will conflict at its commit, harmlessly."""
@@ -433,18 +434,23 @@ class Router:
             for reader in self._readers:
                 own = items if len(self._readers) == 1 else [item for item in items if item[0][0].reader is reader]
                 if own:
-                    await self._insist(reader, own)
+                    await self._insist(partial(self._commit, reader, own), len(own), while_draining=True)
 
-    async def _insist(self, reader: Reader, items: list[tuple[Unit, Any]]) -> None:
-        """Commit; when Redis refuses (a key of the wrong type, say), keep the outcomes and try until it is mended."""
+    async def _insist(self, commit: Callable[[], Awaitable[Any]], outcomes: int, *, while_draining: bool) -> bool:
+        """Commit; when Redis refuses (a key of the wrong type, say), keep the outcomes and try until it is mended.
+
+        False when it still refused as the drain began, and so the work goes to another worker.
+        """
         while True:
             try:
-                await self._commit(reader, items)
+                await commit()
             except (PipelineError, ReplyError) as error:
-                logger.error("%s: %d outcomes cannot be committed yet: %s", self._name, len(items), error)
+                logger.error("%s: %d outcomes cannot be committed yet: %s", self._name, outcomes, error)
+                if self._draining.is_set() and not while_draining:
+                    return False
                 await asyncio.sleep(1.0)
             else:
-                return
+                return True
 
     async def _commit(self, reader: Reader, items: list[tuple[Unit, Any]]) -> None:
         everything = items

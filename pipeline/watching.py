@@ -6,9 +6,10 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from .channel import Channel
 from .drafts import Gaps
@@ -18,7 +19,7 @@ from .message import Message
 from .payloads import Payloads
 from .transports import Entry, Tail, Transport
 
-__all__ = ["Since", "Watch", "position"]
+__all__ = ["Beginning", "Since", "Watch", "before", "position"]
 
 logger = logging.getLogger("pipeline.watching")
 
@@ -62,10 +63,24 @@ def position(since: str | float | datetime) -> str | None:
     return f"{max(0, int(moment * 1000))}-0"
 
 
+def before(entry: str) -> str:
+    """The position after which an entry is the first."""
+    moment, _, events = entry.partition("-")
+    return f"{moment}-{int(events) - 1}"
+
+
 def _ago(seconds: float, since: object) -> float:
     if not 0 <= seconds < math.inf:
         raise ConfigurationError(f"since={since!r}: a time in the past, so not negative")
     return time.time() - seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """Where a watch begins: after a position in each partition (None: with what is new), and there after a message."""
+
+    positions: list[str | None]
+    message: str | None = None
 
 
 class Watch(Generic[T]):
@@ -80,18 +95,14 @@ class Watch(Generic[T]):
         codec: Codec[T],
         transport: Transport,
         payloads: Payloads,
-        since: Since,
-        prepare: Any,
+        begin: Callable[[], Awaitable[Beginning]],
     ) -> None:
-        if since is not None and not channel.durable:
-            raise ConfigurationError(f"channel {channel.name!r} is live: it has no past to watch since={since!r}")
-        self._after = since if isinstance(since, str) and position(since) is None else None
-        self._since = None if since is None else "0-0" if self._after else position(since)
         self._channel = channel
         self._codec = codec
         self._transport = transport
         self._payloads = payloads
-        self._prepare = prepare
+        self._begin = begin
+        self._message: str | None = None
         self._tails: list[Tail] = []
         self._gaps = Gaps()
         self._missed = 0
@@ -103,9 +114,10 @@ class Watch(Generic[T]):
         return self._missed + (sum(tail.dropped for tail in self._tails) if durable or self._channel.raw else 0)
 
     async def __aenter__(self) -> Watch[T]:
-        await self._prepare()
-        for partition in range(self._channel.partitions):
-            self._tails.append(await self._transport.tail(self._channel, partition, self._since))
+        beginning = await self._begin()
+        self._message = beginning.message
+        for partition, after in enumerate(beginning.positions):
+            self._tails.append(await self._transport.tail(self._channel, partition, after))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -126,8 +138,8 @@ class Watch(Generic[T]):
                 frame = await self._decode(partition, entry)
                 if frame is None:
                     continue
-                for index in range(len(frame.events)):
-                    if index not in frame.invalid and self._is_after(frame, index):
+                for index in range(self._first(frame), len(frame.events)):
+                    if index not in frame.invalid:
                         yield frame.message(index)
         finally:
             await entries.aclose()
@@ -148,13 +160,14 @@ class Watch(Generic[T]):
         self._missed += self._gaps.note(frame)
         return frame
 
-    def _is_after(self, frame: Frame[T], index: int) -> bool:
-        """Skip up to and including the message whose id was given as since=."""
-        if self._after is None:
-            return True
-        if frame.id(index) == self._after:
-            self._after = None
-        return False
+    def _first(self, frame: Frame[T]) -> int:
+        """Skip, in the frame that holds it, up to and including the message whose id was given as since=."""
+        if self._message is not None:
+            for index in range(len(frame.events)):
+                if frame.id(index) == self._message:
+                    self._message = None
+                    return index + 1
+        return 0
 
     async def _only(self) -> AsyncGenerator[tuple[int, Entry]]:
         entries = aiter(self._tails[0])

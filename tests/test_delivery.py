@@ -441,18 +441,45 @@ async def test_an_unreadable_frame_becomes_a_dead_letter_and_the_worker_goes_on(
     async with app, serving(app):
         await app.publish(numbers, Number(n=1))
         await idle(app, "numbers")
-        with redis.Redis.from_url(url) as client:
-            client.hincrby("pipeline:{numbers}:m", "published", 5)
-            client.xadd(
-                "pipeline:{numbers}:s", {"n": 5, "b": b'{"pipeline":1,"data":[{"n"'}, id="*-6".replace("*", _ms(client))
-            )
-            client.set(f"pipeline:{{numbers}}:src:{app.source}", 1)
+        _add_an_unreadable_frame(url, app)
         await app.publish(numbers, Number(n=2))
         ledger = await idle(app, "numbers")
         (letter,) = await app.dead_letters("numbers")
     assert seen == [1, 2]
     assert (letter.event.count, ledger.groups["g"].dead) == (5, 5)
     assert "FrameTruncated" in letter.event.reason
+
+
+async def test_a_frame_that_can_be_neither_read_nor_buried_waits_for_the_mending(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, seen = Pipeline("app", url), []
+
+    @app.subscriber(numbers, group="g")
+    async def work(event: Number) -> None:
+        seen.append(event.n)
+
+    with redis.Redis.from_url(url) as client:
+        client.set("pipeline:{numbers.dead}:s", "somebody's")
+        async with app, serving(app):
+            await app.publish(numbers, Number(n=1))
+            await idle(app, "numbers")
+            _add_an_unreadable_frame(url, app)
+            await until(lambda: "outcomes cannot be committed yet: WRONGTYPE" in caplog.text)
+            client.delete("pipeline:{numbers.dead}:s")
+            await app.publish(numbers, Number(n=2))
+            ledger = await idle(app, "numbers")
+            (letter,) = await app.dead_letters("numbers")
+    assert (seen, letter.event.count, ledger.groups["g"].dead) == ([1, 2], 5, 5)
+
+
+def _add_an_unreadable_frame(url: str, app: Pipeline) -> None:
+    """Of five events, after the one event of `app` on the channel numbers."""
+    with redis.Redis.from_url(url) as client:
+        client.hincrby("pipeline:{numbers}:m", "published", 5)
+        body = b'{"pipeline":1,"data":[{"n"'
+        client.xadd("pipeline:{numbers}:s", {"n": 5, "b": body}, id=f"{_ms(client)}-6")
+        client.set(f"pipeline:{{numbers}}:src:{app.source}", 1)
 
 
 def _ms(client: redis.Redis) -> str:
@@ -516,6 +543,8 @@ async def test_a_rewound_group_handles_again_and_the_ledger_balances(anywhere: s
         ledger = await idle(app, "numbers")
         with pytest.raises(ConfigurationError, match="no group 'nobody'"):
             await app.rewind("numbers", "nobody", since="1h")
+        with pytest.raises(ConfigurationError, match="keeps no message 'gone:8'"):
+            await app.rewind("numbers", "g", since="gone:8")
     assert seen == [*range(10), *range(10), 7, 8, 9]
     assert ledger.groups["g"].handled + ledger.groups["g"].dead == 10
 
@@ -536,6 +565,28 @@ async def test_watching_begins_in_the_past_now_or_after_a_message(anywhere: str)
             assert (await anext(aiter(stream))).event.n == 99
         with pytest.raises(ValueError, match="since="):
             app.watch(numbers, since="yesterday")
+
+
+async def test_who_watches_since_a_message_that_is_kept_no_more_sees_all_that_is(
+    anywhere: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Pipeline("app", anywhere) as app:
+        await app.publish(numbers, [Number(n=n) for n in range(3)])
+        async with app.watch(numbers, since="gone:8") as stream:
+            seen = [(await asyncio.wait_for(anext(aiter(stream)), 5)).event.n for _ in range(3)]
+    assert (seen, "keeps no message gone:8" in caplog.text) == ([0, 1, 2], True)
+
+
+async def test_since_a_message_is_since_its_time_in_the_other_partitions(anywhere: str) -> None:
+    spread = Channel("spread", Number, frame=1, partitions=4)
+    async with Pipeline("app", anywhere) as app:
+        ids = []
+        for n in range(20):
+            ids += (await app.publish(spread, Number(n=n), key=str(n % 7))).ids
+            await asyncio.sleep(0.002)
+        async with app.watch(spread, since=ids[9]) as stream:
+            seen = [(await asyncio.wait_for(anext(aiter(stream)), 5)).event.n for _ in range(10)]
+    assert sorted(seen) == list(range(10, 20))
 
 
 @pytest.mark.parametrize("since", ["nand", "infs", float("nan"), float("inf"), "-5m", -1.0, "", "yesterday", "5x"])
