@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Generic, TypeVar
@@ -79,7 +79,7 @@ def _ago(seconds: float, since: object) -> float:
 class Beginning:
     """Where a watch begins: after a position in each partition (None: with what is new), and there after a message."""
 
-    positions: list[str | None]
+    positions: Sequence[str | None]
     message: str | None = None
 
 
