@@ -31,7 +31,7 @@ from .channel import Channel, check_name
 from .deadletters import DeadLetter, dead_channel, fits
 from .errors import ConfigurationError, FrameError, UnknownChannel
 from .executors import RunIn
-from .frame import Codec
+from .frame import Codec, holds
 from .ledger import Ledger, ledger_channel
 from .lifecycle import drain, first_failure, on_signals, run, unless
 from .message import Message, Receipt
@@ -439,8 +439,7 @@ class Pipeline:
                 await self.payloads.announce(channel, watched=True)
             if since is None or at is not None:
                 return Beginning([at] * channel.partitions)
-            record = await self.registry.record(channel.name)
-            positions = await self._before_message(record.channel(), str(since))
+            positions = await self._before_message(channel, str(since))
             if positions is not None:
                 return Beginning(positions, str(since))
             logger.warning("channel %r keeps no message %s any more; all that it keeps follows", channel.name, since)
@@ -579,8 +578,16 @@ class Pipeline:
 
     async def settle_dead(self, letters: Iterable[Message[DeadLetter]], *, replay: bool) -> int:
         """Replay dead letters (to their own group alone, with their own ids) or drop them. Each once, however often
-        it is asked. Returns how many this call settled."""
+        it is asked. Returns how many this call settled. Raises ConfigurationError for replays on a live channel."""
         backend, waiting, settled = self._need_backend(), list(letters), 0
+        if replay:
+            records = await self.registry.records()
+            for name in {message.event.channel for message in waiting}:
+                if name in records and not records[name].durable:
+                    raise ConfigurationError(
+                        f"channel {name!r} is live: nothing waits there, so its dead letters cannot be replayed; "
+                        "publish their events again, or drop them"
+                    )
 
         async def settle(message: Message[DeadLetter]) -> bool:
             letter = message.event
@@ -641,19 +648,18 @@ class Pipeline:
 
     async def _before_message(self, channel: Channel[Any], id_: str) -> list[str] | None:
         """The position in each partition before the frame that holds a message, or before its time; None: not kept."""
-        codec = self.codec(channel)
         for partition in range(channel.partitions):
             async with contextlib.aclosing(self._held(channel, partition)) as entries:
                 async for entry in entries:
                     try:
-                        frame = codec.decode(entry.body, count=entry.count, position=entry.position)
+                        if not holds(entry.body, entry.count, entry.position, id_):
+                            continue
                     except FrameError:
                         continue
-                    if any(frame.id(index) == id_ for index in range(len(frame.events))):
-                        moment = entry.id.partition("-")[0]
-                        positions = [f"{moment}-0"] * channel.partitions
-                        positions[partition] = before(entry.id)
-                        return positions
+                    moment = entry.id.partition("-")[0]
+                    positions = [f"{moment}-0"] * channel.partitions
+                    positions[partition] = before(entry.id)
+                    return positions
         return None
 
     async def _held(self, channel: Channel[Any], partition: int) -> AsyncGenerator[Entry]:

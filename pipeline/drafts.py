@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -19,7 +20,7 @@ from .payloads import Flight, Oversized
 from .subscriber import Subscriber
 from .transports import Commit, Entry, Output, Reader, Reply, Retried, Segment
 
-__all__ = ["Draft", "Failure", "Gaps", "Held", "Sources", "Unit", "failures", "reply_codec"]
+__all__ = ["Draft", "Failure", "Gaps", "Held", "Sources", "Unit", "failures", "open_indexes", "reply_codec", "segments"]
 
 FRAME_BYTES = 256 * 1024
 
@@ -48,6 +49,37 @@ class Sources:
         self.live = f"{live}.{durable}"
         self.published: dict[str, int] = {}
         """Live channel → events published so far."""
+        self._turns = itertools.count()
+
+    def turn(self) -> int:
+        """Whose turn it is among partitions, for an event without a key."""
+        return next(self._turns)
+
+    def of(self, channel: Channel[Any], partition: int) -> str:
+        """Positions are of one partition, so an id needs it too."""
+        if not channel.durable:
+            return self.live
+        return self.durable if channel.partitions == 1 else f"{self.durable}.{partition}"
+
+
+def open_indexes(entry: Entry, size: int) -> list[int]:
+    """Events, of the `size` of a frame, that were not committed when it was read."""
+    return [index for index in range(size) if not entry.done or entry.done[index] == "0"]
+
+
+def segments(entry: str, size: int, indexes: list[int]) -> list[Segment]:
+    """`indexes` (ascending) of a frame of `size` events, as runs."""
+    runs: list[Segment] = []
+    low = previous = -2
+    for index in indexes:
+        if index != previous + 1:
+            if low >= 0:
+                runs.append(Segment(entry, size, low, previous))
+            low = index
+        previous = index
+    if low >= 0:
+        runs.append(Segment(entry, size, low, previous))
+    return runs
 
 
 class Held:
@@ -68,9 +100,7 @@ class Held:
 
     def indexes(self) -> list[int]:
         """Events not committed when the frame was read."""
-        if not self.entry.done:
-            return list(range(len(self.frame.events)))
-        return [index for index, mark in enumerate(self.entry.done) if mark == "0"]
+        return open_indexes(self.entry, len(self.frame.events))
 
     def message(self, index: int) -> Message[Any]:
         message = self.frame.message(index)
@@ -80,18 +110,7 @@ class Held:
 
     def segments(self, indexes: list[int]) -> list[Segment]:
         """`indexes` (ascending) as runs."""
-        entry, count = self.entry, len(self.frame.events)
-        runs: list[Segment] = []
-        low = previous = -2
-        for index in indexes:
-            if index != previous + 1:
-                if low >= 0:
-                    runs.append(Segment(entry.id, count, low, previous))
-                low = index
-            previous = index
-        if low >= 0:
-            runs.append(Segment(entry.id, count, low, previous))
-        return runs
+        return segments(self.entry.id, len(self.frame.events), indexes)
 
     def settle(self) -> None:
         self._settled += 1
@@ -142,7 +161,7 @@ class Draft:
         key = held.frame.key(index)
         trace = held.frame.trace(index)
         for event, channel in zip(events, targets, strict=False):
-            where = (channel, channel.partition(key, self._commit.handled))
+            where = (channel, channel.partition(key, self._sources.turn()) if channel.partitions > 1 else 0)
             published, keys = self._outputs.setdefault(where, ([], []))
             if trace:
                 self._traces.setdefault(where, {})[len(published)] = trace
@@ -257,9 +276,11 @@ class Draft:
             commit.outputs.extend(self._frames(channel, 0, letters, keys, now, None))
         for address, (answers, ids) in self._answers.items():
             codec = reply_codec(self._subscriber.channel.reply)
-            commit.replies.append(Reply(address, self._encode(codec, answers, ids, now)))
+            body = self._encode(codec, answers, ids, now, self._sources.durable)
+            commit.replies.append(Reply(address, body))
         for address, (refusals, ids) in self._refusals.items():
-            commit.replies.append(Reply(address, self._encode(failures, refusals, ids, now)))
+            body = self._encode(failures, refusals, ids, now, self._sources.durable)
+            commit.replies.append(Reply(address, body))
         return commit
 
     def _encode(
@@ -268,11 +289,11 @@ class Draft:
         events: list[Any],
         keys: list[Any],
         now: float,
+        source: str,
         sequence: int | None = None,
         place: Placer | None = None,
         headers: list[dict[str, str] | None] | None = None,
     ) -> bytes:
-        source = self._sources.durable if sequence is None else self._sources.live
         return codec.encode(
             events, source=source, sequence=sequence, time=now, keys=keys, headers=headers, place=place
         )  # fmt: skip
@@ -295,11 +316,13 @@ class Draft:
         place = flight.placer(channel, partition) if flight is not None else None
         size, start = channel.frame, 0
         base = None if channel.durable else self._sources.published.get(channel.name, 0) + 1
+        source = self._sources.of(channel, partition)
         while start < len(events):
             part, names = events[start : start + size], keys[start : start + size]
             headers = [traces.get(start + index) for index in range(len(part))] if traces else None
             try:
-                body = self._encode(codec, part, names, now, None if base is None else base + start, place, headers)
+                sequence = None if base is None else base + start
+                body = self._encode(codec, part, names, now, source, sequence, place, headers)
             except Oversized as error:
                 size = max(1, len(part) * PAYLOAD_BYTES // error.nbytes)
                 continue

@@ -125,6 +125,17 @@ class Frame(Generic[T]):
         )
 
 
+def holds(payload: bytes, count: int, position: int | None, id_: str) -> bool:
+    """Whether a frame of `count` events holds the message of an id; its events are not looked at. Raises FrameError."""
+    try:
+        header = Header.model_validate_json(split(payload)[0])
+    except ValidationError as error:
+        raise FrameInvalid(_reason(error)) from None
+    first = header.sequence if header.sequence is not None else (position or count) - count + 1
+    source, _, number = id_.rpartition(":")
+    return header.source == source and first <= int(number) < first + count
+
+
 class Codec(Generic[T]):
     """Writes and reads one channel's frames."""
 

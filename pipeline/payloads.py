@@ -87,13 +87,13 @@ class Flight:
     def _place(self, channel: str, partition: int, buffers: Buffers, events: int, *, fsync: bool) -> bytes | None:
         if buffers.largest <= self._payloads.inline_bytes:
             return None
-        if buffers.nbytes > self._payloads.limit:
-            raise PayloadTooLarge(
-                f"the tensors of {events} event(s) of channel {channel!r} take {buffers.nbytes:,} bytes; the limit is "
-                f"{self._payloads.limit:,} (PIPELINE_MAX_FRAME_BYTES)"
-            )
         if events > 1 and buffers.nbytes > FRAME_BYTES:
             raise Oversized(buffers.nbytes)
+        if buffers.nbytes > self._payloads.limit:
+            raise PayloadTooLarge(
+                f"the tensors of an event of channel {channel!r} take {buffers.nbytes:,} bytes; the limit is "
+                f"{self._payloads.limit:,} (PIPELINE_MAX_FRAME_BYTES)"
+            )
         self._placed = buffers.nbytes
         segment = None if fsync else self._payloads.write(channel, partition, buffers)
         if segment is not None:

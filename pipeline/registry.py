@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import jsonschema
@@ -43,11 +44,10 @@ class Record:
         return cls(name, **{field.name: values[field.name] for field in fields(cls) if field.name != "name"})
 
     def channel(self) -> Channel[Any]:
-        """The channel as somebody without its class sees it: JSON objects, or raw text or bytes."""
-        kind: Any = {"str": str, "bytes": bytes}.get(self.type, dict)
-        reply: Any = None if self.reply is None else {"str": str, "bytes": bytes}.get(self.reply, dict)
+        """The channel as somebody without its class sees it: JSON objects, or raw text or bytes. The same object each
+        time, so that one codec serves it."""
         limits = self.limits if self.durable else {"frame": self.limits["frame"]}
-        return Channel(self.name, kind, durable=self.durable, reply=reply, **limits)
+        return _view(self.name, self.type, self.durable, self.reply, tuple(limits.items()))
 
     def misfits(self, value: Any) -> list[tuple[str, str]]:
         """Where `value` does not fit the schema ("sensor", "window.0", "" for the whole), and why; [] when it does."""
@@ -75,6 +75,13 @@ class Record:
         if not isinstance(value, dict):
             raise ValueError(f"an event is a JSON object, not {text.strip()[:40]!r}")
         return self.validate(value)
+
+
+@lru_cache(1024)
+def _view(name: str, type_: str, durable: bool, reply: str | None, limits: tuple[tuple[str, Any], ...]) -> Channel[Any]:
+    plain: dict[str, Any] = {"str": str, "bytes": bytes}
+    answer = None if reply is None else plain.get(reply, dict)
+    return Channel(name, plain.get(type_, dict), durable=durable, reply=answer, **dict(limits))
 
 
 class Registry:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from .channel import Channel
 from .drafts import Failure, failures, reply_codec
 from .errors import ConfigurationError, FrameError, RequestFailed, RequestTimeout, ServerUnavailable
-from .frame import REPLIES, Header, split
+from .frame import REPLIES, Header, Invalid, split
 from .transports import Backend
 from .transports.client import LinkLost, ReplyError
 
@@ -141,7 +141,9 @@ class Replies:
             event = answers.of(channel)[index]
         except FrameError as error:
             event = Failure(reason=f"unreadable answer: {error}")
-        if isinstance(event, Failure):
+        if isinstance(event, Invalid):
+            question.failed(RequestFailed(f"request on channel {channel.name!r}: not a valid answer: {event.reason}"))
+        elif isinstance(event, Failure):
             question.failed(RequestFailed(f"request on channel {channel.name!r}: {event.reason}"))
         elif not question.done():
             question.end()

@@ -22,7 +22,7 @@ from typing import Any
 
 from .batching import columns
 from .channel import Channel
-from .drafts import Draft, Gaps, Held, Sources, Unit
+from .drafts import Draft, Gaps, Held, Sources, Unit, open_indexes, segments
 from .errors import FrameError, HandlerError, PipelineError, Reject, Retry
 from .executors import Executor, make
 from .flow import Flow
@@ -39,6 +39,10 @@ __all__ = ["Router"]
 logger = logging.getLogger("pipeline.router")
 
 MOST_PER_COMMIT = 4096
+READER_PATIENCE = 1.0
+"""Seconds for which a drain waits for a read to end, and to hand work back."""
+LAST_COMMITS = 2.0
+"""Seconds that what is done has at least to be committed in a drain."""
 
 
 class Lane:
@@ -105,6 +109,8 @@ class Router:
         self._reading: list[asyncio.Task[None]] = []
         self._working: list[asyncio.Task[None]] = []
         self._settling: asyncio.Task[None] | None = None
+        self._finishing = False
+        """No handler runs any more: settling ends with what there is."""
         self._argument: Callable[[Unit], Any] = _message if subscriber.messages else _event
 
     # -- start and stop ------------------------------------------------------------------------------------------
@@ -147,10 +153,15 @@ class Router:
         self.flow.open()
         for reader in self._readers:
             await reader.stop()
-        await asyncio.gather(*self._reading, return_exceptions=True)
+        if self._reading:
+            _, late = await asyncio.wait(self._reading, timeout=READER_PATIENCE)
+            for task in late:  # Redis is gone, and they wait for it
+                task.cancel()
+            await asyncio.gather(*self._reading, return_exceptions=True)
 
     async def hand_back(self) -> None:
-        """Give unstarted work to others now; frames that are partly under way follow in `finish`."""
+        """Give unstarted work to others now. Of frames that are partly under way, the rest goes as retries go; but in
+        ordered groups, where it follows in `finish`."""
         unstarted: dict[int, list[Unit]] = {}
         for lane in self._lanes:
             lane.closed = True
@@ -159,6 +170,13 @@ class Router:
             lane.arrived.set()
         whole = [units[0][0] for units in unstarted.values() if len(units) == units[0][0].open]
         await self._release(whole)
+        if self.subscriber.ordered or not self.subscriber.channel.durable:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(READER_PATIENCE):
+                for units in unstarted.values():
+                    if units[0][0].open:
+                        await self._set_apart(units[0][0], 0.0, [index for _, index in units])
 
     async def finish(self, deadline: float) -> None:
         """Let running handlers end and commit, until `deadline` (loop time); then hand back the rest and close."""
@@ -171,11 +189,15 @@ class Router:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
         if self._settling is not None:
+            self._finishing = True
+            self._wake.set()
+            await asyncio.wait(
+                [self._settling], timeout=max(LAST_COMMITS, deadline - asyncio.get_running_loop().time())
+            )
             self._settling.cancel()
             await asyncio.gather(self._settling, return_exceptions=True)
         with contextlib.suppress(PipelineError, OSError, TimeoutError):
             async with asyncio.timeout(2):
-                await self._flush()
                 await self._release(list(self._held.values()))
         self._executor.close()
         for reader in self._readers:
@@ -243,14 +265,14 @@ class Router:
     async def _queue(self, held: Held) -> None:
         entry, header = held.entry, held.frame.header
         if (entry.apart and entry.count > 1) or (not entry.apart and entry.deliveries > SUSPICION):
-            await self._set_apart(held, 0.0)
+            await self._set_apart(held, 0.0, held.indexes())
             return
         if entry.apart and entry.deliveries > SUSPICION + CHANCES:
             error = HandlerError(f"its worker died or lost its lease {entry.deliveries - 1} times while handling it")
             self._finish_unit((held, 0), error, final=True)
             return
         if header.due is not None and not entry.apart and (delay := header.due - time.time()) > 0:
-            await self._set_apart(held, delay)
+            await self._set_apart(held, delay, held.indexes())
             return
         for index in held.frame.invalid:
             if not entry.done or entry.done[index] == "0":
@@ -267,20 +289,21 @@ class Router:
             lane.units.append(unit)
             lane.arrived.set()
 
-    async def _set_apart(self, held: Held, delay: float) -> None:
-        """Move the open events of a frame to the retries, each by itself: nothing was tried, nothing is counted."""
-        indexes = held.indexes()
+    async def _set_apart(self, held: Held, delay: float, indexes: list[int]) -> None:
+        """Move open events of a frame to the retries, each by itself: nothing was tried, nothing is counted."""
         bodies = [self._codec.reencode(held.frame, index, attempt=held.frame.header.attempt) for index in indexes]
         deliveries = 0 if delay else held.entry.deliveries - 1
         retries = [Retried(delay, body, deliveries=deliveries, origin=held.entry.origin) for body in bodies]
         commit = Commit(segments=held.segments(indexes), retries=retries)
         if await self._insist(lambda: held.reader.commit(commit), len(indexes), while_draining=False):
-            self._forget(held, held.open)
+            self._forget(held, len(indexes))
 
     async def _bury_frame(self, entry: Entry, reader: Reader, partition: int, error: FrameError) -> None:
-        """Nobody can read this frame: a dead letter for all its events, and the worker goes on."""
+        """Nobody can read this frame: a dead letter for its open events, and the worker goes on."""
         logger.error("%s: frame %s cannot be read: %s", self._name, entry.id, error)
-        count = max(1, entry.count)
+        size = max(1, entry.count)
+        indexes = open_indexes(entry, size)
+        count = len(indexes)
         draft = self._draft()
         draft.bury(
             entry, partition, error,
@@ -288,10 +311,16 @@ class Router:
         )  # fmt: skip
         commit = draft.commit()
         if self.subscriber.channel.durable or entry.apart:
-            commit.segments.append(Segment(entry.id, count, 0, count - 1))
-        if await self._insist(lambda: reader.commit(commit), count, while_draining=False):
+            commit.segments += segments(entry.id, size, indexes)
+
+        async def bury() -> None:
+            if not await reader.commit(commit):  # else another worker was quicker
+                self._context.metrics.dead += count
+
+        if await self._insist(bury, count, while_draining=False):
             reader.settled(entry.id)
-            self._context.metrics.dead += count
+        else:
+            await reader.release([entry.id])
 
     def _lose(self, reader: Reader, id_: str) -> None:
         """Another worker has this entry: drop what has not begun. What has will conflict at its commit, harmlessly."""
@@ -417,7 +446,7 @@ class Router:
 
     async def _settle(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
+        while self._done or not self._finishing:
             if not self._done:
                 self._wake.clear()
                 # Handlers in threads finish events without a word until their slice is over.
@@ -517,15 +546,18 @@ class Router:
         """An output could not be written: find whose it was, and fail that event alone."""
         judged, found = [], False
         for unit, outcome in items:
-            alone = self._draft()
+            alone, flight = self._draft(), Flight(self._context.payloads) if self._tensors else None
             self._resolve(alone, unit[0], unit[1], outcome)
             try:
-                alone.commit()
+                alone.commit(flight)
             except PipelineError as cause:
                 judged.append((unit, HandlerError(f"its output cannot be published: {cause}")))
                 found = True
             else:
                 judged.append((unit, outcome))
+            finally:
+                if flight is not None:
+                    flight.landed()
         if not found:
             raise error
         return judged

@@ -68,6 +68,10 @@ def declare(
         raise ConfigurationError(f"{where}: an async handler runs in the loop; make it a plain function for {run_in!r}")
     if concurrency < 1:
         raise ConfigurationError(f"{where}: concurrency must be at least 1, not {concurrency}")
+    if ordered and batch is not None:
+        raise ConfigurationError(
+            f"{where}: ordered=True handles the events of a key one after the other; leave batch= out"
+        )
     if lease < 0.1:
         raise ConfigurationError(f"{where}: a lease must be at least 0.1 s, not {lease}")
     if start not in ("oldest", "latest"):
