@@ -15,8 +15,7 @@ from .events import Event
 from .frame import Codec, Frame, Placer
 from .message import Message
 from .metrics import GroupMetrics
-from .payloads import FRAME_BYTES as PAYLOAD_BYTES
-from .payloads import Flight, Oversized
+from .payloads import Flight, Oversized, too_large
 from .subscriber import Subscriber
 from .transports import Commit, Entry, Output, Reader, Reply, Retried, Segment
 
@@ -128,12 +127,18 @@ class Draft:
     """Collects outcomes, then writes them as one Commit."""
 
     def __init__(
-        self, subscriber: Subscriber, codec: Codec[Any], codecs: Callable[[Channel[Any]], Codec[Any]], sources: Sources
+        self,
+        subscriber: Subscriber,
+        codec: Codec[Any],
+        codecs: Callable[[Channel[Any]], Codec[Any]],
+        sources: Sources,
+        limit: int,
     ) -> None:
         self._subscriber = subscriber
         self._codec = codec
         self._codecs = codecs
         self._sources = sources
+        self._limit = limit
         self._commit = Commit()
         self._outputs: dict[tuple[Channel[Any], int], tuple[list[Any], list[str | None]]] = {}
         self._traces: dict[tuple[Channel[Any], int], dict[int, dict[str, str]]] = {}
@@ -270,6 +275,9 @@ class Draft:
             ]
         for where, (events, keys) in self._outputs.items():
             commit.outputs.extend(self._frames(*where, events, keys, now, flight, self._traces.get(where)))
+        for output in commit.outputs:
+            if len(output.body) > self._limit:
+                raise too_large(output.channel.name, len(output.body), self._limit)
         if self._letters:
             channel = dead_channel(self._subscriber.channel.name)
             letters, keys = [letter for letter, _ in self._letters], [key for _, key in self._letters]
@@ -324,7 +332,7 @@ class Draft:
                 sequence = None if base is None else base + start
                 body = self._encode(codec, part, names, now, source, sequence, place, headers)
             except Oversized as error:
-                size = max(1, len(part) * PAYLOAD_BYTES // error.nbytes)
+                size = max(1, len(part) * error.most // error.nbytes)
                 continue
             if len(body) > 2 * FRAME_BYTES and len(part) > 1:
                 size = max(1, len(part) * FRAME_BYTES // len(body))

@@ -87,13 +87,11 @@ class Flight:
     def _place(self, channel: str, partition: int, buffers: Buffers, events: int, *, fsync: bool) -> bytes | None:
         if buffers.largest <= self._payloads.inline_bytes:
             return None
-        if events > 1 and buffers.nbytes > FRAME_BYTES:
-            raise Oversized(buffers.nbytes)
+        most = min(FRAME_BYTES, self._payloads.limit)
+        if events > 1 and buffers.nbytes > most:
+            raise Oversized(buffers.nbytes, most)
         if buffers.nbytes > self._payloads.limit:
-            raise PayloadTooLarge(
-                f"the tensors of an event of channel {channel!r} take {buffers.nbytes:,} bytes; the limit is "
-                f"{self._payloads.limit:,} (PIPELINE_MAX_FRAME_BYTES)"
-            )
+            raise too_large(channel, buffers.nbytes, self._payloads.limit)
         self._placed = buffers.nbytes
         segment = None if fsync else self._payloads.write(channel, partition, buffers)
         if segment is not None:
@@ -122,11 +120,18 @@ class Flight:
         self._segments.clear()
 
 
-class Oversized(Exception):
-    """Raised when a frame should hold fewer events. `nbytes`: of their tensors."""
+def too_large(channel: str, nbytes: int, limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(
+        f"an event of channel {channel!r} takes {nbytes:,} bytes; the limit is {limit:,} (PIPELINE_MAX_FRAME_BYTES)"
+    )
 
-    def __init__(self, nbytes: int) -> None:
+
+class Oversized(Exception):
+    """Raised when a frame should hold fewer events. `nbytes`: of their tensors, `most` there may be."""
+
+    def __init__(self, nbytes: int, most: int) -> None:
         self.nbytes = nbytes
+        self.most = most
 
 
 class Payloads:

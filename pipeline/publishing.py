@@ -14,7 +14,7 @@ from .errors import LONGEST_DELAY, ChannelFull, ConfigurationError, PayloadTooLa
 from .frame import Codec
 from .message import Receipt
 from .payloads import FRAME_BYTES as PAYLOAD_BYTES
-from .payloads import Flight, Oversized, Payloads
+from .payloads import Flight, Oversized, Payloads, too_large
 from .transports import Outgoing, Transport
 
 __all__ = ["Outbox", "Waiter"]
@@ -302,7 +302,7 @@ class Outbox:
                     place=place,
                 )
             except Oversized as error:
-                self._event_bytes, self._frame_bytes = error.nbytes / size, PAYLOAD_BYTES
+                self._event_bytes, self._frame_bytes = error.nbytes / size, error.most
                 continue
             beside = flight.take_placed() if flight is not None else 0
             self._event_bytes = (len(body) + beside) / size
@@ -327,10 +327,7 @@ class Outbox:
 
     def _check_size(self, size: int) -> None:
         if size > self._limit:
-            raise PayloadTooLarge(
-                f"one event of channel {self.channel.name!r} takes {size:,} bytes; the limit is {self._limit:,} "
-                "(PIPELINE_MAX_FRAME_BYTES)"
-            )
+            raise too_large(self.channel.name, size, self._limit)
 
     async def drain(self) -> None:
         """Wait until everything handed over is written."""

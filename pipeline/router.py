@@ -523,7 +523,7 @@ class Router:
                 await self._context.payloads.prepare(channel, partition)
 
     def _draft(self) -> Draft:
-        return Draft(self.subscriber, self._codec, self._context.codec, self._sources)
+        return Draft(self.subscriber, self._codec, self._context.codec, self._sources, self._context.payloads.limit)
 
     def _resolve(self, draft: Draft, held: Held, index: int, outcome: Any) -> None:
         final = isinstance(outcome, Final)

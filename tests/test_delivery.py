@@ -32,6 +32,8 @@ from pipeline import (
 from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError
 from pipeline.server import Server
 from pipeline.testing import first
+from pipeline.transports import Commit, Group, Segment
+from pipeline.transports.redis import RedisBackend
 from pipeline.transports.scripts import Keys
 
 from .apps import idle, serving, until
@@ -313,6 +315,8 @@ async def test_a_batch_may_come_as_columns(anywhere: str) -> None:
     ]  # fmt: skip
     assert batch["level"].tolist() == [0, 1, 2, 3]
     assert batch["window"][3] == Tensor([3])
+    with pytest.raises(ConfigurationError, match="leave batch= out"):
+        app.subscriber(numbers, group="h", batch=Batch(2), ordered=True)(print)
     with pytest.raises(ConfigurationError, match="columns are the fields of Events"):
         app.subscriber(Channel("texts", str), group="g", batch=Batch(4, as_="columns"))(work)
 
@@ -349,6 +353,41 @@ async def test_a_delayed_event_waits_on_the_server_and_counts_as_pending(anywher
     ((when, attempt),) = at
     assert 0.45 < when - published < 1.5
     assert attempt == 1
+
+
+async def test_an_answer_of_another_release_fails_the_request_and_says_why(anywhere: str) -> None:
+    class Root(Event):
+        n: int
+        root: int
+
+    Root.__name__ = "Square"  # as the worker knows it; ours has `squared`
+
+    app, older = Pipeline("app", anywhere), Pipeline("older", anywhere)
+
+    @older.subscriber(Channel("asked", Number, reply=Root), group="g")
+    async def work(event: Number) -> Root:
+        return Root(n=event.n, root=event.n)
+
+    async with app, older, serving(older):
+        with pytest.raises(RequestFailed, match=r"not a valid answer: .*squared"):
+            await app.request(Channel("asked", Number, reply=Square), Number(n=3), timeout=5)
+
+
+async def test_outputs_go_round_the_partitions_and_have_ids_of_their_own(anywhere: str) -> None:
+    app, spread = Pipeline("app", anywhere), Channel("spread", Square, partitions=3)
+
+    @app.subscriber(Channel("ones", Number, frame=1), group="g", publishes=spread)
+    async def work(event: Number) -> Square:
+        return Square(n=event.n, squared=event.n**2)
+
+    async with app, serving(app):
+        for n in range(9):
+            await app.publish(Channel("ones", Number, frame=1), Number(n=n))
+            await idle(app, "ones")
+        async with app.watch(spread, since=60) as stream:
+            ids = {(await asyncio.wait_for(anext(aiter(stream)), 5)).id for _ in range(9)}
+    assert {id_.rpartition(":")[0] for id_ in ids} == {f"ones.g.{partition}" for partition in range(3)}
+    assert len(ids) == 9
 
 
 async def test_a_request_is_answered_rejected_or_times_out(url: str) -> None:
@@ -471,6 +510,29 @@ async def test_a_frame_that_can_be_neither_read_nor_buried_waits_for_the_mending
             ledger = await idle(app, "numbers")
             (letter,) = await app.dead_letters("numbers")
     assert (seen, letter.event.count, ledger.groups["g"].dead) == ([1, 2], 5, 5)
+
+
+async def test_of_a_frame_that_is_partly_committed_only_the_rest_is_buried(url: str) -> None:
+    app, backend = Pipeline("app", url), RedisBackend(url, "earlier")
+
+    @app.subscriber(numbers, group="g", lease=0.3)
+    async def work(event: Number) -> None:
+        """Cannot read it."""
+
+    await backend.open(1.0)
+    reader = await backend.durable.join(numbers, 0, Group("g", "earlier", 0.3))
+    async with Pipeline("publisher", url) as publisher:
+        await publisher.publish(numbers, Number(n=1))
+        _add_an_unreadable_frame(url, publisher)
+        whole, frame = [entry for _ in range(2) for entry in await reader.read(1, 1.0)]
+        await reader.commit(Commit([Segment(whole.id, 1, 0, 0)], handled=1))
+        await reader.commit(Commit([Segment(frame.id, 5, 1, 3)], handled=3))
+        await reader.close()
+        await backend.close()
+        async with app, serving(app):
+            ledger = (await idle(app, "numbers")).groups["g"]
+            (letter,) = await app.dead_letters("numbers")
+    assert (ledger.handled, ledger.dead, letter.event.count) == (4, 2, 2)
 
 
 def _add_an_unreadable_frame(url: str, app: Pipeline) -> None:
@@ -675,6 +737,37 @@ async def test_draining_hands_unstarted_work_to_another_worker_at_once(anywhere:
         assert not started.is_set()
         assert max(taken) - stopped < 0.5
         await idle(slow, "numbers")
+
+
+async def test_draining_hands_back_what_is_not_begun_of_a_frame_that_is(anywhere: str) -> None:
+    slow, other = Pipeline("slow", anywhere), Pipeline("other", anywhere)
+    begun, taken = asyncio.Event(), []
+
+    @slow.subscriber(numbers, group="g", lease=30.0)
+    async def work(event: Number) -> None:
+        begun.set()
+        await asyncio.sleep(1.0)
+
+    @other.subscriber(numbers, group="g", lease=30.0)
+    async def take(event: Number) -> None:
+        taken.append((event.n, time.monotonic()))
+
+    async with slow:
+        stop = asyncio.Event()
+        serving_slow = asyncio.create_task(slow.serve(stop))
+        await until(lambda: slow._routers)
+        await slow.publish(numbers, [Number(n=n) for n in range(10)])
+        await asyncio.wait_for(begun.wait(), 5)
+        async with serving(other):
+            await asyncio.sleep(0.2)
+            stopped = time.monotonic()
+            stop.set()
+            await until(lambda: len(taken) == 9)
+            assert time.monotonic() - stopped < 0.5
+            await serving_slow
+        ledger = (await idle(slow, "numbers")).groups["g"]
+    assert sorted(n for n, _ in taken) == list(range(1, 10))
+    assert (ledger.handled, ledger.duplicates_suppressed, ledger.retried) == (10, 0, 0)
 
 
 async def test_an_idle_app_stops_within_a_second(anywhere: str) -> None:

@@ -258,6 +258,22 @@ async def test_a_worker_outlives_a_redis_that_is_absent_at_its_start(own: Server
     await task
 
 
+async def test_a_worker_is_stopped_while_redis_is_gone(own: Server) -> None:
+    app = Pipeline("app", own.url)
+
+    @app.subscriber(numbers, group="g")
+    async def work(event: Number) -> None:
+        """Nothing comes."""
+
+    stop = asyncio.Event()
+    running = asyncio.create_task(app.serve(stop))
+    await asyncio.wait_for(app.ready.wait(), 10)
+    own.kill()
+    await asyncio.sleep(0.5)
+    stop.set()
+    await asyncio.wait_for(running, 10)
+
+
 async def test_a_server_that_pauses_hides_no_dead_letters(url: str) -> None:
     app = Pipeline("app", url)
     spread: Channel[Number] = Channel("spread", Number, frame=1)

@@ -101,6 +101,9 @@ async def test_nonsense_on_a_live_channel_becomes_a_dead_letter(url: str) -> Non
             bare.publish("alerts", '{"sensor": "good"}')
             await until(lambda: heard == [Alert(sensor="good")])
             letters = await app.dead_letters("alerts")
+            with pytest.raises(ConfigurationError, match="publish their events again, or drop them"):
+                await app.settle_dead(letters, replay=True)
+            assert await app.settle_dead(letters, replay=False) == 4
             ledger = (await app.stats()).channels["alerts"].groups["g"]
     assert len(letters) == 4
     assert "version" in letters[3].event.reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -308,3 +309,16 @@ def test_old_products_go_and_new_ones_stay(folder: Path) -> None:
     os.utime(folder / "products" / "old.npy", (0, 0))
     Folder(folder).sweep(60)
     assert [path.name for path in (folder / "products").iterdir()] == ["new.npy"]
+
+
+def test_an_old_file_that_was_staged_just_now_stays(folder: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "weights.npy"
+    save(theirs, numbers(2, 2))
+    os.utime(theirs, (0, 0))
+    (folder / "staged").mkdir(parents=True)
+    os.link(theirs, folder / "staged" / "a.npy")
+    Folder(folder).sweep(60)
+    assert (folder / "staged" / "a.npy").exists()
+    time.sleep(0.02)
+    Folder(folder).sweep(0.01)
+    assert (theirs.exists(), (folder / "staged" / "a.npy").exists()) == (True, False)

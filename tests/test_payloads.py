@@ -29,6 +29,10 @@ class Image(Event):
     pixels: Tensor
 
 
+class Size(Event):
+    n: int
+
+
 pictures = Channel("pictures", Image)
 copies = Channel("copies", Image)
 
@@ -91,6 +95,39 @@ async def test_tensors_arrive_whole_through_handlers_and_outputs(mode: str, url:
     assert files(url) == [], "everything was settled, so nothing stays"
     await asyncio.sleep(2.1 if mode == "blobs" else 0)
     assert payload_keys(url) == []
+
+
+@pytest.mark.parametrize("mode", ["auto", "blobs", "inline"], indirect=True)
+async def test_an_output_above_the_limit_fails_its_event_alone(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("PIPELINE_MAX_FRAME_BYTES", "1000000")
+    settings.cache_clear()
+    app = Pipeline("app", valkey_url)
+
+    @app.subscriber(Channel("sizes", Size), group="g", publishes=copies)
+    async def make(event: Size) -> Image:
+        return image(event.n, 2_000_000 if event.n == 5 else 300_000)
+
+    async with app, serving(app):
+        await app.publish(Channel("sizes", Size), [Size(n=n) for n in range(10)])
+        ledger = (await idle(app, "sizes")).groups["g"]
+        (letter,) = await app.dead_letters("sizes")
+    assert (ledger.handled, ledger.dead) == (9, 1)
+    assert "PIPELINE_MAX_FRAME_BYTES" in letter.event.reason
+
+
+@pytest.mark.parametrize("mode", ["auto", "blobs"], indirect=True)
+async def test_many_events_may_be_above_the_limit_together(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("PIPELINE_MAX_FRAME_BYTES", "1000000")
+    settings.cache_clear()
+    async with Pipeline("app", valkey_url) as app:
+        await app.publish(pictures, [image(n, 300_000) for n in range(10)])
+        async with app.watch(pictures, since=60) as stream:
+            seen = [(await anext(aiter(stream))).event.n for _ in range(10)]
+    assert seen == list(range(10))
 
 
 @pytest.mark.parametrize("mode", ["shm", "blobs"], indirect=True)

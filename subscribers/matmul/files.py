@@ -125,7 +125,7 @@ class Folder:
             self._root.glob(f"{kind}/*") for kind in ("products", "jobs", "staged")
         ):
             with contextlib.suppress(OSError):
-                if max(one.stat().st_mtime for one in (path, *path.glob("*"))) >= before:
+                if max(map(_touched, (path, *path.glob("*")))) >= before:
                     continue
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
@@ -268,3 +268,9 @@ def _is_still(path: Path, before: os.stat_result) -> bool:
 def _plain(job: str) -> str:
     """A job's id as the name of a file: ids hold what publishers call themselves, which may be anything."""
     return job if _PLAIN.fullmatch(job) else hashlib.sha256(job.encode()).hexdigest()
+
+
+def _touched(path: Path) -> float:
+    """Unix seconds. A staged file is a link to somebody's, which may be old: when it was linked counts."""
+    stat = path.stat()
+    return stat.st_ctime if path.parent.name == "staged" else stat.st_mtime

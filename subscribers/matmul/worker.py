@@ -215,7 +215,8 @@ class Worker:
         )  # fmt: skip
         if work.job.result == "file":
             kept.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(kept)
+            if path.exists():  # else a coordinator that was killed had come this far
+                path.replace(kept)
         self.drop(id_)
         return result
 
