@@ -28,7 +28,7 @@ from .serving_models import INPUTS, export
 __all__ = ["run"]
 
 CLIENTS = (1, 16, 64)
-PEERS = ("mosec", "fastapi", "article")
+PEERS = ("mosec", "litserve", "fastapi", "article")
 
 
 def run(repeats: int, seconds: float) -> list[Figure]:

@@ -2,6 +2,7 @@
 
 fastapi   an endpoint that calls the model itself, one item at a time
 mosec     its batching, at most 32, waiting 1 ms
+litserve  its batching, at most 32, waiting 1 ms, one worker
 article   a list in Redis, base64 JSON, a server that polls every 0.25 s, batches of 32; its gateway polls as well
 """
 
@@ -72,6 +73,12 @@ def mosec(name: str, port: int, url: str) -> None:
     server.run()
 
 
+def litserve(name: str, port: int, url: str) -> None:
+    from .litserve_peer import run
+
+    run(name, port)
+
+
 def article(name: str, port: int, url: str) -> None:
     import uvicorn
     from fastapi import FastAPI, Request
@@ -112,7 +119,7 @@ def article(name: str, port: int, url: str) -> None:
 
 def main() -> None:
     kind, name, port, url = sys.argv[1:5]
-    {"fastapi": fastapi, "mosec": mosec, "article": article}[kind](name, int(port), url)
+    {"fastapi": fastapi, "mosec": mosec, "litserve": litserve, "article": article}[kind](name, int(port), url)
 
 
 if __name__ == "__main__":
