@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import redis.asyncio as redis
@@ -14,6 +16,7 @@ import redis.asyncio as redis
 from pipeline import Channel, Message, Pipeline
 from pipeline.server import Server
 
+from .latency_peers import PEERS, end, sender, work
 from .report import Figure
 from .sample import Reading, sample
 
@@ -25,21 +28,21 @@ alone: Channel[Reading] = Channel("bench.alone", Reading)
 
 
 def run(repeats: int, seconds: float) -> list[Figure]:
-    names = {"ours": "ours", "raw": "raw redis-py stream"}
+    names = {"ours": "ours", "raw": "raw redis-py stream", **PEERS}
     figures = {
-        (side, what): Figure("latency", f"{name}, {what}", what if what == "publishes/s" else "ms", peer=side == "raw")
+        (side, what): Figure("latency", f"{name}, {what}", unit, peer=side != "ours")
         for side, name in names.items()
-        for what in ("p50", "p99", "publishes/s")
+        for what, unit in {"p50": "ms p50", "p99": "ms p99", "publishes/s": "publishes/s"}.items()
+        if what != "publishes/s" or side not in PEERS
     }
-    for (_, what), figure in figures.items():
-        figure.unit = {"p50": "ms p50", "p99": "ms p99"}.get(what, what)
     with Server() as server:
         for _ in range(repeats):
             for side in names:
                 p50, p99 = asyncio.run(_latency(side, server.url, int(RATE * seconds)))
                 figures[side, "p50"].values.append(p50)
                 figures[side, "p99"].values.append(p99)
-                figures[side, "publishes/s"].values.append(asyncio.run(_awaited(side, server.url, 3000)))
+                if side not in PEERS:
+                    figures[side, "publishes/s"].values.append(asyncio.run(_awaited(side, server.url, 3000)))
     return list(figures.values())
 
 
@@ -51,17 +54,25 @@ async def _latency(side: str, url: str, events: int) -> tuple[float, float]:
         )
         assert worker.stdout is not None
         await asyncio.to_thread(worker.stdout.readline)
-        async with Pipeline("bench", url) as app:
+        async with _sender(side, url, client) as send:
             for n in range(events):
-                moment = repr(time.time())
-                if side == "ours":
-                    await app.publish(timed, sample(n), headers={"t": moment})
-                else:
-                    await client.xadd("timed", {"d": sample(n).model_dump_json(), "t": moment})
+                await send(sample(n))
                 await asyncio.sleep(1 / RATE)
     output, _ = await asyncio.to_thread(worker.communicate, None, 60)
     seen = sorted(json.loads(output.splitlines()[-1]))
     return 1000 * seen[len(seen) // 2], 1000 * seen[int(len(seen) * 0.99)]
+
+
+@contextlib.asynccontextmanager
+async def _sender(side: str, url: str, client: Any) -> AsyncIterator[Callable[[Reading], Awaitable[Any]]]:
+    if side == "ours":
+        async with Pipeline("bench", url) as app:
+            yield lambda event: app.publish(timed, event, headers={"t": repr(time.time())})
+    elif side == "raw":
+        yield lambda event: client.xadd("timed", {"d": event.model_dump_json(), "t": repr(time.time())})
+    else:
+        async with sender(side, url) as send:
+            yield lambda event: send(event.model_dump_json(), time.time())
 
 
 async def _awaited(side: str, url: str, events: int) -> float:
@@ -110,4 +121,11 @@ async def work_raw(url: str, events: int) -> list[float]:
 
 if __name__ == "__main__":
     side, url, count = sys.argv[1:4]
+    if side in PEERS:
+
+        async def peer() -> None:
+            print(json.dumps(await work(side, url, int(count))), flush=True)
+            end()
+
+        asyncio.run(peer())
     print(json.dumps(asyncio.run((work_ours if side == "ours" else work_raw)(url, int(count)))))
