@@ -22,7 +22,7 @@ import pytest
 import websockets
 from axe_playwright_python.async_playwright import Axe
 from PIL import Image
-from playwright.async_api import Browser, Page, async_playwright, expect
+from playwright.async_api import Browser, Page, Route, async_playwright, expect
 
 from dashboards.wire import decode
 from pipeline import Channel, Event, Pipeline, Reject
@@ -290,6 +290,11 @@ async def test_every_page_says_what_to_type_when_empty_and_is_accessible_in_both
             await page.click("#theme")
             await accessible(page, f"{path} light", runOnly="color-contrast")
             await page.click("#theme")
+        for path, empty in (
+            ("/dead", "No dead letters here"), ("/serving", "pipeline serve subscribers"), ("/channels", "pipeline publish"),
+        ):  # fmt: skip
+            await page.goto(f"{address}{path}")
+            await expect(page.locator(".grid")).to_contain_text(empty)
         await page.click('nav a[href="/training"]')
         await expect(page.locator("#empty-loss")).to_contain_text("python -m publishers.training")
         await page.set_viewport_size({"width": 390, "height": 844})
@@ -353,6 +358,55 @@ async def test_a_dead_letter_is_replayed_a_group_paused_and_an_event_published_f
             await expect(page.locator("#events")).to_contain_text('{"n":41}', timeout=PATIENCE)
         audit = await asyncio.to_thread(_json, f"{address}/api/audit")
         assert [one["action"] for one in audit] == ["resume", "publish", "pause", "replay", "replay"]
+
+
+async def test_what_is_done_is_done_to_the_channel_that_is_shown(server: Server, page: Page) -> None:
+    app, others = Pipeline("worker", server.url), Channel("others", Reading)
+
+    @app.subscriber(readings, group="g")
+    async def work(event: Reading) -> None:
+        raise Reject("the sensor is off")
+
+    @app.subscriber(others, group="g")
+    async def more(event: Reading) -> None:
+        raise Reject("the sensor is off")
+
+    with dashboard(server.url) as address:
+        async with app, serving(app):
+            await app.publish(readings, [Reading(n=n) for n in range(3)])
+            await app.publish(others, [Reading(n=n) for n in range(2)])
+            await page.goto(f"{address}/channels")
+            for channel in ("readings", "others"):
+                await page.locator(f"#grid-channels .ag-center-cols-container [row-id^={channel}]").click()
+                await expect(page.locator("#channel-name")).to_have_text(channel)
+            await page.get_by_role("button", name="Pause g").click()
+            await expect(page.locator("#dialog")).to_contain_text("from others")
+            await page.locator("#dialog button[type=submit]").click()
+            await expect(page.get_by_role("button", name="Resume g")).to_be_visible(timeout=PATIENCE)
+            await page.goto(f"{address}/dead?channel=readings")
+            rows = page.locator("#grid-dead .ag-center-cols-container .ag-row")
+            await expect(rows).to_have_count(3, timeout=PATIENCE)
+            asked, goes_on = asyncio.Event(), asyncio.Event()
+
+            async def held(route: Route) -> None:
+                asked.set()
+                await goes_on.wait()
+                await route.continue_()
+
+            await page.route("**/api/dead", held)
+            await app.publish(readings, Reading(n=3))  # its letter begins a load, during which another is chosen
+            await asyncio.wait_for(asked.wait(), PATIENCE / 1000)
+            await page.locator("#dead-channels button", has_text="others").click()
+            await page.click("#drop-all")
+            await expect(page.locator("#dialog h2")).to_have_text("Drop 3 dead letters of readings?")
+            await page.get_by_role("button", name="Cancel").click()
+            goes_on.set()
+            await expect(rows).to_have_count(2, timeout=PATIENCE)
+            await page.click("#drop-all")
+            await page.locator("#dialog button[type=submit]").click()
+            await expect(page.locator(".toast.good")).to_contain_text("dropped 2")
+        audit = await asyncio.to_thread(_json, f"{address}/api/audit")
+        assert [(one["action"], one["subject"]) for one in audit] == [("drop", "others"), ("pause", "others/g")]
 
 
 async def until(done: Callable[[], bool]) -> None:
