@@ -26,7 +26,7 @@ from playwright.async_api import Browser, Page, Route, async_playwright, expect
 
 from dashboards.wire import decode
 from pipeline import Channel, Event, Pipeline, Reject
-from pipeline.catalog import TrainingMetrics, training_metrics
+from pipeline.catalog import Answer, TrainingMetrics, answers, training_metrics
 from pipeline.server import Server
 
 from .apps import serving
@@ -291,8 +291,10 @@ async def test_every_page_says_what_to_type_when_empty_and_is_accessible_in_both
             await accessible(page, f"{path} light", runOnly="color-contrast")
             await page.click("#theme")
         for path, empty in (
-            ("/dead", "No dead letters here"), ("/serving", "pipeline serve subscribers"), ("/channels", "pipeline publish"),
-        ):  # fmt: skip
+            ("/dead", "No dead letters here"),
+            ("/serving", "Serve one"),
+            ("/channels", "Publish something"),
+        ):
             await page.goto(f"{address}{path}")
             await expect(page.locator(".grid")).to_contain_text(empty)
         await page.click('nav a[href="/training"]')
@@ -407,6 +409,23 @@ async def test_what_is_done_is_done_to_the_channel_that_is_shown(server: Server,
             await expect(page.locator(".toast.good")).to_contain_text("dropped 2")
         audit = await asyncio.to_thread(_json, f"{address}/api/audit")
         assert [(one["action"], one["subject"]) for one in audit] == [("drop", "others"), ("pause", "others/g")]
+
+
+async def test_a_silence_between_answers_is_drawn_as_one_and_then_none_come_a_second(
+    server: Server, page: Page
+) -> None:
+    app, drawn = Pipeline("worker", server.url), "document.getElementById('chart-answers').data?.[0]"
+    with dashboard(server.url) as address:
+        async with app:
+            await page.goto(f"{address}/serving?window=60")
+            await expect(page.locator("#state")).to_have_text("live", timeout=PATIENCE)
+            for _ in range(2):
+                await app.publish(answers, [Answer(model="m", version=1)] * 6)
+                await expect(page.locator("#tile-asked")).to_have_text(re.compile("[1-9]"), timeout=PATIENCE)
+                await expect(page.locator("#tile-asked")).to_have_text("0", timeout=PATIENCE)
+            await page.wait_for_function(f"{drawn}?.y.includes(0) && {drawn}.x.at(-1) + 3 < pipelineNow()")
+            end = "document.getElementById('chart-answers').layout.xaxis.range[1]"
+            await page.wait_for_function(f"{end} > {await page.evaluate(end)}")
 
 
 async def until(done: Callable[[], bool]) -> None:

@@ -69,6 +69,13 @@ export function redraw(name) {
   schedule();
 }
 
+/* Time goes on in charts that have no news, too. */
+export function moveOn() {
+  if (view.end !== null) return;
+  const end = latest();
+  for (const chart of charts.values()) if (chart.drawn && kindOf(chart) === "time" && end - chart.drawn.to > 3) redraw(chart.name);
+}
+
 export function themed() { palette = null; redraw(); }
 
 export function schedule() {
@@ -238,7 +245,7 @@ function smoothed(values, weight) {
   });
 }
 
-/* Counts on top of each other, as steps. */
+/* Counts on top of each other, as steps; nothing is sent of a time in which nothing was counted. */
 function stacks(chart, all, shown, tint, from, to) {
   const traces = [], sums = new Map();
   let high = 0;
@@ -247,7 +254,10 @@ function stacks(chart, all, shown, tint, from, to) {
   const grid = [...sums.keys()].sort((a, b) => a - b);
   shown.forEach((name, at) => {
     const one = all[name], values = new Map(one.x.map((x, i) => [x, one.columns[0][i]])), x = [], y = [];
+    let before = Infinity;
     for (const t of grid) {
+      if (t > before) { x.push(before, t); y.push(0, 0); }
+      before = t + width;
       const sum = sums.get(t) + (values.get(t) || 0);
       sums.set(t, sum);
       x.push(t, t + width); y.push(sum, sum);

@@ -37,7 +37,7 @@ function look() {
 
 function onFrame(frame) {
   if (frame && page && frame.page === root?.dataset.page) {
-    if (frame.facts.length || frame.touched.size) page.update?.(frame.facts, frame.touched);
+    page.update?.(frame.facts);
     if (frame.snapshot) charts.redraw();
     else if (frame.facts.includes("markers")) charts.redraw();
     else if (frame.touched.size) charts.schedule();
@@ -77,7 +77,7 @@ function follow() {
   new MutationObserver(() => { charts.themed(); page?.themed?.(); })
     .observe(document.documentElement, { attributes: true, attributeFilter: ["data-mantine-color-scheme"] });
   setInterval(tables.tend, 150);
-  setInterval(() => { tell(); put(byId("clock"), status.heard ? clock(now()) : ""); }, 500);
+  setInterval(() => { tell(); charts.moveOn(); put(byId("clock"), status.heard ? clock(now()) : ""); }, 500);
   views.onChange(() => { shown = ""; tell(); });
   look();
 }
