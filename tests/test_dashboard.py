@@ -417,8 +417,12 @@ async def test_a_silence_between_answers_is_drawn_as_one_and_then_none_come_a_se
     app, drawn = Pipeline("worker", server.url), "document.getElementById('chart-answers').data?.[0]"
     with dashboard(server.url) as address:
         async with app:
+            await page.set_viewport_size({"width": 1300, "height": 300})
             await page.goto(f"{address}/serving?window=60")
             await expect(page.locator("#state")).to_have_text("live", timeout=PATIENCE)
+            await page.evaluate("pipelineCharts.inference = {old: {x: [0, 1], columns: [[1, 1]], width: 1}}")
+            await page.wait_for_function("!pipelineCharts.inference.old")  # also of a chart that is not in sight
+            await page.set_viewport_size({"width": 1300, "height": 1400})
             for _ in range(2):
                 await app.publish(answers, [Answer(model="m", version=1)] * 6)
                 await expect(page.locator("#tile-asked")).to_have_text(re.compile("[1-9]"), timeout=PATIENCE)
