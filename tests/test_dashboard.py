@@ -52,10 +52,10 @@ readings = Channel("readings", Reading)
 
 
 @contextmanager
-def dashboard(url: str, **environment: str) -> Iterator[str]:
+def dashboard(url: str, port: str = "0", **environment: str) -> Iterator[str]:
     """A dashboard process; its address."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "dashboards", "--port", "0", "--url", url],
+        [sys.executable, "-m", "dashboards", "--port", port, "--url", url],
         stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
     )  # fmt: skip
     try:
@@ -472,14 +472,26 @@ async def kind(socket: websockets.ClientConnection) -> str:
     return str(decode(frame)[0]["kind"])
 
 
+async def test_an_outage_is_told_with_its_cure(server: Server, page: Page) -> None:
+    banner = page.locator("#banner")
+    with dashboard(server.url) as address:
+        await page.goto(address)
+        await expect(page.locator("#state")).to_have_text("live", timeout=PATIENCE)
+        await expect(banner).to_be_hidden()
+    await expect(banner).to_contain_text("python -m dashboards", timeout=PATIENCE)
+    with dashboard(server.url, address.rpartition(":")[2], PIPELINE_TOKEN="s3cret"):
+        await expect(banner).to_contain_text("token", timeout=PATIENCE)
+
+
 async def test_foreign_pages_and_strangers_are_refused(server: Server) -> None:
     with dashboard(server.url, PIPELINE_TOKEN="s3cret") as address:
         feed = address.replace("http", "ws") + "/feed"
         bearer = {"Authorization": "Bearer s3cret"}
         with pytest.raises(urllib.error.HTTPError, match="401"):
             await asyncio.to_thread(_json, f"{address}/api/series")
-        with pytest.raises(websockets.InvalidStatus):
-            await websockets.connect(feed)
+        async with websockets.connect(feed) as socket:
+            await asyncio.wait_for(socket.wait_closed(), 20)
+            assert socket.close_code == 1008
         with pytest.raises(websockets.InvalidStatus):
             await websockets.connect(feed, additional_headers=bearer, origin="http://evil.example")  # type: ignore[arg-type]
         async with websockets.connect(feed, additional_headers=bearer) as socket:

@@ -51,7 +51,8 @@ function tell() {
   const quiet = performance.now() - status.heard > SILENCE;
   const live = status.live && !quiet, held = views.view.end !== null && views.view.end !== undefined;
   const state = !status.heard && !status.lost ? "connecting" : live ? (held ? "paused" : "live") : "stale";
-  const trouble = status.lost || (quiet ? "the dashboard does not answer" : status.trouble) || "it does not answer";
+  const trouble = status.lost || (quiet ? "The dashboard does not answer."
+    : `No news from Redis: ${status.trouble || "it does not answer"}. Start it (pipeline server); this page goes on by itself.`);
   const level = state === "stale" ? "bad" : status.bad ? "bad" : status.alerts ? "warn" : "good";
   const rate = short(status.rate || 0), title = TITLES[root?.dataset.page] || "Pipeline";
   const text = `${state === "stale" ? "⚠ " : status.bad ? `(${status.bad}) ` : ""}${title} · ${state === "stale" ? "no news" : rate + " events/s"}`;
@@ -64,7 +65,7 @@ function tell() {
   put(pill, state);
   pill.className = `pill ${state}`;
   banner.hidden = state !== "stale";
-  put(banner, state === "stale" ? `No news from Redis: ${trouble}. Start it (pipeline server); this page goes on by itself.` : "");
+  put(banner, state === "stale" ? trouble : "");
   alerts.hidden = !status.alerts;
   alerts.className = `pill alerts ${status.bad ? "bad" : "warn"}`;
   put(alerts, `${status.alerts} ${status.alerts === 1 ? "alert" : "alerts"}`);
