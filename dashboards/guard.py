@@ -21,7 +21,11 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             socket = WebSocket(scope, receive, send)
-            if foreign(socket.headers) or not self._access.knows(socket):
+            if foreign(socket.headers):
+                await socket.close(1008)
+                return
+            if not self._access.knows(socket):
+                await socket.accept()  # browsers are told why only of connections that were there
                 await socket.close(1008)
                 return
         elif scope["type"] == "http":

@@ -25,6 +25,8 @@ INTERVAL = 1.0
 """Seconds that a worker's report covers."""
 RUN_POINTS = 300
 """Buckets at most of a run's value when it is first sent; twice as many, and it is sent anew, in wider ones."""
+MOST = 1e15
+"""Beyond which numbers of a view make no sense."""
 FACTS_EVERY = {"matmul": 0.1}
 """Seconds between two looks at a page's tables; half a second elsewhere."""
 FROM_LEDGER = {"published", "handled", "dead", "retried", "waiting", "lag", "pending", "oldest", "retained"}
@@ -79,7 +81,7 @@ def _number(values: dict[str, Any], name: str) -> float | None:
     if value is None or value == "":
         return None
     number = float(value)
-    if not math.isfinite(number):
+    if not abs(number) < MOST:
         raise ValueError(f"{name} {value!r}: a number")
     return number
 
@@ -221,7 +223,9 @@ class Stream:
                 yield from self._read(figure, name, ring, int(low // width), last)
 
     def _read(self, figure: Figure, name: str, ring: Ring, first: int, last: int) -> Iterator[Series]:
-        width = LEVELS[self._level][0]
+        width, slots = LEVELS[self._level]
+        after = ring.newest(self._level) + 1
+        first, last = max(first, after - slots), min(last, after)  # what it holds: views may ask for any time
         values = ring.values(self._level, first, last)
         heard = np.flatnonzero(~np.isnan(values[:, 0]))
         if not len(heard):
@@ -274,7 +278,7 @@ class Stream:
             found = trace.read(self.view.axis, width, first, low, high, now)
             if not len(found.columns) and first > start:
                 continue
-            if self.view.axis == "step" and found.through - start > 2 * RUN_POINTS:
+            if found.through - start > 2 * RUN_POINTS:
                 self._begin(key, trace, now)
                 width, start = self._widths[key]
                 found = trace.read(self.view.axis, width, start, low, high, now)

@@ -22,11 +22,11 @@ import pytest
 import websockets
 from axe_playwright_python.async_playwright import Axe
 from PIL import Image
-from playwright.async_api import Browser, Page, async_playwright, expect
+from playwright.async_api import Browser, Page, Route, async_playwright, expect
 
 from dashboards.wire import decode
 from pipeline import Channel, Event, Pipeline, Reject
-from pipeline.catalog import TrainingMetrics, training_metrics
+from pipeline.catalog import Answer, TrainingMetrics, answers, training_metrics
 from pipeline.server import Server
 
 from .apps import serving
@@ -52,10 +52,10 @@ readings = Channel("readings", Reading)
 
 
 @contextmanager
-def dashboard(url: str, **environment: str) -> Iterator[str]:
+def dashboard(url: str, port: str = "0", **environment: str) -> Iterator[str]:
     """A dashboard process; its address."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "dashboards", "--port", "0", "--url", url],
+        [sys.executable, "-m", "dashboards", "--port", port, "--url", url],
         stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
     )  # fmt: skip
     try:
@@ -290,6 +290,13 @@ async def test_every_page_says_what_to_type_when_empty_and_is_accessible_in_both
             await page.click("#theme")
             await accessible(page, f"{path} light", runOnly="color-contrast")
             await page.click("#theme")
+        for path, empty in (
+            ("/dead", "No dead letters here"),
+            ("/serving", "Serve one"),
+            ("/channels", "Publish something"),
+        ):
+            await page.goto(f"{address}{path}")
+            await expect(page.locator(".grid")).to_contain_text(empty)
         await page.click('nav a[href="/training"]')
         await expect(page.locator("#empty-loss")).to_contain_text("python -m publishers.training")
         await page.set_viewport_size({"width": 390, "height": 844})
@@ -355,6 +362,76 @@ async def test_a_dead_letter_is_replayed_a_group_paused_and_an_event_published_f
         assert [one["action"] for one in audit] == ["resume", "publish", "pause", "replay", "replay"]
 
 
+async def test_what_is_done_is_done_to_the_channel_that_is_shown(server: Server, page: Page) -> None:
+    app, others = Pipeline("worker", server.url), Channel("others", Reading)
+
+    @app.subscriber(readings, group="g")
+    async def work(event: Reading) -> None:
+        raise Reject("the sensor is off")
+
+    @app.subscriber(others, group="g")
+    async def more(event: Reading) -> None:
+        raise Reject("the sensor is off")
+
+    with dashboard(server.url) as address:
+        async with app, serving(app):
+            await app.publish(readings, [Reading(n=n) for n in range(3)])
+            await app.publish(others, [Reading(n=n) for n in range(2)])
+            await page.goto(f"{address}/channels")
+            for channel in ("readings", "others"):
+                await page.locator(f"#grid-channels .ag-center-cols-container [row-id^={channel}]").click()
+                await expect(page.locator("#channel-name")).to_have_text(channel)
+            await page.get_by_role("button", name="Pause g").click()
+            await expect(page.locator("#dialog")).to_contain_text("from others")
+            await page.locator("#dialog button[type=submit]").click()
+            await expect(page.get_by_role("button", name="Resume g")).to_be_visible(timeout=PATIENCE)
+            await page.goto(f"{address}/dead?channel=readings")
+            rows = page.locator("#grid-dead .ag-center-cols-container .ag-row")
+            await expect(rows).to_have_count(3, timeout=PATIENCE)
+            asked, goes_on = asyncio.Event(), asyncio.Event()
+
+            async def held(route: Route) -> None:
+                asked.set()
+                await goes_on.wait()
+                await route.continue_()
+
+            await page.route("**/api/dead", held)
+            await app.publish(readings, Reading(n=3))  # its letter begins a load, during which another is chosen
+            await asyncio.wait_for(asked.wait(), PATIENCE / 1000)
+            await page.locator("#dead-channels button", has_text="others").click()
+            await page.click("#drop-all")
+            await expect(page.locator("#dialog h2")).to_have_text("Drop 3 dead letters of readings?")
+            await page.get_by_role("button", name="Cancel").click()
+            goes_on.set()
+            await expect(rows).to_have_count(2, timeout=PATIENCE)
+            await page.click("#drop-all")
+            await page.locator("#dialog button[type=submit]").click()
+            await expect(page.locator(".toast.good")).to_contain_text("dropped 2")
+        audit = await asyncio.to_thread(_json, f"{address}/api/audit")
+        assert [(one["action"], one["subject"]) for one in audit] == [("drop", "others"), ("pause", "others/g")]
+
+
+async def test_a_silence_between_answers_is_drawn_as_one_and_then_none_come_a_second(
+    server: Server, page: Page
+) -> None:
+    app, drawn = Pipeline("worker", server.url), "document.getElementById('chart-answers').data?.[0]"
+    with dashboard(server.url) as address:
+        async with app:
+            await page.set_viewport_size({"width": 1300, "height": 300})
+            await page.goto(f"{address}/serving?window=60")
+            await expect(page.locator("#state")).to_have_text("live", timeout=PATIENCE)
+            await page.evaluate("pipelineCharts.inference = {old: {x: [0, 1], columns: [[1, 1]], width: 1}}")
+            await page.wait_for_function("!pipelineCharts.inference.old")  # also of a chart that is not in sight
+            await page.set_viewport_size({"width": 1300, "height": 1400})
+            for _ in range(2):
+                await app.publish(answers, [Answer(model="m", version=1)] * 6)
+                await expect(page.locator("#tile-asked")).to_have_text(re.compile("[1-9]"), timeout=PATIENCE)
+                await expect(page.locator("#tile-asked")).to_have_text("0", timeout=PATIENCE)
+            await page.wait_for_function(f"{drawn}?.y.includes(0) && {drawn}.x.at(-1) + 3 < pipelineNow()")
+            end = "document.getElementById('chart-answers').layout.xaxis.range[1]"
+            await page.wait_for_function(f"{end} > {await page.evaluate(end)}")
+
+
 async def until(done: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE / 1000):
         while not done():
@@ -395,14 +472,26 @@ async def kind(socket: websockets.ClientConnection) -> str:
     return str(decode(frame)[0]["kind"])
 
 
+async def test_an_outage_is_told_with_its_cure(server: Server, page: Page) -> None:
+    banner = page.locator("#banner")
+    with dashboard(server.url) as address:
+        await page.goto(address)
+        await expect(page.locator("#state")).to_have_text("live", timeout=PATIENCE)
+        await expect(banner).to_be_hidden()
+    await expect(banner).to_contain_text("python -m dashboards", timeout=PATIENCE)
+    with dashboard(server.url, address.rpartition(":")[2], PIPELINE_TOKEN="s3cret"):
+        await expect(banner).to_contain_text("token", timeout=PATIENCE)
+
+
 async def test_foreign_pages_and_strangers_are_refused(server: Server) -> None:
     with dashboard(server.url, PIPELINE_TOKEN="s3cret") as address:
         feed = address.replace("http", "ws") + "/feed"
         bearer = {"Authorization": "Bearer s3cret"}
         with pytest.raises(urllib.error.HTTPError, match="401"):
             await asyncio.to_thread(_json, f"{address}/api/series")
-        with pytest.raises(websockets.InvalidStatus):
-            await websockets.connect(feed)
+        async with websockets.connect(feed) as socket:
+            await asyncio.wait_for(socket.wait_closed(), 20)
+            assert socket.close_code == 1008
         with pytest.raises(websockets.InvalidStatus):
             await websockets.connect(feed, additional_headers=bearer, origin="http://evil.example")  # type: ignore[arg-type]
         async with websockets.connect(feed, additional_headers=bearer) as socket:

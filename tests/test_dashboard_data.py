@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -247,6 +248,30 @@ def test_a_run_is_sent_once_and_then_only_what_is_new() -> None:
     assert max(browser.rest("loss", "r")) == 1999
 
 
+def test_a_run_by_time_is_bounded_however_long_one_looks() -> None:
+    state, browser = State(), Browser()
+    stream = Stream(View("training", window=30, axis="time"), state)
+    browser.take(stream.snapshot(T, STATUS))
+    for step in range(3000):
+        moment = T + step / 10
+        state.on_training(TrainingMetrics(run="r", step=step, values={"loss": 1.0}), moment)
+        browser.take(stream.delta(moment, STATUS))
+    held = browser.rest("loss", "r")
+    assert len(held) <= 600
+    assert min(held) < T + 270 < T + 299 < max(held)  # all of the window
+
+
+def test_a_view_of_any_time_reads_no_more_than_is_held() -> None:
+    state = State()
+    state.latency.touch("a → g").add(T, {3: 2})
+    for end in (0.0, -1e14, 1e14):
+        tracemalloc.start()
+        Stream(View("overview", end=end), state).snapshot(T + 2, STATUS)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4e6
+
+
 def test_a_window_in_the_past_stands_still() -> None:
     state = State()
     for second in range(30):
@@ -266,6 +291,7 @@ def test_a_window_in_the_past_stands_still() -> None:
         {"page": "overview", "window": 0.1},
         {"page": "training", "axis": "z"},
         {"page": "overview", "end": "inf"},
+        {"page": "overview", "end": "1e300"},
     ],
 )
 def test_views_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:

@@ -69,6 +69,16 @@ export function redraw(name) {
   schedule();
 }
 
+/* Time goes on in charts that have no news, and those that nobody sees forget what has left the window. */
+export function moveOn() {
+  if (view.end !== null) return;
+  const end = latest();
+  for (const chart of charts.values()) {
+    if (!chart.run) trim(chart.name, end - view.window - 2);
+    if (chart.drawn && kindOf(chart) === "time" && end - chart.drawn.to > 3) redraw(chart.name);
+  }
+}
+
 export function themed() { palette = null; redraw(); }
 
 export function schedule() {
@@ -148,7 +158,6 @@ function tellEmpty(chart) {
 function draw(chart) {
   const began = performance.now();
   const [from, to] = range(chart);
-  if (!chart.run) trim(chart.name, view.end === null ? from - 2 : -Infinity);
   const all = figures[chart.name] || {};
   tellEmpty(chart);
   const names = Object.keys(all).sort().filter((name) => all[name].x.length);
@@ -201,7 +210,7 @@ function lines(chart, all, shown, tint, from, to) {
     }
     lone();
     if (bands && one.columns.length === 3) {
-      const band = bandOf(chart, one, tint(name));
+      const band = bandOf(chart, one, tint(name), from, to);
       if (band) {
         traces.push(band.trace);
         low = Math.min(low, band.low); high = Math.max(high, band.high);
@@ -213,15 +222,16 @@ function lines(chart, all, shown, tint, from, to) {
   return { traces, low, high };
 }
 
-function bandOf(chart, one, tint) {
+function bandOf(chart, one, tint, from, to) {
   const [, lows, highs] = one.columns, x = [], up = [], down = [];
   let low = Infinity, high = -Infinity, wide = false;
   for (let i = 0; i < one.x.length; i += 1) {
     const l = lows[i], h = highs[i];
     if (Number.isNaN(l) || (chart.log && !(l > 0))) continue;
-    x.push(one.width ? one.x[i] + one.width / 2 : one.x[i]); up.push(h); down.push(l);
+    const at = one.width ? one.x[i] + one.width / 2 : one.x[i];
+    x.push(at); up.push(h); down.push(l);
     if (h > l) wide = true;
-    low = Math.min(low, l); high = Math.max(high, h);
+    if (at >= from && at <= to) { low = Math.min(low, l); high = Math.max(high, h); }
   }
   if (!wide) return null;
   const trace = { type: "scatter", mode: "lines", name: "", x: x.concat(x.slice().reverse()), y: up.concat(down.reverse()), fill: "toself", fillcolor: tint + "2e", line: { width: 0 }, hoverinfo: "skip" };
@@ -238,7 +248,7 @@ function smoothed(values, weight) {
   });
 }
 
-/* Counts on top of each other, as steps. */
+/* Counts on top of each other, as steps; nothing is sent of a time in which nothing was counted. */
 function stacks(chart, all, shown, tint, from, to) {
   const traces = [], sums = new Map();
   let high = 0;
@@ -247,7 +257,10 @@ function stacks(chart, all, shown, tint, from, to) {
   const grid = [...sums.keys()].sort((a, b) => a - b);
   shown.forEach((name, at) => {
     const one = all[name], values = new Map(one.x.map((x, i) => [x, one.columns[0][i]])), x = [], y = [];
+    let before = Infinity;
     for (const t of grid) {
+      if (t > before) { x.push(before, t); y.push(0, 0); }
+      before = t + width;
       const sum = sums.get(t) + (values.get(t) || 0);
       sums.set(t, sum);
       x.push(t, t + width); y.push(sum, sum);

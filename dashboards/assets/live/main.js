@@ -37,7 +37,7 @@ function look() {
 
 function onFrame(frame) {
   if (frame && page && frame.page === root?.dataset.page) {
-    if (frame.facts.length || frame.touched.size) page.update?.(frame.facts, frame.touched);
+    page.update?.(frame.facts);
     if (frame.snapshot) charts.redraw();
     else if (frame.facts.includes("markers")) charts.redraw();
     else if (frame.touched.size) charts.schedule();
@@ -51,7 +51,8 @@ function tell() {
   const quiet = performance.now() - status.heard > SILENCE;
   const live = status.live && !quiet, held = views.view.end !== null && views.view.end !== undefined;
   const state = !status.heard && !status.lost ? "connecting" : live ? (held ? "paused" : "live") : "stale";
-  const trouble = status.lost || (quiet ? "the dashboard does not answer" : status.trouble) || "it does not answer";
+  const trouble = status.lost || (quiet ? "The dashboard does not answer."
+    : `No news from Redis: ${status.trouble || "it does not answer"}. Start it (pipeline server); this page goes on by itself.`);
   const level = state === "stale" ? "bad" : status.bad ? "bad" : status.alerts ? "warn" : "good";
   const rate = short(status.rate || 0), title = TITLES[root?.dataset.page] || "Pipeline";
   const text = `${state === "stale" ? "⚠ " : status.bad ? `(${status.bad}) ` : ""}${title} · ${state === "stale" ? "no news" : rate + " events/s"}`;
@@ -64,7 +65,7 @@ function tell() {
   put(pill, state);
   pill.className = `pill ${state}`;
   banner.hidden = state !== "stale";
-  put(banner, state === "stale" ? `No news from Redis: ${trouble}. Start it (pipeline server); this page goes on by itself.` : "");
+  put(banner, state === "stale" ? trouble : "");
   alerts.hidden = !status.alerts;
   alerts.className = `pill alerts ${status.bad ? "bad" : "warn"}`;
   put(alerts, `${status.alerts} ${status.alerts === 1 ? "alert" : "alerts"}`);
@@ -77,7 +78,7 @@ function follow() {
   new MutationObserver(() => { charts.themed(); page?.themed?.(); })
     .observe(document.documentElement, { attributes: true, attributeFilter: ["data-mantine-color-scheme"] });
   setInterval(tables.tend, 150);
-  setInterval(() => { tell(); put(byId("clock"), status.heard ? clock(now()) : ""); }, 500);
+  setInterval(() => { tell(); charts.moveOn(); put(byId("clock"), status.heard ? clock(now()) : ""); }, 500);
   views.onChange(() => { shown = ""; tell(); });
   look();
 }

@@ -3,6 +3,11 @@ import { status, take } from "./store.js";
 import { asked, onChange } from "./view.js";
 
 let socket = null, onFrame = () => {}, wait = 250, pending = false;
+const GONE = "The dashboard's own process is gone. Start it (python -m dashboards); this page goes on by itself.";
+const LOST = {
+  1003: (reason) => `The dashboard refuses what this page asks for: ${reason}`,
+  1008: () => "The token is wrong or missing. Open /?token=… once; this page goes on by itself.",
+};
 const LOCAL = ["runs", "smooth", "band"];
 
 export function connect(listener) {
@@ -28,7 +33,7 @@ function open() {
   socket.onmessage = (message) => { wait = 250; status.lost = null; onFrame(take(message.data)); };
   socket.onclose = (event) => {
     status.live = false;
-    status.lost = event.code === 1008 ? "the token is wrong or missing" : "the dashboard's own process is gone";
+    status.lost = LOST[event.code]?.(event.reason) || GONE;
     onFrame(null);
     setTimeout(open, wait);
     wait = Math.min(5000, wait * 2);

@@ -27,7 +27,7 @@ export function tend() {
   }
   for (const [name, rows] of newest) {
     const api = grid(name);
-    if (api && rows.length && api.getDisplayedRowCount() === 0) api.setGridOption("rowData", rows);
+    if (api && (rows.length ? api.getDisplayedRowCount() === 0 : !api.getGridOption("rowData"))) api.setGridOption("rowData", rows);
   }
 }
 

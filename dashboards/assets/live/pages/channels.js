@@ -51,7 +51,7 @@ function groups() {
   const rows = (facts.channels || []).filter((row) => row.channel === view.channel);
   if (rows.length) put(byId("channel-kind"), rows[0].kind === "live" ? "live: who listens now hears it" : `durable, ${short(rows[0].retained)} frames kept`);
   const wanted = rows.filter((row) => row.group && row.kind === "durable");
-  const key = wanted.map((row) => `${row.group}:${row.paused}`).join();
+  const key = [view.channel, ...wanted.map((row) => `${row.group}:${row.paused}`)].join();
   const box = byId("group-actions");
   if (box.dataset.key === key) return;
   box.dataset.key = key;

@@ -6,10 +6,10 @@ import { tree } from "../payload.js";
 import { change, view } from "../view.js";
 
 const LIMIT = 500;
-let letters = [], counts = {}, told = "", busy = false;
+let letters = [], shown = null, counts = {}, told = "", busy = false, again = false;   // shown: whose letters these are
 
 export function mount() {
-  told = ""; letters = [];
+  told = ""; letters = []; shown = null;
   listen("dead", {
     selectionChanged: chosen,
     rowClicked: (event) => showLetter(event.data),
@@ -28,21 +28,32 @@ export function update(changed) {
   if (changed.includes("dead") && now !== told) { told = now; load(); }
 }
 
+/* One load at a time; what is asked for during one is loaded after it. */
 async function load() {
+  again = true;
   if (busy) return;
   busy = true;
   try {
+    while (again) { again = false; await read(); }
+  } finally { busy = false; }
+}
+
+async function read() {
+  try {
     const all = await get("/api/dead");
+    if (!byId("dead-channels")) return;   // the page was left
     counts = Object.fromEntries(Object.entries(all.channels).map(([name, one]) => [name, one.open]));
     const names = Object.keys(counts).filter((name) => counts[name] || name === view.channel);
     if (!view.channel || !names.includes(view.channel)) view.channel = names.find((name) => counts[name]) || null;
+    const channel = view.channel;
     chips(names);
-    letters = view.channel ? (await get(`/api/dead?channel=${encodeURIComponent(view.channel)}&limit=${LIMIT}`)).letters : [];
+    letters = channel ? (await get(`/api/dead?channel=${encodeURIComponent(channel)}&limit=${LIMIT}`)).letters : [];
+    shown = channel;
     fill("dead", letters);
     chosen();
   } catch (error) {
     if (status.live) byId("dead-channels")?.replaceChildren(element("span", { class: "bad", text: error.message }));
-  } finally { busy = false; }
+  }
 }
 
 function chips(names) {
@@ -55,14 +66,14 @@ function chips(names) {
 const picked = () => grid("dead")?.getSelectedRows() || [];
 
 function chosen() {
-  const n = picked().length, all = counts[view.channel] || 0;
+  const n = picked().length, all = counts[shown] || 0;
   put(byId("chosen"), n ? `${n} chosen` : "");
   for (const id of ["replay", "drop"]) byId(id).disabled = !n;
   for (const id of ["replay-all", "drop-all"]) byId(id).disabled = !all;
 }
 
 async function settle(what, everything) {
-  const channel = view.channel, rows = picked(), n = everything ? counts[channel] : rows.length;
+  const channel = shown, rows = picked(), n = everything ? counts[channel] : rows.length;
   const text = what === "replay" ? "They go to their own group again, with their ids; each once." : "They are given up for good, and stay counted as dead.";
   const sure = await ask({ title: `${what === "replay" ? "Replay" : "Drop"} ${n} dead ${n === 1 ? "letter" : "letters"} of ${channel}?`, text, yes: what === "replay" ? "Replay" : "Drop", danger: what === "drop" });
   if (!sure) return;

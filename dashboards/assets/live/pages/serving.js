@@ -1,14 +1,15 @@
 import { act, ask, get, post, toast } from "../actions.js";
 import { byId, element, percent, put, seconds, short } from "../format.js";
-import { facts, figures } from "../store.js";
+import { facts, figures, now } from "../store.js";
 import { fill } from "../tables.js";
+import { view } from "../view.js";
 
 export function mount() {
   byId("load-model").onclick = load;
   byId("rollback").onclick = rollback;
 }
 
-export function update(changed, touched) {
+export function update(changed) {
   if (changed.includes("models")) fill("models", facts.models);
   if (changed.includes("histogram")) histogram(facts.histogram);
   if (changed.includes("released")) reasons(facts.released);
@@ -17,14 +18,17 @@ export function update(changed, touched) {
     put(byId("tile-digits"), facts.digits.accuracy == null ? "–" : percent(facts.digits.accuracy));
     put(byId("tile-weights"), facts.digits.version ? "v" + facts.digits.version : "–");
   }
-  if (touched.has("answers")) {
-    let rate = 0;
-    for (const one of Object.values(figures.answers || {})) {
-      const fresh = one.x[one.x.length - 1] >= Math.max(...Object.values(figures.answers).map((other) => other.x[other.x.length - 1])) - one.width;
-      if (fresh) rate += one.columns[0][one.columns[0].length - 1];
-    }
-    put(byId("tile-asked"), short(rate));
+  put(byId("tile-asked"), short(rate()));
+}
+
+/* Of the newest bucket that is over. */
+function rate() {
+  const until = view.end ?? now();
+  let sum = 0;
+  for (const { x, width, columns } of Object.values(figures.answers || {})) {
+    if (x[x.length - 1] + width > until - width - 1) sum += columns[0][x.length - 1];
   }
+  return sum;
 }
 
 /* Bars of a log histogram; quantiles from the same counts. */
