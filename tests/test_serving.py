@@ -24,6 +24,7 @@ from pipeline import Pipeline, Tensor, catalog
 from pipeline.catalog import Answer, Inputs, LoadModel, requests_of
 from pipeline.errors import ConfigurationError
 from pipeline.settings import Settings
+from pipeline.testing import first
 from publishers.stress import stress_test
 from subscribers.predictors import BadModel, ModelSpec, OutOfMemory, Predictor, load, read_spec
 from subscribers.serving import Served, make
@@ -231,21 +232,51 @@ async def test_a_swap_under_load_fails_no_request_and_mixes_no_versions(tmp_path
     assert len(changes) <= 2 + 8, "at one boundary each, as the clients see it"
 
 
-async def test_a_worker_that_starts_later_serves_the_newest_version(tmp_path: Path, valkey_url: str) -> None:
+async def test_a_worker_that_starts_later_serves_the_newest_version_that_loads_from_its_first_answer_on(
+    tmp_path: Path, valkey_url: str
+) -> None:
+    """As those do that served when version 2 came, and version 3 was refused. The requests wait before it starts."""
     source = exported(tmp_path)
     exported(tmp_path, "second", weight=-1.0)
-    async with Pipeline("client", valkey_url) as client:
-        for number, name in ((3, "missing.json"), (2, "second.json")):
+    async with Pipeline("client", valkey_url) as client, client.watch(catalog.model_status) as statuses:
+        for number, name in ((4, "toy.json"), (5, "gone.json"), (2, "second.json"), (3, "missing.json")):
             await client.publish(catalog.model_loads, LoadModel(model="toy", version=number, source=name))
-        app = make(options(source), valkey_url)
-        async with serving(app):
+        waiting = [client.ask(requests_of("toy"), ask(1, 2, 3, 4), timeout=10.0) for _ in range(8)]
+        async with serving(make(options(source), valkey_url)):
+            answers = await asyncio.gather(*waiting)
+            said = [(await first(statuses)).event for _ in range(2)]
+            await client.publish(catalog.model_loads, LoadModel(model="toy", version=6, source="toy.json"))
+            said.append((await first(statuses)).event)
+    assert [(answer.version, answer.predictions[0].label) for answer in answers] == [(2, "a")] * 8
+    assert [(status.version, status.state) for status in said] == [(3, "refused"), (2, "serving"), (6, "serving")]
+    assert all(status.load for status in said)
 
-            async def newest() -> bool:
-                return (await client.request(requests_of("toy"), ask(1, 2, 3, 4))).version == 2
 
-            async with asyncio.timeout(10):
-                while not await newest():
-                    await asyncio.sleep(0.02)
+async def test_loads_that_come_together_end_where_they_would_have_one_by_one(tmp_path: Path, valkey_url: str) -> None:
+    source = exported(tmp_path)
+    exported(tmp_path, "second", weight=-1.0)
+    async with serving(make(options(source), valkey_url)), Pipeline("client", valkey_url) as client:
+        async with client.watch(catalog.model_status) as statuses:
+            loads = [
+                LoadModel(model="toy", version=n, source=name) for n, name in ((2, "second.json"), (3, "none.json"))
+            ]
+            await client.publish(catalog.model_loads, loads)
+            said = [(await first(statuses)).event for _ in range(2)]
+        answer = await client.request(requests_of("toy"), ask(1, 2, 3, 4))
+    assert [(status.version, status.state) for status in said] == [(3, "refused"), (2, "serving")]
+    assert answer.version == 2
+
+
+def test_a_loaded_version_is_asked_within_its_own_limits() -> None:
+    served, engine = counted(elements=100)
+    smaller = served.spec.model_copy(update={"elements": None, "batch": 2})
+    served.current = Predictor(smaller, engine)
+    served.answer([ask(1, 2, 3, 4) for _ in range(5)])
+    assert engine.sizes == [2, 2, 1]
+    assert served.status().batch == 2
+    served.current = Predictor(smaller.model_copy(update={"elements": 12, "batch": None}), engine)
+    served.answer([ask(1, 2, 3, 4) for _ in range(5)])
+    assert engine.sizes[3:] == [3, 2]
 
 
 # -- over HTTP, in processes of their own --------------------------------------------------------------------------
