@@ -43,15 +43,24 @@ def linear(weight: float = 1.0) -> torch.nn.Module:
     return module.eval()
 
 
+class Root(torch.nn.Module):
+    """float32 [n, 4] → the square root of each: not a number below zero."""
+
+    def forward(self, items: torch.Tensor) -> torch.Tensor:
+        return items.sqrt()
+
+
 def specification(folder: Path, name: str, **fields: Any) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"name": "toy", "shape": [CLASSES], "labels": list("abcd"), **fields}))
     return path
 
 
-def exported(folder: Path, name: str = "toy", weight: float = 1.0, **fields: Any) -> Path:
+def exported(
+    folder: Path, name: str = "toy", weight: float = 1.0, module: torch.nn.Module | None = None, **fields: Any
+) -> Path:
     example = (torch.zeros(2, CLASSES),)
-    program = torch.export.export(linear(weight), example, dynamic_shapes=({0: torch.export.Dim("n")},))
+    program = torch.export.export(module or linear(weight), example, dynamic_shapes=({0: torch.export.Dim("n")},))
     torch.export.save(program, folder / f"{name}.pt2")
     return specification(folder, name, kind="torch-export", file=f"{name}.pt2", **fields)
 
@@ -401,6 +410,14 @@ def _objects() -> bytes:
     return file.getvalue()
 
 
+def _npy(header: str, data: bytes = b"") -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + data
+
+
+def _shaped(shape: str, data: bytes = b"") -> bytes:
+    return _npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}", data)
+
+
 @pytest.mark.parametrize(
     ("kind", "body", "status", "reason"),
     [
@@ -411,10 +428,24 @@ def _objects() -> bytes:
         ("text/plain", lambda: b"hello", 415, "content type"),
         ("application/x-npy", _objects, 422, "object"),
         ("application/x-npy", lambda: b"\x93NUMPY\x01\x00", 400, "not an .npy"),
+        ("application/x-npy", lambda: _shaped("("), 400, "not an .npy"),
+        ("application/x-npy", lambda: _shaped("(-2, -2)", bytes(16)), 400, "shape [-2, -2]"),
+        ("application/x-npy", lambda: _shaped(f"(0, {10**24})"), 400, "not an .npy"),
+        ("application/x-npy", lambda: _npy("-" * 9000 + "1"), 400, "not an .npy"),
         ("application/x-safetensors", lambda: b"\xff" * 64, 400, "safetensors"),
         ("application/octet-stream", lambda: b"123", 422, "3 bytes"),
         ("application/json", lambda: b"{", 400, "not JSON"),
         ("application/json", lambda: b'{"inputs": [[1], [2, 3]]}', 422, "rectangular"),
+        (
+            "application/json",
+            lambda: b'{"inputs": [[0, 255], [256, 1]]}',
+            422,
+            "256 at [1, 0]; model 'imagenet' takes uint8",
+        ),
+        ("application/json", lambda: b'{"inputs": [0, -1]}', 422, "whole numbers from 0 to 255"),
+        ("application/json", lambda: b'{"inputs": [1.9]}', 422, "1.9 at [0]"),
+        ("application/json", lambda: b'{"inputs": [NaN]}', 422, "nan at [0]"),
+        ("application/json", lambda: b'{"inputs": [' + b"1," * (3 << 20) + b"1]}", 413, "send such an array as"),
         ("multipart/form-data; boundary=x", lambda: b"--x\r\nrubbish", 422, "field 'image'"),
         ("multipart/form-data", lambda: b"--x", 400, "form"),
     ],
@@ -429,6 +460,23 @@ async def test_hostile_bodies_are_refused_within_a_second(
     assert (answer.status_code, answer.json()["success"]) == (status, False), answer.text
     assert reason in answer.json()["error"]
     assert time.monotonic() - began < 1
+
+
+async def test_numbers_that_json_does_not_have_are_null_in_answers_and_refused_in_questions(
+    tmp_path: Path, valkey_url: str
+) -> None:
+    source = exported(tmp_path, module=Root(), output="values", labels=[])
+    with gateway(valkey_url) as base:
+        async with serving(make(options(source), valkey_url)), httpx.AsyncClient(base_url=base) as client:
+            await served(base, "toy")
+            answer = await client.post("/predict", json={"inputs": [4, -1, 0, 0.25]})
+            beyond = await client.post("/predict", json={"inputs": [4, 1e300, 0, 0]})
+    assert (answer.status_code, b"NaN" in answer.content) == (200, False)
+    assert answer.json()["output"] == [2.0, None, 0.0, 0.5]
+    assert (beyond.status_code, beyond.json()["error"]) == (
+        422,
+        "inputs: 1e+300 at [1]; model 'toy' takes numbers that float32 can hold",
+    )
 
 
 async def test_a_body_of_a_gigabyte_is_refused_unread(running: str, client: httpx.AsyncClient) -> None:

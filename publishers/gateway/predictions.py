@@ -298,7 +298,7 @@ def _deadline(value: bytes) -> float:
 def _success(answer: Answer) -> bytes:
     if answer.output is not None:
         head = {"success": True, "model": answer.model, "version": answer.version}
-        return to_json({**head, "output": np.asarray(answer.output).tolist()})
+        return to_json({**head, "output": np.asarray(answer.output).tolist()}, inf_nan_mode="null")
     return b'{"success":true,"model":%s,"version":%d,"predictions":%s,"batch":%d}' % (
         to_json(answer.model), answer.version, _scores.to_json(answer.predictions), answer.batch,
     )  # fmt: skip
