@@ -7,8 +7,10 @@ import io
 import itertools
 import json
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,14 @@ import torch
 from PIL import Image
 
 from pipeline import Pipeline, Tensor, catalog
-from pipeline.catalog import Answer, Inputs, LoadModel, requests_of
+from pipeline.catalog import Answer, Inputs, LoadModel, ModelStatus, requests_of
 from pipeline.errors import ConfigurationError
 from pipeline.settings import Settings
 from pipeline.testing import first
+from publishers.gateway import predictions
+from publishers.gateway.measures import Measures
+from publishers.gateway.models import Models
+from publishers.gateway.predictions import Prediction
 from publishers.stress import stress_test
 from subscribers.predictors import BadModel, ModelSpec, OutOfMemory, Predictor, load, read_spec
 from subscribers.serving import Served, make
@@ -518,6 +524,69 @@ async def test_who_trickles_is_shown_the_door(valkey_url: str) -> None:
                 writer.close()
 
 
+async def test_a_body_that_does_not_say_how_long_it_is_counts_as_it_comes(tmp_path: Path, valkey_url: str) -> None:
+    source = exported(tmp_path)
+    chunk = b"80000\r\n" + bytes(1 << 19) + b"\r\n"
+    with gateway(valkey_url, PIPELINE_GATEWAY_INFLIGHT_BYTES=str(1 << 20)) as base:
+        async with serving(make(options(source), valkey_url)):
+            await served(base, "toy")
+            host, port = base.removeprefix("http://").split(":")
+            connections = [await asyncio.open_connection(host, int(port)) for _ in range(3)]
+            for _, writer in connections:
+                writer.write(b"POST /predict HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + chunk)
+            reading = [asyncio.create_task(reader.readline()) for reader, _ in connections]
+            [answered], _ = await asyncio.wait(reading, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+            assert answered.result() == b"HTTP/1.1 429 Too Many Requests\r\n"
+            for _, writer in connections:
+                writer.close()
+            await asyncio.gather(*reading)
+
+
+class _Client:
+    """A connection that notes what it is answered."""
+
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+
+    def respond(self, status: int, *_: Any, **__: Any) -> None:
+        self.statuses.append(status)
+
+    def proceed(self) -> None: ...
+
+
+@contextmanager
+def busy_decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Models, list[bytes]]]:
+    """Models whose one decoder has something else to do within the block; the bodies that are decoded after it."""
+    decoded: list[bytes] = []
+    monkeypatch.setattr(predictions, "read_input", lambda _, __, body, ___: decoded.append(body))
+    models = Models(Pipeline("t"), options("toy"), Measures())
+    models.statuses["toy"] = ModelStatus(model="toy", version=1, worker="w", state="serving")
+    done = threading.Event()
+    with ThreadPoolExecutor(1) as models.decoders:
+        models.decoders.submit(done.wait)
+        try:
+            yield models, decoded
+        finally:
+            done.set()
+
+
+def posted(models: Models, client: _Client, *headers: tuple[bytes, bytes]) -> Prediction:
+    kind = (b"content-type", b"image/png")
+    prediction = Prediction(client, models, "toy", b"POST", b"", [kind, *headers], keep_alive=True)
+    prediction.start()
+    prediction.feed(b"picture")
+    prediction.complete()
+    return prediction
+
+
+async def test_a_picture_whose_client_hung_up_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with busy_decoder(monkeypatch) as (models, decoded):
+        posted(models, _Client()).gone()
+        await asyncio.sleep(0)
+        assert models.admission("toy").inflight == 0
+    assert decoded == []
+
+
 async def test_metrics_schemas_and_models_are_told(client: httpx.AsyncClient) -> None:
     answer = await client.post("/predict", content=picture("coffee", "JPEG"), headers={"content-type": "image/jpeg"})
     assert answer.status_code == 200, answer.text
@@ -627,3 +696,27 @@ async def test_a_client_that_hangs_up_is_not_waited_for(tmp_path: Path, valkey_u
                 while 'status="499"' not in (await client.get("/metrics")).text:
                     await asyncio.sleep(0.05)
         worker.send_signal(signal.SIGCONT)
+
+
+async def test_what_clients_hung_up_on_counts_as_under_way_until_it_is_answered(
+    tmp_path: Path, valkey_url: str
+) -> None:
+    source = exported(tmp_path)
+    with gateway(valkey_url, PIPELINE_GATEWAY_INFLIGHT="4") as base:
+        async with serving(make(options(source), valkey_url)), httpx.AsyncClient(base_url=base) as client:
+            await served(base, "toy")
+
+            async def status() -> int:
+                return (await client.post("/predict", json={"inputs": [1, 2, 3, 4]}, timeout=0.5)).status_code
+
+            assert await status() == 200
+            async with Pipeline("t", valkey_url) as app:
+                await app.pause("models.toy", "serving")
+                await asyncio.sleep(0.2)
+                found = await asyncio.gather(*(status() for _ in range(4)), return_exceptions=True)
+                assert [type(one) for one in found] == [httpx.ReadTimeout] * 4
+                assert await status() == 429
+                await app.resume("models.toy", "serving")
+                await idle(app, "models.toy")
+            assert await status() == 200
+            assert 'gateway_inflight{model="toy"} 0.0' in (await client.get("/metrics")).text
