@@ -587,6 +587,40 @@ async def test_a_picture_whose_client_hung_up_is_not_decoded(monkeypatch: pytest
     assert decoded == []
 
 
+async def test_waiting_for_a_decoder_counts_towards_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = _Client()
+    with busy_decoder(monkeypatch) as (models, decoded):
+        prediction = posted(models, client, (b"x-deadline", b"0.1"))
+        prediction.look(10.0)
+        assert client.statuses == []
+        await asyncio.sleep(0.15)
+        prediction.look(10.0)
+        assert client.statuses == [504]
+        await asyncio.sleep(0)
+        assert models.admission("toy").inflight == 0
+    assert decoded == []
+
+
+async def test_an_upload_counts_towards_the_deadline(tmp_path: Path, valkey_url: str) -> None:
+    body = b'{"inputs": [1, 2, 3, 4]}'
+    head = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+    with gateway(valkey_url) as base:
+        async with serving(make(options(exported(tmp_path)), valkey_url)), asyncio.timeout(20):
+            await served(base, "toy")
+            host, port = base.removeprefix("http://").split(":")
+            for deadline, pause, status in (
+                (b"5", 0.3, b"200 OK"),
+                (b"0.05", 0.06, b"504 Gateway"),
+                (b"0.2", 2, b"504 Gateway"),
+            ):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write(head + b"x-deadline: " + deadline + b"\r\n\r\n")
+                await asyncio.sleep(pause)
+                writer.write(body)
+                assert (await reader.readline()).startswith(b"HTTP/1.1 " + status)
+                writer.close()
+
+
 async def test_metrics_schemas_and_models_are_told(client: httpx.AsyncClient) -> None:
     answer = await client.post("/predict", content=picture("coffee", "JPEG"), headers={"content-type": "image/jpeg"})
     assert answer.status_code == 200, answer.text

@@ -157,9 +157,17 @@ class Prediction:
                 self._refuse(error)
 
     def look(self, patience: float) -> None:
-        """Called now and then: a body that trickles is not waited for."""
-        if self._started and not self._whole and time.perf_counter() - self._began > patience:
+        """Called now and then: a body that trickles is not waited for, nor a decoder beyond the deadline."""
+        if not self._started or self.response_complete or self._question is not None:
+            return
+        waited = time.perf_counter() - self._began
+        if not self._whole and waited > patience:
             self._refuse(Refusal(408, "the body came too slowly", close=True))
+        elif waited > self._seconds:
+            self._refuse(self._late(close=not self._whole))
+
+    def _late(self, *, close: bool = False) -> Refusal:
+        return Refusal(504, f"{self._seconds:g} s had passed before a worker could be asked", close=close)
 
     def gone(self) -> None:
         """The client has hung up. What is on its way to a worker counts as under way until it is answered."""
@@ -244,12 +252,15 @@ class Prediction:
 
     def _ask(self, array: Any) -> None:
         """Raises Refusal."""
+        left = self._began + self._seconds - time.perf_counter()
+        if left <= 0:
+            raise self._late()
         try:
-            inputs = Inputs(data=Tensor(array), deadline=time.time() + self._seconds, top=self._top)
+            inputs = Inputs(data=Tensor(array), deadline=time.time() + left, top=self._top)
         except (TypeError, ValueError) as error:
             raise Refusal(422, str(error)) from None
         channel = catalog.requests_of(self.model)
-        self._question = question = self._models.pipeline.ask(channel, inputs, timeout=self._seconds)
+        self._question = question = self._models.pipeline.ask(channel, inputs, timeout=left)
         question.add_done_callback(self._heard)
 
     def _heard(self, question: asyncio.Future[Any]) -> None:
