@@ -42,8 +42,8 @@ class _Model:
     """Id of the LoadModel event → what it asked for, in order."""
     accepted: set[str] = field(default_factory=set)
     """Ids of loads that a worker serves, or served."""
-    workers: dict[str, ModelStatus] = field(default_factory=dict)
-    """The last of each."""
+    workers: dict[str, tuple[float, ModelStatus]] = field(default_factory=dict)
+    """When it spoke last, and what it said."""
     current: ModelStatus | None = None
     """The newest status of a worker that serves."""
 
@@ -67,7 +67,7 @@ class Controls:
 
     def __init__(self) -> None:
         self._samples: dict[str, float] = {}
-        """Worker → time of its last report."""
+        """Worker → time of its last report; so long ago that it is gone, once it has stopped in order."""
         self._heard = 0.0
         self._rates: dict[str, dict[str, tuple[float, PublisherRate]]] = {}
         self._models: dict[str, _Model] = {}
@@ -94,7 +94,7 @@ class Controls:
     def _on_worker(self, message: Message[WorkerSample]) -> None:
         sample, time = message.event, message.time.timestamp()
         self._heard = max(self._heard, time)
-        self._samples[sample.worker] = float("-inf") if sample.last else time
+        self._samples[sample.worker] = time - 2 * GONE if sample.last else time
         for worker in [worker for worker, seen in self._samples.items() if self._heard - seen > 100 * GONE]:
             if worker != sample.worker:
                 del self._samples[worker]
@@ -116,7 +116,7 @@ class Controls:
     def _on_status(self, message: Message[ModelStatus]) -> None:
         status = message.event
         model = self._models.setdefault(status.model, _Model())
-        model.workers[status.worker] = status
+        model.workers[status.worker] = message.time.timestamp(), status
         if status.state != "serving":
             return
         model.current = status
@@ -139,9 +139,9 @@ class Controls:
 
     # -- read ----------------------------------------------------------------------------------------------------
 
-    def _lives(self, worker: str) -> bool:
-        """Who has not reported yet has only just begun."""
-        return self._heard - self._samples.get(worker, self._heard) <= GONE
+    def _lives(self, worker: str, since: float) -> bool:
+        """Who has not reported yet may only just have begun. `since`: when it was heard of otherwise."""
+        return self._heard - self._samples.get(worker, since) <= GONE
 
     def publishers(self) -> dict[str, dict[str, Any]]:
         """As GET /api/publishers answers."""
@@ -151,7 +151,7 @@ class Controls:
             living = [
                 event
                 for seen, event in announced.values()
-                if self._lives(event.worker) and max(newest, self._heard) - seen <= ANNOUNCED
+                if self._lives(event.worker, self._heard) and max(newest, self._heard) - seen <= ANNOUNCED
             ]
             if living:
                 found[name] = {
@@ -166,7 +166,7 @@ class Controls:
         return {name: self._model(model) for name, model in sorted(self._models.items()) if self._served(model)}
 
     def _served(self, model: _Model) -> bool:
-        return any(self._lives(worker) for worker in model.workers)
+        return any(self._lives(worker, since) for worker, (since, _) in model.workers.items())
 
     def _model(self, model: _Model) -> dict[str, Any]:
         previous, history = model.previous(), model.history()
@@ -175,8 +175,8 @@ class Controls:
             "source": history[-1].source if history else "",
             "workers": {
                 worker: status.model_dump(include={"version", "state", "reason"})
-                for worker, status in model.workers.items()
-                if self._lives(worker)
+                for worker, (since, status) in model.workers.items()
+                if self._lives(worker, since)
             },
             "history": [{"version": one.version, "source": one.source, "time": one.time} for one in history],
             "previous": {"version": previous.version, "source": previous.source} if previous else None,

@@ -149,16 +149,17 @@ def _histogram(counts: Any) -> list[list[float]]:
 
 
 def models(state: State) -> list[dict[str, Any]]:
-    """What each living worker serves."""
+    """What each living worker serves; where none is left, what those served that are gone."""
     rows = []
     for (model, worker), (since, status) in sorted(state.models.items()):
         known = state.workers.get(worker)
+        live = known is not None and not known.gone
         rows.append(
             {
-                "id": f"{model} {worker}", "model": model, "version": status.version, "state": status.state,
-                "reason": status.reason, "kind": status.kind, "device": status.device, "batch": status.batch,
-                "worker": known.label if known else worker, "live": known is not None and not known.gone,
-                "since": since,
+                "id": f"{model} {worker}", "model": model, "version": status.version,
+                "state": status.state if live else "gone", "reason": status.reason, "kind": status.kind,
+                "device": status.device, "batch": status.batch, "worker": known.label if known else worker,
+                "live": live, "since": since,
             }
         )  # fmt: skip
     return [row for row in rows if row["live"]] or rows

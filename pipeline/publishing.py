@@ -68,6 +68,10 @@ class Waiter(Protocol):
         """It was not written."""
         ...
 
+    def done(self) -> bool:
+        """It waits no longer: what is not on its way yet need not be written."""
+        ...
+
 
 @dataclass(slots=True)
 class _Parcel:
@@ -183,9 +187,11 @@ class Outbox:
             size = 0
             while self._queue and (not parcels or size < self.channel.frame * MOST_FRAMES):
                 parcel = self._queue.popleft()
-                size += len(parcel.events)
-                parcels.append(parcel)
-            await self._settle(parcels)
+                if parcel.waiter is None or not parcel.waiter.done():
+                    size += len(parcel.events)
+                    parcels.append(parcel)
+            if parcels:
+                await self._settle(parcels)
         self._writing = False
 
     async def _settle(self, parcels: list[_Parcel]) -> None:

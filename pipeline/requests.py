@@ -50,7 +50,8 @@ class _Waiting(dict[str, "Question"]):
 class Question(asyncio.Future[Any]):
     """A request under way: a future that gets the answer, RequestTimeout, RequestFailed, or why it was not written.
 
-    Cancel it to wait no longer. It is registered under its event's id before that is written, so no answer comes early.
+    Cancel it to wait no longer: what is not on its way yet stays unwritten. It is registered under its event's id
+    before that is written, so no answer comes early.
     """
 
     def __init__(self, channel: Channel[Any], waiting: _Waiting, timeout: float) -> None:

@@ -23,7 +23,9 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from pipeline import Batch, Message, Pipeline, Tensor, catalog
+from pipeline.app import until_quiet
 from pipeline.catalog import Answer, Inputs, LoadModel, ModelStatus
+from pipeline.errors import FrameError
 from pipeline.settings import Settings, settings
 
 from .predictors import BadModel, ModelSpec, OutOfMemory, Predictor, load, read_spec
@@ -56,7 +58,7 @@ class Served:
 
     @property
     def most(self) -> int:
-        """Items of one batch."""
+        """Items handed over together, whichever version answers; one may take fewer at once."""
         return self.spec.batch or self._options.serving_batch
 
     def open(self) -> None:
@@ -64,8 +66,8 @@ class Served:
         self.current = self._load(self.spec, self._folder)
 
     def swap(self, event: LoadModel) -> ModelStatus:
-        """Load and warm up beside the model that serves; then take its place, or leave it there and say why."""
-        assert self.current is not None
+        """Load and warm up beside the model that serves, if one does; then take its place, or leave it there and say
+        why."""
         try:
             began_with = (self.spec, self._folder)
             spec, folder = read_spec(event.source, self._options.models_dir) if event.source else began_with
@@ -75,10 +77,8 @@ class Served:
             predictor = self._load(spec, folder)
         except Exception as error:
             self.refused += 1
-            logger.error(
-                "version %d of model %r is refused, version %d stays: %s",
-                event.version, self.name, self.current.version, error,
-            )  # fmt: skip
+            kept = f"version {self.current.version} stays" if self.current else "one before it is tried"
+            logger.error("version %d of model %r is refused, %s: %s", event.version, self.name, kept, error)
             return ModelStatus(
                 model=self.name, version=event.version, worker="", state="refused", reason=str(error)[:2000]
             )
@@ -95,8 +95,8 @@ class Served:
         spec = self.current.spec
         return ModelStatus(
             model=self.name, version=self.current.version, worker="", state="serving", kind=spec.kind,
-            shape=spec.shape, dtype=spec.dtype, classes=len(spec.labels), batch=self.most,
-            device=self.current.device,
+            shape=spec.shape, dtype=spec.dtype, classes=len(spec.labels),
+            batch=min(self.most, spec.batch or self.most), device=self.current.device,
         )  # fmt: skip
 
     # -- a batch -------------------------------------------------------------------------------------------------
@@ -122,17 +122,9 @@ class Served:
             else:
                 buckets.setdefault(tensor.shape, []).append(index)
         for indexes in buckets.values():
-            for part in self._affordable(indexes, batch):
+            for part in _affordable(predictor.spec, indexes, batch):
                 self._compute(predictor, part, batch, answers)
         return _answers.validate_python(answers)
-
-    def _affordable(self, indexes: list[int], batch: list[Inputs]) -> list[list[int]]:
-        """Parts of at most so many elements, each of one item at least."""
-        limit = self.spec.elements
-        if limit is None:
-            return [indexes]
-        size = max(1, limit // max(1, batch[indexes[0]].data.nbytes // np.dtype(self.spec.dtype).itemsize))
-        return [indexes[at : at + size] for at in range(0, len(indexes), size)]
 
     def _compute(self, predictor: Predictor, indexes: list[int], batch: list[Inputs], answers: list[Fields]) -> None:
         began = time.perf_counter()
@@ -160,6 +152,15 @@ class Served:
             answers[index].update(
                 facts, predictions=[{"label": labels[place], "probability": value} for place, value in scores]
             )
+
+
+def _affordable(spec: ModelSpec, indexes: list[int], batch: list[Inputs]) -> list[list[int]]:
+    """Parts of at most so many items and elements, each of one item at least."""
+    size = spec.batch or len(indexes)
+    if spec.elements is not None:
+        size = min(size, spec.elements // max(1, batch[indexes[0]].data.nbytes // np.dtype(spec.dtype).itemsize))
+    size = max(1, size)
+    return [indexes[at : at + size] for at in range(0, len(indexes), size)]
 
 
 def best(rows: Item, tops: Sequence[int]) -> list[list[tuple[int, float]]]:
@@ -196,22 +197,34 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
 
     @app.on_start
     async def start() -> None:
+        """The newest version that can be loaded serves from the first request on, as it does at the workers that were
+        there when it was asked for; what was declared, where there is none."""
         keep_freed_memory()
-        for served in models.values():
-            await asyncio.to_thread(served.open)
-            await tell(served.status())
-        app.spawn(follow(), name="model loads")
+        loads = await kept_loads(app)
+        for name, served in models.items():
+            await replace(served, [message for message in loads if message.event.model == name])
+            if served.current is None:
+                await asyncio.to_thread(served.open)
+                await tell(served.status())
+        app.spawn(follow(loads[-1].id if loads else catalog.model_loads.keep), name="model loads")
 
-    async def follow() -> None:
-        """The newest load of each model counts; what was superseded before we came is not loaded."""
-        wanted: dict[str, Message[LoadModel]] = {}
+    async def replace(served: Served, loads: list[Message[LoadModel]]) -> None:
+        """The newest that is not refused counts; what it supersedes is not loaded."""
+        for message in reversed(loads):
+            status = await asyncio.to_thread(served.swap, message.event)
+            await tell(status.model_copy(update={"load": message.id}))
+            if status.state == "serving":
+                return
+
+    async def follow(since: str | float) -> None:
+        wanted: dict[str, list[Message[LoadModel]]] = {}
         arrived = asyncio.Event()
 
         async def read() -> None:
-            async with app.watch(catalog.model_loads, since=catalog.model_loads.keep) as stream:
+            async with app.watch(catalog.model_loads, since=since) as stream:
                 async for message in stream:
                     if message.event.model in models:
-                        wanted[message.event.model] = message
+                        wanted.setdefault(message.event.model, []).append(message)
                         arrived.set()
 
         reading = app.spawn(read(), name="reading model loads")
@@ -221,11 +234,30 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
                 arrived.clear()
                 await asyncio.sleep(0.01)  # let what is there already supersede itself
                 while wanted:
-                    name, load = wanted.popitem()
-                    status = await asyncio.to_thread(models[name].swap, load.event)
-                    await tell(status.model_copy(update={"load": load.id}))
+                    name, loads = wanted.popitem()
+                    await replace(models[name], loads)
 
     return app
+
+
+async def kept_loads(app: Pipeline) -> list[Message[LoadModel]]:
+    """Those that the channel holds at this moment, the oldest first."""
+    channel, found = catalog.model_loads, list[Message[LoadModel]]()
+    _, counts = await app.backend.ledger({channel.name: (True, channel.partitions)})
+    [here] = counts[channel.name]
+    if not here.entries:
+        return found
+    codec, tail = app.codec(channel), await app.backend.durable.tail(channel, 0, "0-0")
+    try:
+        async for entry in until_quiet(tail):
+            with contextlib.suppress(FrameError):  # told where they are watched
+                frame = codec.decode(entry.body, count=entry.count, position=entry.position)
+                found += [frame.message(index) for index in range(len(frame.events)) if index not in frame.invalid]
+            if (entry.position or 0) >= here.published:
+                break
+    finally:
+        await tail.close()
+    return found
 
 
 def _handler(served: Served) -> Any:

@@ -44,6 +44,19 @@ def test_bounds_by_count_and_bytes(clock: Clock) -> None:
     assert admission.refused == 2
 
 
+def test_what_turns_out_bigger_than_it_said_is_counted(clock: Clock) -> None:
+    admission = Admission(10, 100, 5.0)
+    admission.enter(0)
+    admission.grow(150)  # one may always be under way
+    admission.leave(150, answered=True)
+    admission.enter(0)
+    admission.enter(0)
+    admission.grow(60)
+    with pytest.raises(Overloaded, match="60 bytes"):
+        admission.grow(60)
+    assert admission.nbytes == 60
+
+
 def test_a_wait_beyond_the_limit_is_refused_with_when_to_come_again(clock: Clock) -> None:
     admission = Admission(1000, 1000, 5.0)
     run(admission, clock, 60, 0.1)

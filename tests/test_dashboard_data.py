@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tracemalloc
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 
 from dashboards.alerts import alerts
 from dashboards.browse import summary
-from dashboards.facts import channels, totals
+from dashboards.controls import Controls
+from dashboards.facts import channels, models, totals
 from dashboards.flow import diagram
 from dashboards.numbers import numbers
 from dashboards.rings import LEVELS, Gauge, Histogram, Sum, level_of, quantiles, spread
@@ -21,10 +24,10 @@ from dashboards.runs import SLOTS, Runs, Trace, nice
 from dashboards.state import State
 from dashboards.streams import Stream, View
 from dashboards.wire import Series, decode, encode
-from pipeline import Tensor
-from pipeline.catalog import TrainingMetrics
+from pipeline import Message, Tensor, catalog
+from pipeline.catalog import ModelStatus, TrainingMetrics
 from pipeline.ledger import ChannelLedger, GroupLedger, Ledger, ledger_channel
-from pipeline.metrics import LATENCY_BOUNDS, GroupSample, WorkerSample
+from pipeline.metrics import LATENCY_BOUNDS, GroupSample, WorkerSample, metrics_channel
 
 T = 1_000_000.0
 STATUS: dict[str, Any] = {"live": True}
@@ -49,6 +52,49 @@ def sample(time: float, worker: str = "w", **more: Any) -> WorkerSample:
     fields: dict[str, Any] = {"app": "app", "host": "h", "pid": 1, "started": T, "published": {}, "groups": []}
     fields.update(more, worker=worker, version="1", interval=1.0, rss=1, cpu=0.5, dropped={})
     return WorkerSample(**fields)
+
+
+# -- served models -----------------------------------------------------------------------------------------------
+
+
+def test_workers_that_stopped_died_or_were_never_heard_serve_nothing() -> None:
+    """And stay so, while others report, for a day."""
+    controls = Controls()
+    (on_sample,) = [one.handler for one in controls.subscriptions() if one.channel is metrics_channel]
+    (on_status,) = [one.handler for one in controls.subscriptions() if one.channel is catalog.model_status]
+    ids = itertools.count(1)
+
+    def hear(handler: Any, event: Any, time: float) -> None:
+        handler(Message(event, f"s:{next(ids)}", "c", "s", datetime.fromtimestamp(T + time, UTC)))
+
+    def serve(worker: str, time: float) -> None:
+        hear(on_status, ModelStatus(model="m", version=1, worker=worker, state="serving"), time)
+
+    def living() -> set[str]:
+        return set(controls.models().get("m", {"workers": ()})["workers"])
+
+    serve("of yesterday", -40_000)
+    for worker in ("stops", "dies"):
+        serve(worker, 0)
+        hear(on_sample, sample(T, worker), 1)
+    assert living() == {"stops", "dies"}
+    hear(on_sample, sample(T, "stops", last=True), 2)
+    assert living() == {"dies"}
+    serve("begins", 2)
+    hear(on_sample, sample(T, "other"), 3)
+    assert living() == {"dies", "begins"}
+    for time in (10, 400, 600, 1200, 80_000):
+        hear(on_sample, sample(T, "other"), time)
+        assert controls.models() == {}
+
+
+def test_a_model_whose_workers_are_all_gone_is_not_shown_as_served() -> None:
+    state = State()
+    state.on_model(ModelStatus(model="m", version=1, worker="w", state="serving"), T)
+    state.on_worker(sample(T, "w"), T)
+    assert [row["state"] for row in models(state)] == ["serving"]
+    state.on_worker(sample(T, "w", last=True), T + 1)
+    assert [row["state"] for row in models(state)] == ["gone"]
 
 
 # -- rings -------------------------------------------------------------------------------------------------------

@@ -425,6 +425,9 @@ async def test_questions_that_nobody_waits_for_any_more_are_forgotten(url: str) 
         await until(lambda: len(app._replies._waiting) == 1)
         question.cancel()
         assert not app._replies._waiting
+        app.ask(numbers, Number(n=3), timeout=60).cancel()
+        await app.publish(numbers, Number(n=4))
+        assert (await app.stats()).channels["numbers"].published == 3, "1, 2 and 4: nobody waited for the third"
 
 
 async def test_events_of_a_key_stay_in_order_even_when_one_is_retried(anywhere: str) -> None:

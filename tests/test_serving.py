@@ -7,8 +7,10 @@ import io
 import itertools
 import json
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,14 @@ import torch
 from PIL import Image
 
 from pipeline import Pipeline, Tensor, catalog
-from pipeline.catalog import Answer, Inputs, LoadModel, requests_of
+from pipeline.catalog import Answer, Inputs, LoadModel, ModelStatus, requests_of
 from pipeline.errors import ConfigurationError
 from pipeline.settings import Settings
+from pipeline.testing import first
+from publishers.gateway import predictions
+from publishers.gateway.measures import Measures
+from publishers.gateway.models import Models
+from publishers.gateway.predictions import Prediction
 from publishers.stress import stress_test
 from subscribers.predictors import BadModel, ModelSpec, OutOfMemory, Predictor, load, read_spec
 from subscribers.serving import Served, make
@@ -42,15 +49,24 @@ def linear(weight: float = 1.0) -> torch.nn.Module:
     return module.eval()
 
 
+class Root(torch.nn.Module):
+    """float32 [n, 4] → the square root of each: not a number below zero."""
+
+    def forward(self, items: torch.Tensor) -> torch.Tensor:
+        return items.sqrt()
+
+
 def specification(folder: Path, name: str, **fields: Any) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"name": "toy", "shape": [CLASSES], "labels": list("abcd"), **fields}))
     return path
 
 
-def exported(folder: Path, name: str = "toy", weight: float = 1.0, **fields: Any) -> Path:
+def exported(
+    folder: Path, name: str = "toy", weight: float = 1.0, module: torch.nn.Module | None = None, **fields: Any
+) -> Path:
     example = (torch.zeros(2, CLASSES),)
-    program = torch.export.export(linear(weight), example, dynamic_shapes=({0: torch.export.Dim("n")},))
+    program = torch.export.export(module or linear(weight), example, dynamic_shapes=({0: torch.export.Dim("n")},))
     torch.export.save(program, folder / f"{name}.pt2")
     return specification(folder, name, kind="torch-export", file=f"{name}.pt2", **fields)
 
@@ -231,21 +247,51 @@ async def test_a_swap_under_load_fails_no_request_and_mixes_no_versions(tmp_path
     assert len(changes) <= 2 + 8, "at one boundary each, as the clients see it"
 
 
-async def test_a_worker_that_starts_later_serves_the_newest_version(tmp_path: Path, valkey_url: str) -> None:
+async def test_a_worker_that_starts_later_serves_the_newest_version_that_loads_from_its_first_answer_on(
+    tmp_path: Path, valkey_url: str
+) -> None:
+    """As those do that served when version 2 came, and version 3 was refused. The requests wait before it starts."""
     source = exported(tmp_path)
     exported(tmp_path, "second", weight=-1.0)
-    async with Pipeline("client", valkey_url) as client:
-        for number, name in ((3, "missing.json"), (2, "second.json")):
+    async with Pipeline("client", valkey_url) as client, client.watch(catalog.model_status) as statuses:
+        for number, name in ((4, "toy.json"), (5, "gone.json"), (2, "second.json"), (3, "missing.json")):
             await client.publish(catalog.model_loads, LoadModel(model="toy", version=number, source=name))
-        app = make(options(source), valkey_url)
-        async with serving(app):
+        waiting = [client.ask(requests_of("toy"), ask(1, 2, 3, 4), timeout=10.0) for _ in range(8)]
+        async with serving(make(options(source), valkey_url)):
+            answers = await asyncio.gather(*waiting)
+            said = [(await first(statuses)).event for _ in range(2)]
+            await client.publish(catalog.model_loads, LoadModel(model="toy", version=6, source="toy.json"))
+            said.append((await first(statuses)).event)
+    assert [(answer.version, answer.predictions[0].label) for answer in answers] == [(2, "a")] * 8
+    assert [(status.version, status.state) for status in said] == [(3, "refused"), (2, "serving"), (6, "serving")]
+    assert all(status.load for status in said)
 
-            async def newest() -> bool:
-                return (await client.request(requests_of("toy"), ask(1, 2, 3, 4))).version == 2
 
-            async with asyncio.timeout(10):
-                while not await newest():
-                    await asyncio.sleep(0.02)
+async def test_loads_that_come_together_end_where_they_would_have_one_by_one(tmp_path: Path, valkey_url: str) -> None:
+    source = exported(tmp_path)
+    exported(tmp_path, "second", weight=-1.0)
+    async with serving(make(options(source), valkey_url)), Pipeline("client", valkey_url) as client:
+        async with client.watch(catalog.model_status) as statuses:
+            loads = [
+                LoadModel(model="toy", version=n, source=name) for n, name in ((2, "second.json"), (3, "none.json"))
+            ]
+            await client.publish(catalog.model_loads, loads)
+            said = [(await first(statuses)).event for _ in range(2)]
+        answer = await client.request(requests_of("toy"), ask(1, 2, 3, 4))
+    assert [(status.version, status.state) for status in said] == [(3, "refused"), (2, "serving")]
+    assert answer.version == 2
+
+
+def test_a_loaded_version_is_asked_within_its_own_limits() -> None:
+    served, engine = counted(elements=100)
+    smaller = served.spec.model_copy(update={"elements": None, "batch": 2})
+    served.current = Predictor(smaller, engine)
+    served.answer([ask(1, 2, 3, 4) for _ in range(5)])
+    assert engine.sizes == [2, 2, 1]
+    assert served.status().batch == 2
+    served.current = Predictor(smaller.model_copy(update={"elements": 12, "batch": None}), engine)
+    served.answer([ask(1, 2, 3, 4) for _ in range(5)])
+    assert engine.sizes[3:] == [3, 2]
 
 
 # -- over HTTP, in processes of their own --------------------------------------------------------------------------
@@ -370,6 +416,14 @@ def _objects() -> bytes:
     return file.getvalue()
 
 
+def _npy(header: str, data: bytes = b"") -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + data
+
+
+def _shaped(shape: str, data: bytes = b"") -> bytes:
+    return _npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}", data)
+
+
 @pytest.mark.parametrize(
     ("kind", "body", "status", "reason"),
     [
@@ -380,10 +434,24 @@ def _objects() -> bytes:
         ("text/plain", lambda: b"hello", 415, "content type"),
         ("application/x-npy", _objects, 422, "object"),
         ("application/x-npy", lambda: b"\x93NUMPY\x01\x00", 400, "not an .npy"),
+        ("application/x-npy", lambda: _shaped("("), 400, "not an .npy"),
+        ("application/x-npy", lambda: _shaped("(-2, -2)", bytes(16)), 400, "shape [-2, -2]"),
+        ("application/x-npy", lambda: _shaped(f"(0, {10**24})"), 400, "not an .npy"),
+        ("application/x-npy", lambda: _npy("-" * 9000 + "1"), 400, "not an .npy"),
         ("application/x-safetensors", lambda: b"\xff" * 64, 400, "safetensors"),
         ("application/octet-stream", lambda: b"123", 422, "3 bytes"),
         ("application/json", lambda: b"{", 400, "not JSON"),
         ("application/json", lambda: b'{"inputs": [[1], [2, 3]]}', 422, "rectangular"),
+        (
+            "application/json",
+            lambda: b'{"inputs": [[0, 255], [256, 1]]}',
+            422,
+            "256 at [1, 0]; model 'imagenet' takes uint8",
+        ),
+        ("application/json", lambda: b'{"inputs": [0, -1]}', 422, "whole numbers from 0 to 255"),
+        ("application/json", lambda: b'{"inputs": [1.9]}', 422, "1.9 at [0]"),
+        ("application/json", lambda: b'{"inputs": [NaN]}', 422, "nan at [0]"),
+        ("application/json", lambda: b'{"inputs": [' + b"1," * (3 << 20) + b"1]}", 413, "send such an array as"),
         ("multipart/form-data; boundary=x", lambda: b"--x\r\nrubbish", 422, "field 'image'"),
         ("multipart/form-data", lambda: b"--x", 400, "form"),
     ],
@@ -398,6 +466,23 @@ async def test_hostile_bodies_are_refused_within_a_second(
     assert (answer.status_code, answer.json()["success"]) == (status, False), answer.text
     assert reason in answer.json()["error"]
     assert time.monotonic() - began < 1
+
+
+async def test_numbers_that_json_does_not_have_are_null_in_answers_and_refused_in_questions(
+    tmp_path: Path, valkey_url: str
+) -> None:
+    source = exported(tmp_path, module=Root(), output="values", labels=[])
+    with gateway(valkey_url) as base:
+        async with serving(make(options(source), valkey_url)), httpx.AsyncClient(base_url=base) as client:
+            await served(base, "toy")
+            answer = await client.post("/predict", json={"inputs": [4, -1, 0, 0.25]})
+            beyond = await client.post("/predict", json={"inputs": [4, 1e300, 0, 0]})
+    assert (answer.status_code, b"NaN" in answer.content) == (200, False)
+    assert answer.json()["output"] == [2.0, None, 0.0, 0.5]
+    assert (beyond.status_code, beyond.json()["error"]) == (
+        422,
+        "inputs: 1e+300 at [1]; model 'toy' takes numbers that float32 can hold",
+    )
 
 
 async def test_a_body_of_a_gigabyte_is_refused_unread(running: str, client: httpx.AsyncClient) -> None:
@@ -436,6 +521,103 @@ async def test_who_trickles_is_shown_the_door(valkey_url: str) -> None:
                     head = await reader.read()
                 assert head.startswith(b"HTTP/1.1 408"), beginning
                 assert 0.4 < time.monotonic() - began < 1.5
+                writer.close()
+
+
+async def test_a_body_that_does_not_say_how_long_it_is_counts_as_it_comes(tmp_path: Path, valkey_url: str) -> None:
+    source = exported(tmp_path)
+    chunk = b"80000\r\n" + bytes(1 << 19) + b"\r\n"
+    with gateway(valkey_url, PIPELINE_GATEWAY_INFLIGHT_BYTES=str(1 << 20)) as base:
+        async with serving(make(options(source), valkey_url)):
+            await served(base, "toy")
+            host, port = base.removeprefix("http://").split(":")
+            connections = [await asyncio.open_connection(host, int(port)) for _ in range(3)]
+            for _, writer in connections:
+                writer.write(b"POST /predict HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + chunk)
+            reading = [asyncio.create_task(reader.readline()) for reader, _ in connections]
+            [answered], _ = await asyncio.wait(reading, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+            assert answered.result() == b"HTTP/1.1 429 Too Many Requests\r\n"
+            for _, writer in connections:
+                writer.close()
+            await asyncio.gather(*reading)
+
+
+class _Client:
+    """A connection that notes what it is answered."""
+
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+
+    def respond(self, status: int, *_: Any, **__: Any) -> None:
+        self.statuses.append(status)
+
+    def proceed(self) -> None: ...
+
+
+@contextmanager
+def busy_decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Models, list[bytes]]]:
+    """Models whose one decoder has something else to do within the block; the bodies that are decoded after it."""
+    decoded: list[bytes] = []
+    monkeypatch.setattr(predictions, "read_input", lambda _, __, body, ___: decoded.append(body))
+    models = Models(Pipeline("t"), options("toy"), Measures())
+    models.statuses["toy"] = ModelStatus(model="toy", version=1, worker="w", state="serving")
+    done = threading.Event()
+    with ThreadPoolExecutor(1) as models.decoders:
+        models.decoders.submit(done.wait)
+        try:
+            yield models, decoded
+        finally:
+            done.set()
+
+
+def posted(models: Models, client: _Client, *headers: tuple[bytes, bytes]) -> Prediction:
+    kind = (b"content-type", b"image/png")
+    prediction = Prediction(client, models, "toy", b"POST", b"", [kind, *headers], keep_alive=True)
+    prediction.start()
+    prediction.feed(b"picture")
+    prediction.complete()
+    return prediction
+
+
+async def test_a_picture_whose_client_hung_up_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with busy_decoder(monkeypatch) as (models, decoded):
+        posted(models, _Client()).gone()
+        await asyncio.sleep(0)
+        assert models.admission("toy").inflight == 0
+    assert decoded == []
+
+
+async def test_waiting_for_a_decoder_counts_towards_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = _Client()
+    with busy_decoder(monkeypatch) as (models, decoded):
+        prediction = posted(models, client, (b"x-deadline", b"0.1"))
+        prediction.look(10.0)
+        assert client.statuses == []
+        await asyncio.sleep(0.15)
+        prediction.look(10.0)
+        assert client.statuses == [504]
+        await asyncio.sleep(0)
+        assert models.admission("toy").inflight == 0
+    assert decoded == []
+
+
+async def test_an_upload_counts_towards_the_deadline(tmp_path: Path, valkey_url: str) -> None:
+    body = b'{"inputs": [1, 2, 3, 4]}'
+    head = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+    with gateway(valkey_url) as base:
+        async with serving(make(options(exported(tmp_path)), valkey_url)), asyncio.timeout(20):
+            await served(base, "toy")
+            host, port = base.removeprefix("http://").split(":")
+            for deadline, pause, status in (
+                (b"5", 0.3, b"200 OK"),
+                (b"0.05", 0.06, b"504 Gateway"),
+                (b"0.2", 2, b"504 Gateway"),
+            ):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write(head + b"x-deadline: " + deadline + b"\r\n\r\n")
+                await asyncio.sleep(pause)
+                writer.write(body)
+                assert (await reader.readline()).startswith(b"HTTP/1.1 " + status)
                 writer.close()
 
 
@@ -548,3 +730,27 @@ async def test_a_client_that_hangs_up_is_not_waited_for(tmp_path: Path, valkey_u
                 while 'status="499"' not in (await client.get("/metrics")).text:
                     await asyncio.sleep(0.05)
         worker.send_signal(signal.SIGCONT)
+
+
+async def test_what_clients_hung_up_on_counts_as_under_way_until_it_is_answered(
+    tmp_path: Path, valkey_url: str
+) -> None:
+    source = exported(tmp_path)
+    with gateway(valkey_url, PIPELINE_GATEWAY_INFLIGHT="4") as base:
+        async with serving(make(options(source), valkey_url)), httpx.AsyncClient(base_url=base) as client:
+            await served(base, "toy")
+
+            async def status() -> int:
+                return (await client.post("/predict", json={"inputs": [1, 2, 3, 4]}, timeout=0.5)).status_code
+
+            assert await status() == 200
+            async with Pipeline("t", valkey_url) as app:
+                await app.pause("models.toy", "serving")
+                await asyncio.sleep(0.2)
+                found = await asyncio.gather(*(status() for _ in range(4)), return_exceptions=True)
+                assert [type(one) for one in found] == [httpx.ReadTimeout] * 4
+                assert await status() == 429
+                await app.resume("models.toy", "serving")
+                await idle(app, "models.toy")
+            assert await status() == 200
+            assert 'gateway_inflight{model="toy"} 0.0' in (await client.get("/metrics")).text

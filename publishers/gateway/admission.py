@@ -47,20 +47,26 @@ class Admission:
 
     def enter(self, nbytes: int) -> None:
         """Raises Overloaded."""
-        reason = ""
         if self.inflight >= self._most:
-            reason = f"{self.inflight} predictions are under way, the limit of this gateway"
-        elif self.nbytes + nbytes > self._most_bytes and self.inflight:
-            reason = f"{self.nbytes:,} bytes of inputs are under way"
-        elif self.drain_seconds > self._wait:
-            reason = f"a prediction would wait {self.drain_seconds:.1f} s; the limit is {self._wait:g} s"
-        if reason:
-            self.refused += 1
-            raise Overloaded(reason, max(1, math.ceil(self.drain_seconds)))
+            raise self._overloaded(f"{self.inflight} predictions are under way, the limit of this gateway")
+        if self.nbytes + nbytes > self._most_bytes and self.inflight:
+            raise self._overloaded(f"{self.nbytes:,} bytes of inputs are under way")
+        if self.drain_seconds > self._wait:
+            raise self._overloaded(f"a prediction would wait {self.drain_seconds:.1f} s; the limit is {self._wait:g} s")
         if self.inflight == 0:
             self._since = time.monotonic()
         self.inflight += 1
         self.nbytes += nbytes
+
+    def grow(self, nbytes: int) -> None:
+        """One that entered has so many bytes more than it said. Raises Overloaded."""
+        if self.nbytes + nbytes > self._most_bytes and self.inflight > 1:
+            raise self._overloaded(f"{self.nbytes:,} bytes of inputs are under way")
+        self.nbytes += nbytes
+
+    def _overloaded(self, reason: str) -> Overloaded:
+        self.refused += 1
+        return Overloaded(reason, max(1, math.ceil(self.drain_seconds)))
 
     def leave(self, nbytes: int, *, answered: bool) -> None:
         self.inflight -= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import tokenize
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ __all__ = ["BadInput", "needs_thread", "read_input"]
 
 PICTURES = ("image/jpeg", "image/png", "image/webp")
 MOST_HEADER = 10_000
+MOST_JSON = 4 << 20
+"""Bytes: parsing holds up every other request, in whatever thread it runs."""
 
 
 class BadInput(Exception):
@@ -79,15 +82,19 @@ def _npy(body: bytes) -> npt.NDArray[Any]:
         version = np.lib.format.read_magic(file := io.BytesIO(body))
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file, max_header_size=MOST_HEADER)
-    except (ValueError, EOFError, SyntaxError, TypeError) as error:
+    except (
+        ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError, MemoryError, RecursionError
+    ) as error:  # fmt: skip
         raise BadInput(400, f"not an .npy file: {error}") from None
     if dtype.hasobject or dtype.kind not in "biufc":
         raise BadInput(422, f"arrays of dtype {dtype} are not accepted: numbers and booleans are")
     count = math.prod(shape)
     if len(body) - file.tell() != count * dtype.itemsize:
         raise BadInput(400, f"{len(body) - file.tell()} bytes of data; {dtype} of shape {list(shape)} has others")
-    array = np.frombuffer(body, dtype, count, file.tell())
-    return array.reshape(shape, order="F" if fortran else "C")
+    try:
+        return np.frombuffer(body, dtype, count, file.tell()).reshape(shape, order="F" if fortran else "C")
+    except (ValueError, OverflowError) as error:
+        raise BadInput(400, f"not an .npy file: shape {list(shape)}: {error}") from None
 
 
 def _safetensors(body: bytes) -> npt.NDArray[Any]:
@@ -133,6 +140,10 @@ def _form(content_type: str, body: bytes, model: ModelStatus) -> npt.NDArray[Any
 
 def _json(body: bytes, model: ModelStatus) -> npt.NDArray[Any]:
     """{"inputs": nested lists} (or "pixels", or "data")."""
+    if len(body) > MOST_JSON:
+        raise BadInput(
+            413, f"{len(body):,} bytes of JSON; the limit is {MOST_JSON:,}: send such an array as application/x-npy"
+        )
     try:
         value: Any = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -145,4 +156,17 @@ def _json(body: bytes, model: ModelStatus) -> npt.NDArray[Any]:
         raise BadInput(422, "inputs: the lists are not rectangular") from None
     if array.dtype.kind not in "biuf":
         raise BadInput(422, "inputs: expected numbers")
-    return array.astype(model.dtype)
+    dtype = np.dtype(model.dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        cast = array.astype(dtype)
+        fits = np.isfinite(array) <= np.isfinite(cast) if dtype.kind in "fc" else cast == array
+    if not fits.all():
+        place = tuple(map(int, np.argwhere(~fits)[0]))
+        raise BadInput(422, f"inputs: {array[place]} at {list(place)}; model {model.model!r} takes {_range(dtype)}")
+    return cast
+
+
+def _range(dtype: np.dtype[Any]) -> str:
+    if dtype.kind in "iu":
+        return f"{dtype}: whole numbers from {np.iinfo(dtype).min} to {np.iinfo(dtype).max}"
+    return f"{dtype}: true, false, 1 or 0" if dtype.kind == "b" else f"numbers that {dtype} can hold"

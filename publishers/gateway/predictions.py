@@ -20,6 +20,7 @@ from pydantic_core import to_json
 from pipeline import RequestFailed, RequestTimeout, ServerUnavailable, Tensor, catalog
 from pipeline.catalog import Answer, Inputs, Score
 from pipeline.errors import ChannelFull, PublishError
+from pipeline.requests import Question
 
 from .admission import Admission, Overloaded
 from .bodies import NO_TOKEN
@@ -71,9 +72,9 @@ class Prediction:
     """
 
     __slots__ = (
-        "_admission", "_began", "_connection", "_content_type", "_headers", "_length", "_method", "_models",
-        "_parts", "_query", "_question", "_seconds", "_size", "_started", "_top", "_waits", "_whole", "disconnected",
-        "keep_alive", "model", "response_complete", "unauthorized",
+        "_admission", "_began", "_connection", "_content_type", "_decoding", "_headers", "_length", "_method",
+        "_models", "_parts", "_query", "_question", "_seconds", "_size", "_started", "_top", "_waits", "_whole",
+        "disconnected", "keep_alive", "model", "response_complete", "unauthorized",
     )  # fmt: skip
 
     message_event = _Nobody()
@@ -103,12 +104,15 @@ class Prediction:
         self._began = time.perf_counter()
         self._parts: list[bytes] = []
         self._size = 0
+        self._length = 0
+        """Bytes that are counted at admission: as many as were declared, or came."""
         self._started = False
         self._whole = False
         self._waits = False
         """For 100-continue."""
         self._admission: Admission | None = None
         """Set while it counts as under way there."""
+        self._decoding: asyncio.Future[Any] | None = None
         self._question: asyncio.Future[Any] | None = None
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -130,8 +134,18 @@ class Prediction:
         self._size += len(part)
         if self._size <= MOST_BODY:
             self._parts.append(part)
+            if self._admission is not None and self._size > self._length:
+                self._grow(self._admission)
         elif self._started:
             self._refuse(Refusal(413, f"the body exceeds the limit of {MOST_BODY:,} bytes", close=True))
+
+    def _grow(self, admission: Admission) -> None:
+        """It did not say how long it is."""
+        try:
+            admission.grow(self._size - self._length)
+            self._length = self._size
+        except Overloaded as error:
+            self._refuse(_overload(error))
 
     def complete(self) -> None:
         """The body is there."""
@@ -143,17 +157,30 @@ class Prediction:
                 self._refuse(error)
 
     def look(self, patience: float) -> None:
-        """Called now and then: a body that trickles is not waited for."""
-        if self._started and not self._whole and time.perf_counter() - self._began > patience:
+        """Called now and then: a body that trickles is not waited for, nor a decoder beyond the deadline."""
+        if not self._started or self.response_complete or self._question is not None:
+            return
+        waited = time.perf_counter() - self._began
+        if not self._whole and waited > patience:
             self._refuse(Refusal(408, "the body came too slowly", close=True))
+        elif waited > self._seconds:
+            self._refuse(self._late(close=not self._whole))
+
+    def _late(self, *, close: bool = False) -> Refusal:
+        return Refusal(504, f"{self._seconds:g} s had passed before a worker could be asked", close=close)
 
     def gone(self) -> None:
-        """The client has hung up."""
+        """The client has hung up. What is on its way to a worker counts as under way until it is answered."""
         self.disconnected = True
-        if not self.response_complete:
-            self._end(499, answered=False)
-            if self._question is not None:
-                self._question.cancel()
+        if self.response_complete:
+            return
+        question = self._question
+        if isinstance(question, Question) and question.id:
+            self._close(499)
+            return
+        self._end(499, answered=False)
+        if question is not None:
+            question.cancel()
 
     def _admit(self) -> None:
         """Raises Refusal."""
@@ -166,21 +193,21 @@ class Prediction:
             served = ", ".join(sorted(statuses)) or "none yet"
             raise Refusal(404 if statuses else 503, f"no worker serves model {self.model!r}; served are: {served}")
         self._read_headers()
+        self._length = max(self._length, self._size)
         if self._length > MOST_BODY:
             raise Refusal(413, f"the body has {self._length:,} bytes; the limit is {MOST_BODY:,}", close=True)
         admission = self._models.admission(self.model)
         try:
             admission.enter(self._length)
         except Overloaded as error:
-            raise Refusal(429, str(error), [(b"retry-after", b"%d" % error.after)]) from None
+            raise _overload(error) from None
         self._admission = admission
         if self._waits:
             self._connection.proceed()
 
     def _read_headers(self) -> None:
-        """Content type, declared length (0: unknown), deadline, top. Raises Refusal."""
+        """Content type, declared length (0: none), deadline, top. Raises Refusal."""
         self._content_type = b""
-        self._length = 0
         self._seconds = self._models.options.gateway_deadline
         self._top = 5
         for name, value in self._headers:
@@ -210,7 +237,7 @@ class Prediction:
         if not needs_thread(kind):
             self._ask(read_input(kind, content_type, body, status))
             return
-        decoding = asyncio.get_running_loop().run_in_executor(
+        self._decoding = decoding = asyncio.get_running_loop().run_in_executor(
             self._models.decoders, read_input, kind, content_type, body, status
         )
         decoding.add_done_callback(self._decoded)
@@ -225,16 +252,20 @@ class Prediction:
 
     def _ask(self, array: Any) -> None:
         """Raises Refusal."""
+        left = self._began + self._seconds - time.perf_counter()
+        if left <= 0:
+            raise self._late()
         try:
-            inputs = Inputs(data=Tensor(array), deadline=time.time() + self._seconds, top=self._top)
+            inputs = Inputs(data=Tensor(array), deadline=time.time() + left, top=self._top)
         except (TypeError, ValueError) as error:
             raise Refusal(422, str(error)) from None
         channel = catalog.requests_of(self.model)
-        self._question = question = self._models.pipeline.ask(channel, inputs, timeout=self._seconds)
+        self._question = question = self._models.pipeline.ask(channel, inputs, timeout=left)
         question.add_done_callback(self._heard)
 
     def _heard(self, question: asyncio.Future[Any]) -> None:
         if self.response_complete:
+            self._leave(answered=not question.cancelled() and question.exception() is None)
             return
         try:
             answer: Answer = question.result()
@@ -278,12 +309,24 @@ class Prediction:
 
     def _end(self, status: int, *, answered: bool) -> None:
         """Once: nothing is under way any more."""
+        self._close(status)
+        self._leave(answered=answered)
+
+    def _close(self, status: int) -> None:
         self.response_complete = True
         self._parts.clear()
+        if self._decoding is not None:
+            self._decoding.cancel()
+        self._models.measures.prediction(self.model, status, time.perf_counter() - self._began)
+
+    def _leave(self, *, answered: bool) -> None:
         if self._admission is not None:
             self._admission.leave(self._length, answered=answered)
             self._admission = None
-        self._models.measures.prediction(self.model, status, time.perf_counter() - self._began)
+
+
+def _overload(error: Overloaded) -> Refusal:
+    return Refusal(429, str(error), [(b"retry-after", b"%d" % error.after)])
 
 
 def _deadline(value: bytes) -> float:
@@ -298,7 +341,7 @@ def _deadline(value: bytes) -> float:
 def _success(answer: Answer) -> bytes:
     if answer.output is not None:
         head = {"success": True, "model": answer.model, "version": answer.version}
-        return to_json({**head, "output": np.asarray(answer.output).tolist()})
+        return to_json({**head, "output": np.asarray(answer.output).tolist()}, inf_nan_mode="null")
     return b'{"success":true,"model":%s,"version":%d,"predictions":%s,"batch":%d}' % (
         to_json(answer.model), answer.version, _scores.to_json(answer.predictions), answer.batch,
     )  # fmt: skip
