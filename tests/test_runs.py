@@ -190,6 +190,25 @@ def test_who_joins_midway_begins_with_what_the_others_have(
 
 
 @planes
+def test_a_worker_in_a_long_step_finds_the_others_though_several_have_joined_meanwhile(
+    plane: str, aggregator: str, team: Any, tmp_path: Path
+) -> None:
+    until = tmp_path / "until"
+    options: dict[str, Any] = {"plane": plane, "workers": 2, "until": str(until)}
+    [quick] = team(aggregator, "r", 1, **options, rank=0)
+    [slow] = team(aggregator, "r", 1, **options, rank=1, slow_at=5, slow_for=3.0)
+    slow.until(4)
+    first = team(aggregator, "r", 1, **options)
+    time.sleep(0.3)
+    second = team(aggregator, "r", 1, **options)
+    slow.sees(lambda line: line["ranks"] == [0, 1, 2, 3])
+    until.touch()
+    assert len({worker.final() for worker in [quick, slow, *first, *second]}) == 1
+    check(quick, slow, *first, *second)
+    assert [line["closed"] for line in slow.rounds] == list(range(len(slow.rounds))), "it missed none"
+
+
+@planes
 def test_a_killed_aggregator_loses_no_round(plane: str, valkey_url: str, team: Any, tmp_path: Path) -> None:
     with aggregating(valkey_url, tmp_path) as first:
         workers = team(valkey_url, "r", 2, plane=plane, workers=2, steps=80)

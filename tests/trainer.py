@@ -23,7 +23,7 @@ def main(name: str, options: dict[str, object]) -> None:
     pause = float(options.pop("pause", 0.01))  # type: ignore[arg-type]
     raises_at = options.pop("raises_at", None)
     poisons_at = options.pop("poisons_at", None)
-    slow_at = options.pop("slow_at", None)
+    slow_at, slow_for = options.pop("slow_at", None), float(options.pop("slow_for", 0.6))  # type: ignore[arg-type]
     model = {"w": np.zeros(int(options.pop("size", 1000)), np.float32)}  # type: ignore[call-overload]
     served = options.get("mode") in ("async", "dogwild")
 
@@ -39,7 +39,7 @@ def main(name: str, options: dict[str, object]) -> None:
             if own == poisons_at:
                 gradient[7] = np.nan
             if own == slow_at:
-                time.sleep(0.6)
+                time.sleep(slow_for)
             number = run.round
             run.step(None if served else descend, gradients={"w": gradient}, loss=float(run.rank), **_stop(until))
             last = run.last
