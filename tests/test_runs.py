@@ -190,12 +190,12 @@ def test_who_joins_midway_begins_with_what_the_others_have(
     assert late[0].rounds[-1]["ranks"] == [0, 1, 2]
 
 
-@planes
+@pytest.mark.parametrize("plane", ["shm", "redis"])
 def test_a_worker_in_a_long_step_finds_the_others_though_several_have_joined_meanwhile(
     plane: str, aggregator: str, team: Any, tmp_path: Path
 ) -> None:
     until = tmp_path / "until"
-    options: dict[str, Any] = {"plane": plane, "workers": 2, "until": str(until)}
+    options: dict[str, Any] = {"plane": plane, "workers": 2, "until": str(until), "lease": 5.0}
     [quick] = team(aggregator, "r", 1, **options, rank=0)
     [slow] = team(aggregator, "r", 1, **options, rank=1, slow_at=5, slow_for=3.0)
     slow.until(4)
