@@ -279,8 +279,9 @@ def test_compressed_contributions_are_averaged(codec: str) -> None:
 # -- taking over ---------------------------------------------------------------------------------------------------
 
 
-def test_who_takes_over_asks_for_what_it_does_not_have_and_closes_no_round_too_early() -> None:
-    team = Team()
+@pytest.mark.parametrize("plane", ["redis", "torch"])
+def test_who_takes_over_asks_for_what_it_does_not_have_and_closes_no_round_too_early(plane: str) -> None:
+    team = Team(plane=plane)
     team.run.heard = team.now
     sent = {"round": 7, "peers": 2}
     [first] = team.send(0, "beat", **sent)

@@ -156,7 +156,8 @@ def test_a_paused_worker_is_given_up_and_is_one_of_them_again_when_it_wakes(
     plane: str, aggregator: str, team: Any, tmp_path: Path
 ) -> None:
     until = tmp_path / "until"
-    workers = team(aggregator, "r", 3, plane=plane, workers=3, until=str(until))
+    adam = plane == "torch"  # where torch is loaded anyway; what a State does to an optimizer is the same on all planes
+    workers = team(aggregator, "r", 3, plane=plane, workers=3, until=str(until), adam=adam)
     for worker in workers:
         worker.until(5)
     sleeper = next(worker for worker in workers if worker.said[0]["rank"] == 0)
@@ -187,6 +188,25 @@ def test_who_joins_midway_begins_with_what_the_others_have(
     check(*first, *late)
     assert late[0].rounds[0]["closed"] >= 10
     assert late[0].rounds[-1]["ranks"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("plane", ["shm", "redis"])
+def test_a_worker_in_a_long_step_finds_the_others_though_several_have_joined_meanwhile(
+    plane: str, aggregator: str, team: Any, tmp_path: Path
+) -> None:
+    until = tmp_path / "until"
+    options: dict[str, Any] = {"plane": plane, "workers": 2, "until": str(until), "lease": 5.0}
+    [quick] = team(aggregator, "r", 1, **options, rank=0)
+    [slow] = team(aggregator, "r", 1, **options, rank=1, slow_at=5, slow_for=3.0)
+    slow.until(4)
+    first = team(aggregator, "r", 1, **options)
+    time.sleep(0.3)
+    second = team(aggregator, "r", 1, **options)
+    slow.sees(lambda line: line["ranks"] == [0, 1, 2, 3])
+    until.touch()
+    assert len({worker.final() for worker in [quick, slow, *first, *second]}) == 1
+    check(quick, slow, *first, *second)
+    assert [line["closed"] for line in slow.rounds] == list(range(len(slow.rounds))), "it missed none"
 
 
 @planes

@@ -1,7 +1,8 @@
 """A worker of a training run, for tests: `python -m tests.trainer RUN '{"steps": 30, …}'`. A line of JSON a round.
 
 Its gradient is `rank + 1` everywhere, so the mean of a round tells whose gradients are in it. With `until` it ends with
-the first round in which somebody saw that this file is there: all workers end with the same one.
+the first round in which somebody saw that this file is there: all workers end with the same one. With `adam` its
+optimizer has a state.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,25 +25,36 @@ def main(name: str, options: dict[str, object]) -> None:
     pause = float(options.pop("pause", 0.01))  # type: ignore[arg-type]
     raises_at = options.pop("raises_at", None)
     poisons_at = options.pop("poisons_at", None)
-    slow_at = options.pop("slow_at", None)
-    model = {"w": np.zeros(int(options.pop("size", 1000)), np.float32)}  # type: ignore[call-overload]
+    slow_at, slow_for = options.pop("slow_at", None), float(options.pop("slow_for", 0.6))  # type: ignore[arg-type]
+    model: Any = {"w": np.zeros(int(options.pop("size", 1000)), np.float32)}  # type: ignore[call-overload]
+    weights = model["w"]
     served = options.get("mode") in ("async", "dogwild")
 
     def descend(parameters: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> None:  # type: ignore[type-arg]
         parameters["w"] -= 0.001 * gradients["w"]
 
+    optimizer: Any = descend
+    if options.pop("adam", False):
+        import torch
+
+        torch.set_num_threads(1)
+        model = torch.nn.ParameterDict({"w": torch.from_numpy(weights)})
+        optimizer = torch.optim.Adam(model.parameters())
+
     with join(name, model, metrics=False, **options) as run:  # type: ignore[arg-type]
         own = 0
         while (own if served else run.round) < steps:
-            gradient = np.full_like(model["w"], run.rank + 1)
+            gradient = np.full_like(weights, run.rank + 1)
             if own == raises_at:
                 raise RuntimeError("as it happens")
             if own == poisons_at:
                 gradient[7] = np.nan
             if own == slow_at:
-                time.sleep(0.6)
+                time.sleep(slow_for)
             number = run.round
-            run.step(None if served else descend, gradients={"w": gradient}, loss=float(run.rank), **_stop(until))
+            if optimizer is not descend:
+                model["w"].grad = torch.from_numpy(gradient)
+            run.step(None if served else optimizer, gradients={"w": gradient}, loss=float(run.rank), **_stop(until))
             last = run.last
             said = {"own": own, "round": number, "time": time.time(), "rank": run.rank}
             if last is not None:
@@ -55,8 +68,8 @@ def main(name: str, options: dict[str, object]) -> None:
             if last is not None and last.values.get("stop"):
                 break
             time.sleep(pause)
-    state = hashlib.sha256(model["w"].tobytes()).hexdigest()
-    print(json.dumps({"final": state, "rank": run.rank, "value": float(model["w"][0])}), flush=True)
+    state = hashlib.sha256(weights.tobytes()).hexdigest()
+    print(json.dumps({"final": state, "rank": run.rank, "value": float(weights[0])}), flush=True)
 
 
 def _stop(until: object) -> dict[str, bool]:

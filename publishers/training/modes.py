@@ -124,10 +124,13 @@ class Mode:
         return True
 
     def load(self, state: State) -> None:
-        note = json.loads(state.note or "{}")
-        self.run.parameters.load(state.tensors, note)
-        self.run.pending = (dict(state.tensors), note)
-        self.run.round = state.round
+        run, note = self.run, json.loads(state.note or "{}")
+        run.parameters.load(state.tensors, note)
+        if run.optimizer is None:
+            run.pending = (dict(state.tensors), note)
+        else:
+            run.parameters.load_optimizer(run.optimizer, state.tensors, note)
+        run.round = state.round
 
     def state(self) -> tuple[dict[str, Tensor], str]:
         tensors, note = self.run.parameters.state(self.run.optimizer)

@@ -8,7 +8,8 @@ A group of workers has one file, a *generation*; who joins or dies makes a new o
 closes its rounds: it counts `closed` up when every `done` is set. Whoever makes the next generation claims it first, by
 creating its file, then writes its number into the old one, and only then reads which round is open; and whoever sees a
 round closed looks afterwards whether there is a next generation, which then counts. So survivors never disagree on a
-round, whatever is killed, stopped or resumed when.
+round, whatever is killed, stopped or resumed when. A member is known by its rank and the generation it came with: a
+worker in a long step may find itself in a generation several later, but never in the place of one that has its rank.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def release(path: Path, descriptor: int) -> None:
 class Group:
     """One generation, as one of its workers sees it."""
 
-    def __init__(self, path: Path, descriptor: int, rank: int) -> None:
+    def __init__(self, path: Path, descriptor: int, rank: int, since: int | None) -> None:
         self.path = path
         self._descriptor = descriptor
         self._map = mmap.mmap(descriptor, 0)
@@ -88,8 +89,12 @@ class Group:
         self.size = int(head[5])
         count = int(head[4])
         self.members = [int(member) for member in head[8 : 8 + count]]
-        self.me = self.members.index(rank) if rank in self.members else -1
         lines = self._words[_HEAD:].reshape(MOST, _LINES, LINE)[:count]
+        self.came: list[int] = lines[:, 0, 2].tolist()
+        """The generation that each member came with."""
+        self.me = self.members.index(rank) if rank in self.members else -1
+        if since not in (None, self.came[self.me]):
+            self.me = -1
         self.contributed = lines[:, 0, 0]
         self.samples = lines[:, 0, 1]
         self.done = lines[:, 1, 0]
@@ -102,12 +107,14 @@ class Group:
 
     @classmethod
     def make(
-        cls, folder: Path, token: str, rank: int, members: Sequence[int], size: int, begins: int, old: Group | None
-    ) -> Group | None:
+        cls, folder: Path, token: str, rank: int, members: Sequence[int], size: int, begins: int, old: Group | None,
+        joining: Sequence[int] = (),
+    ) -> Group | None:  # fmt: skip
         """A new generation; None when another worker is making one. Raises ConfigurationError without memory for it.
 
         begins  its first round; where there is an `old` one, that says it
         token   names the group's files
+        joining  members that are new, though the old one may have had members of these ranks
         """
         if len(members) > MOST:
             raise ConfigurationError(f'more than {MOST} workers on one host: use plane="redis"')
@@ -135,19 +142,22 @@ class Group:
         if old is not None:
             old._words[3] = generation
             begins = old.closed
-        with mmap.mmap(descriptor, 4096) as first:
+        with mmap.mmap(descriptor, _offset()) as first:
             head = np.frombuffer(first, np.int64)
             head[1:7] = generation, begins, 0, len(members), size, begins
             head[8 : 8 + len(members)] = members
+            stay = {} if old is None else dict(zip(old.members, old.came, strict=True))
+            lines = head[_HEAD : _HEAD + MOST * LINE * _LINES].reshape(MOST, _LINES, LINE)
+            lines[: len(members), 0, 2] = [generation if m in joining else stay.get(m, generation) for m in members]
             head[0] = MAGIC
-            del head
+            del head, lines
         if old is not None:
             old.path.unlink(missing_ok=True)
-        return cls(path, descriptor, rank)
+        return cls(path, descriptor, rank, None)
 
     @classmethod
-    def open(cls, path: Path, rank: int) -> Group | None:
-        """None when it is there no more, or not yet."""
+    def open(cls, path: Path, rank: int, since: int | None = None) -> Group | None:
+        """None when it is there no more, or not yet. `since` is for a worker that was in one before."""
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
@@ -158,12 +168,18 @@ class Group:
         if not whole:
             os.close(descriptor)
             return None
-        return cls(path, descriptor, rank)
+        return cls(path, descriptor, rank, since)
 
-    def next(self) -> Path | None:
-        """The generation that came after this one."""
-        number = int(self._words[3])
-        return self.path.with_name(f"{self.path.name.rpartition('-')[0]}-{number}") if number else None
+    @property
+    def passed(self) -> bool:
+        """There is a next generation."""
+        return bool(self._words[3])
+
+    def later(self) -> list[Path]:
+        """The generations that came after this one and are still there, newest first."""
+        name, first = self.path.name.rpartition("-")[0], int(self._words[3])
+        numbers = [int(path.name.rpartition("-")[2]) for path in self.path.parent.glob(f"{name}-*")]
+        return [self.path.with_name(f"{name}-{number}") for number in sorted(numbers, reverse=True) if number >= first]
 
     @property
     def closed(self) -> int:

@@ -105,7 +105,7 @@ class SharedRounds:
                 group.reduce(number)
                 if group.me == 0 and wait(lambda: group.all_done(number), self._disturbed):  # noqa: B023
                     group.close_round(number)
-                if wait(lambda: group.closed > number, self._disturbed) and group.next() is None:  # noqa: B023
+                if wait(lambda: group.closed > number, self._disturbed) and not group.passed:  # noqa: B023
                     return self._closed(group, number, names, began)
             self._regroup()
 
@@ -147,7 +147,7 @@ class SharedRounds:
         """While waiting: there is a next generation, or this worker is to make one."""
         group, run = self._group, self._run
         assert group is not None
-        if group.next() is not None:
+        if group.passed:
             return True
         if time.monotonic() - self._began > run.plan.lease / 4:
             run.exchange.hurry()
@@ -169,15 +169,15 @@ class SharedRounds:
         """Enter the next generation; make it, where that is for this worker to do."""
         group, run = self._group, self._run
         assert group is not None
-        path = group.next()
-        if path is not None:
-            found = Group.open(path, run.rank)
+        if group.passed:
+            later, since = group.later(), group.came[group.me]
+            found = next((found for path in later if (found := Group.open(path, run.rank, since))), None)
             if found is not None:
                 self._enter(found)
-            elif not path.exists() and run.rank not in run.exchange.members:
-                group.me = -1  # several generations have passed
+            elif later:
+                time.sleep(1e-3)  # it is being made
             else:
-                time.sleep(1e-3)
+                group.me = -1
             return
         run.exchange.state_wanted.clear()
         remaining, newcomers = self._remaining(), dict(run.exchange.newcomers)
@@ -185,7 +185,7 @@ class SharedRounds:
         if remaining[:1] != [run.rank] or (remaining == group.members and not joining):
             return
         members = sorted(remaining + joining)
-        made = Group.make(group.path.parent, _token(group), run.rank, members, group.size, run.round, group)
+        made = Group.make(group.path.parent, _token(group), run.rank, members, group.size, run.round, group, joining)
         if made is None:
             time.sleep(1e-3)
             return

@@ -223,7 +223,7 @@ class Run:
                 outputs.append(self._last[0])
                 self._last = self._last[0], now
             push = (
-                self.plan.plane == "redis"
+                self.plan.plane in ("redis", "torch")
                 and sent.round == self.round
                 and member.rank not in self._held
                 and member.rank not in self._failed
