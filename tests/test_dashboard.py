@@ -358,6 +358,10 @@ async def test_a_dead_letter_is_replayed_a_group_paused_and_an_event_published_f
             await page.get_by_role("button", name="Resume g").click()
             await until(lambda: 41 in handled)
             await expect(page.locator("#events")).to_contain_text('{"n":41}', timeout=PATIENCE)
+            await page.locator("#events summary").first.focus()
+            for _ in range(2):  # the list is read again every few seconds
+                await page.wait_for_event("response", lambda response: "/api/channels/" in response.url)
+            await expect(page.locator("#events summary").first).to_be_focused()
         audit = await asyncio.to_thread(_json, f"{address}/api/audit")
         assert [one["action"] for one in audit] == ["resume", "publish", "pause", "replay", "replay"]
 
