@@ -19,24 +19,28 @@ HIDDEN = ("dashboard", "cli")
 @dataclass
 class _Graph:
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    edges: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    edges: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
 
-    def edge(self, source: str, target: str, rate: float) -> None:
-        one = self.edges.setdefault((source, target), {"from": source, "to": target, "rate": 0.0})
-        one["rate"] += rate
+    def edge(self, source: str, target: str, rate: float, group: str = "") -> None:
+        new = {"from": source, "to": target, "group": group, "rate": 0.0}
+        self.edges.setdefault((source, target, group), new)["rate"] += rate
+
+    def ends(self) -> set[tuple[str, str]]:
+        return {(source, target) for source, target, _ in self.edges}
 
 
 def diagram(state: State, now: float) -> dict[str, Any]:
-    """`{"nodes": [{id, kind, label, column, row, …}], "edges": [{from, to, rate}]}`; ids begin `app:` or `channel:`."""
+    """`{"nodes": [{id, kind, label, column, row, …}], "edges": [{from, to, group, rate}]}`; ids begin `app:` or
+    `channel:`. An edge that has a group leads from the channel it reads to the app it is in."""
     graph = _Graph()
     _add_channels(graph, state)
     _add_apps(graph, state, now)
-    linked = {end for edge in graph.edges for end in edge}
+    ends = graph.ends()
+    linked = {end for edge in ends for end in edge}
     nodes = {
         id_: node for id_, node in graph.nodes.items() if id_ in linked or (node["kind"] == "channel" and node["count"])
     }
-    columns = _columns(nodes, list(graph.edges))
-    _place(nodes, graph.edges, columns)
+    _place(nodes, ends, _columns(nodes, ends))
     return {"nodes": list(nodes.values()), "edges": [_rounded(edge) for edge in graph.edges.values()]}
 
 
@@ -68,15 +72,11 @@ def _add_apps(graph: _Graph, state: State, now: float) -> None:
     for worker in live:
         sample = worker.sample
         id_ = f"app:{sample.app}"
-        node = graph.nodes.setdefault(
-            id_, {"id": id_, "kind": "app", "label": sample.app, "workers": 0, "groups": [], "live": False}
-        )
+        node = graph.nodes.setdefault(id_, {"id": id_, "kind": "app", "label": sample.app, "workers": 0, "live": False})
         node["workers"] += 1
         node["live"] = node["live"] or now - worker.seen < GONE_AFTER
         for reads in sample.groups:
             shares[reads.channel, reads.group][id_] += 1
-            if reads.group not in node["groups"]:
-                node["groups"].append(reads.group)
     for (app, channel), known in state.publishes.items():
         for moment, rate in known.values():
             if f"app:{app}" in graph.nodes and f"channel:{channel}" in graph.nodes and now - moment < REMEMBERED:
@@ -85,10 +85,10 @@ def _add_apps(graph: _Graph, state: State, now: float) -> None:
         for id_, share in apps.items():
             if f"channel:{channel}" in graph.nodes:
                 rate = state.group_rates.get(pair(channel, group), 0.0)
-                graph.edge(f"channel:{channel}", id_, rate * share / sum(apps.values()))
+                graph.edge(f"channel:{channel}", id_, rate * share / sum(apps.values()), group)
 
 
-def _columns(nodes: dict[str, Any], edges: list[tuple[str, str]]) -> dict[str, int]:
+def _columns(nodes: dict[str, Any], edges: set[tuple[str, str]]) -> dict[str, int]:
     """The longest way from a source to each node; edges that close a circle do not count."""
     following: dict[str, list[str]] = defaultdict(list)
     for source, target in sorted(edges):
@@ -122,7 +122,7 @@ def _columns(nodes: dict[str, Any], edges: list[tuple[str, str]]) -> dict[str, i
     return column
 
 
-def _place(nodes: dict[str, Any], edges: dict[tuple[str, str], Any], column: dict[str, int]) -> None:
+def _place(nodes: dict[str, Any], edges: set[tuple[str, str]], column: dict[str, int]) -> None:
     """Rows by the mean row of what leads to a node, so that few lines cross."""
     rows: dict[str, float] = {}
     for at in range(max(column.values(), default=-1) + 1):

@@ -249,6 +249,7 @@ async def test_time_stands_still_goes_back_and_is_kept_in_the_address(server: Se
     with dashboard(server.url) as address:
         async with app:
             await app.publish(readings, [Reading(n=n) for n in range(300)])
+            await app.publish(Channel("others", Reading), Reading(n=0))
             await page.goto(f"{address}/?window=60")
             await holds(page, "readings", 300)
             await page.click("#pause")
@@ -267,6 +268,12 @@ async def test_time_stands_still_goes_back_and_is_kept_in_the_address(server: Se
             await page.keyboard.press("ArrowLeft")
             await expect(page.locator("[data-figure=latency] .cursor")).to_be_visible()
             await expect(page.locator("[data-figure=waiting] .cursor")).to_be_visible()
+            toggle = page.locator("#legend-rate .toggle", has_text="readings")
+            await toggle.click()
+            await page.reload()
+            await expect(toggle).to_have_attribute("aria-pressed", "false", timeout=PATIENCE)
+            await toggle.click()
+            assert "hide=" not in page.url
             async with page.expect_download() as download:
                 await page.locator("[data-figure=rate] [data-export=csv]").click()
             text = (await (await download.value).path()).read_text()
@@ -358,6 +365,10 @@ async def test_a_dead_letter_is_replayed_a_group_paused_and_an_event_published_f
             await page.get_by_role("button", name="Resume g").click()
             await until(lambda: 41 in handled)
             await expect(page.locator("#events")).to_contain_text('{"n":41}', timeout=PATIENCE)
+            await page.locator("#events summary").first.focus()
+            for _ in range(2):  # the list is read again every few seconds
+                await page.wait_for_event("response", lambda response: "/api/channels/" in response.url)
+            await expect(page.locator("#events summary").first).to_be_focused()
         audit = await asyncio.to_thread(_json, f"{address}/api/audit")
         assert [one["action"] for one in audit] == ["resume", "publish", "pause", "replay", "replay"]
 
@@ -371,7 +382,7 @@ async def test_what_is_done_is_done_to_the_channel_that_is_shown(server: Server,
 
     @app.subscriber(others, group="g")
     async def more(event: Reading) -> None:
-        raise Reject("the sensor is off")
+        raise Reject(f"{event.n} is {'odd' if event.n % 2 else 'even'}")
 
     with dashboard(server.url) as address:
         async with app, serving(app):
@@ -404,11 +415,18 @@ async def test_what_is_done_is_done_to_the_channel_that_is_shown(server: Server,
             await page.get_by_role("button", name="Cancel").click()
             goes_on.set()
             await expect(rows).to_have_count(2, timeout=PATIENCE)
+            await page.get_by_role("searchbox").fill("1 is odd")
+            await expect(rows).to_have_count(1, timeout=PATIENCE)
+            await page.locator("#dead-group").select_option("g")
+            await page.reload()
+            await expect(rows).to_have_count(1, timeout=PATIENCE)
             await page.click("#drop-all")
+            await expect(page.locator("#dialog h2")).to_have_text("Drop 1 dead letter of others in g with “1 is odd”?")
             await page.locator("#dialog button[type=submit]").click()
-            await expect(page.locator(".toast.good")).to_contain_text("dropped 2")
+            await expect(page.locator(".toast.good")).to_contain_text("dropped 1")
+            await expect(page.locator("#dead-channels")).to_contain_text("others 1")
         audit = await asyncio.to_thread(_json, f"{address}/api/audit")
-        assert [(one["action"], one["subject"]) for one in audit] == [("drop", "others"), ("pause", "others/g")]
+        assert [(one["action"], one["subject"]) for one in audit] == [("drop", "others/g"), ("pause", "others/g")]
 
 
 async def test_a_silence_between_answers_is_drawn_as_one_and_then_none_come_a_second(

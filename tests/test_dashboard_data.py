@@ -406,17 +406,18 @@ def test_the_diagram_goes_from_left_to_right_and_circles_end() -> None:
         channel="in", group="g", handled=5, dead=0, retried=0, suppressed=0, in_hand=0, busy=0, batches={},
         batch_sizes={}, latency={},
     )  # fmt: skip
-    again = group.model_copy(update={"channel": "out", "group": "h"})
+    again, beside = (group.model_copy(update={"channel": "out", "group": name}) for name in "hi")
     state.on_ledger(ledger(T, **{"in": 5, "out": 5}))
     state.on_worker(sample(T, "p", app="source", published={"in": 5}), T)
     state.on_worker(sample(T, "q", app="worker", published={"out": 5}, groups=[group]), T)
-    state.on_worker(sample(T, "r", app="loop", published={"in": 1}, groups=[again]), T)
+    state.on_worker(sample(T, "r", app="loop", published={"in": 1}, groups=[again, beside]), T)
     found = diagram(state, T)
     column = {node["label"]: node["column"] for node in found["nodes"]}
     assert column["source"] < column["in"] < column["worker"] < column["out"] < column["loop"]
-    assert {(edge["from"], edge["to"]) for edge in found["edges"]} >= {
-        ("app:loop", "channel:in"),
-        ("channel:out", "app:loop"),
+    assert {(edge["from"], edge["to"], edge["group"]) for edge in found["edges"]} >= {
+        ("app:loop", "channel:in", ""),
+        ("channel:out", "app:loop", "h"),
+        ("channel:out", "app:loop", "i"),
     }
 
 

@@ -25,6 +25,7 @@ def layout(**_: str) -> Any:
         "dead",
         "Dead letters",
         html.Div(id="dead-channels", className="chips", role="group", **aria(label="Channel")),
+        html.Div(id="dead-filters", className="chips"),
         panel(
             "Letters",
             grid(

@@ -33,7 +33,7 @@ export function mount(root) {
     const name = node.dataset.figure;
     const chart = {
       name, node, ...specification.figures[name], plot: byId(`chart-${name}`), frame: node.querySelector(".frame"),
-      empty: byId(`empty-${name}`), legend: byId(`legend-${name}`), order: [], hidden: new Set(), rows: new Map(), ready: false,
+      empty: byId(`empty-${name}`), legend: byId(`legend-${name}`), order: [], hidden: hiddenOf(name), rows: new Map(), ready: false,
     };
     charts.set(name, chart);
     chart.marks = element("div", { class: "marks", ariaHidden: "true" });
@@ -348,8 +348,15 @@ function toggle(chart, name, event) {
   }
   if (event.shiftKey) names.forEach((other) => (other === name ? chart.hidden.delete(other) : chart.hidden.add(other)));
   else chart.hidden.has(name) ? chart.hidden.delete(name) : chart.hidden.add(name);
-  if (chart.hidden.size === names.length) chart.hidden.clear();
+  if (names.every((one) => chart.hidden.has(one))) chart.hidden.clear();
+  change({ hide: [...charts.values()].flatMap((one) => [...one.hidden].map((series) => `${one.name}:${series}`)).join() || null });
   redraw(chart.name);
+}
+
+/* As the URL says. */
+function hiddenOf(figure) {
+  const own = (view.hide || "").split(",").filter((one) => one.startsWith(`${figure}:`));
+  return new Set(own.map((one) => one.slice(figure.length + 1)));
 }
 
 /* -- the cursor: the same moment in all charts, by mouse or by arrow keys; dragging chooses a range -------------- */

@@ -17,7 +17,7 @@ export function element(tag, properties = {}, ...children) {
     if (name === "class") node.className = value;
     else if (name === "text") node.textContent = value;
     else if (name.startsWith("on")) node[name] = value;
-    else if (name.startsWith("aria") || name.startsWith("data-") || name === "for" || name === "role") node.setAttribute(name, value);
+    else if (name.startsWith("aria-") || name.startsWith("data-") || name === "for" || name === "role") node.setAttribute(name, value);
     else node[name] = value;
   }
   node.append(...children.filter((child) => child != null));

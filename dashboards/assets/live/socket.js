@@ -8,7 +8,7 @@ const LOST = {
   1003: (reason) => `The dashboard refuses what this page asks for: ${reason}`,
   1008: () => "The token is wrong or missing. Open /?token=… once; this page goes on by itself.",
 };
-const LOCAL = ["runs", "smooth", "band"];
+const LOCAL = ["runs", "smooth", "band", "hide", "group", "reason"];
 
 export function connect(listener) {
   onFrame = listener;

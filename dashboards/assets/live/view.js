@@ -1,7 +1,7 @@
 /* What this page looks at, kept in the URL: window, where it ends, filters. */
 const listeners = new Set();
 export const view = {};
-const DEFAULTS = { window: 300, end: null, axis: "step", low: null, high: null, channel: null, runs: null, smooth: 0, band: "1" };
+const DEFAULTS = { window: 300, end: null, axis: "step", low: null, high: null, channel: null, runs: null, smooth: 0, band: "1", hide: null, group: null, reason: null };
 const NUMBERS = ["window", "end", "low", "high", "smooth"];
 
 export function read(page) {

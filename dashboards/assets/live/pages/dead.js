@@ -6,21 +6,26 @@ import { tree } from "../payload.js";
 import { change, view } from "../view.js";
 
 const LIMIT = 500;
-let letters = [], shown = null, counts = {}, told = "", busy = false, again = false;   // shown: whose letters these are
+let letters = [], shown = {}, counts = {}, told = "", busy = false, again = false;   // shown: which letters these are, and how many
 
 export function mount() {
-  told = ""; letters = []; shown = null;
+  told = ""; letters = []; shown = {};
   listen("dead", {
     selectionChanged: chosen,
     rowClicked: (event) => showLetter(event.data),
     cellKeyDown: (event) => { if (event.event.key === "Enter") showLetter(event.data); },
   });
+  const group = element("select", { id: "dead-group", "aria-label": "Group", onchange: () => choose({ group: group.value || null }) });
+  const reason = element("input", { type: "search", placeholder: "part of the reason", "aria-label": "Part of the reason", value: view.reason, oninput: () => choose({ reason: reason.value || null }) });
+  byId("dead-filters").replaceChildren(group, reason);
   byId("replay").onclick = () => settle("replay", false);
   byId("drop").onclick = () => settle("drop", false);
   byId("replay-all").onclick = () => settle("replay", true);
   byId("drop-all").onclick = () => settle("drop", true);
   load();
 }
+
+function choose(values) { change(values); load(); }
 
 /* The ledger says when there are more. */
 export function update(changed) {
@@ -44,11 +49,13 @@ async function read() {
     if (!byId("dead-channels")) return;   // the page was left
     counts = Object.fromEntries(Object.entries(all.channels).map(([name, one]) => [name, one.open]));
     const names = Object.keys(counts).filter((name) => counts[name] || name === view.channel);
-    if (!view.channel || !names.includes(view.channel)) view.channel = names.find((name) => counts[name]) || null;
-    const channel = view.channel;
+    if (!names.includes(view.channel)) Object.assign(view, { channel: names.find((name) => counts[name]) || null, group: null });
+    const wanted = which(view);
     chips(names);
-    letters = channel ? (await get(`/api/dead?channel=${encodeURIComponent(channel)}&limit=${LIMIT}`)).letters : [];
-    shown = channel;
+    groups(Object.keys(all.channels[view.channel]?.groups || {}));
+    const found = wanted.channel ? await get(`/api/dead?${new URLSearchParams({ ...wanted, limit: LIMIT })}`) : { letters: [], open: 0 };
+    letters = found.letters;
+    shown = { ...wanted, open: found.open };
     fill("dead", letters);
     chosen();
   } catch (error) {
@@ -56,28 +63,45 @@ async function read() {
   }
 }
 
+const which = ({ channel, group, reason }) => ({ channel, ...(group && { group }), ...(reason && { reason }) });
+
+/* Made once, so that the one that has the focus keeps it. */
 function chips(names) {
-  byId("dead-channels").replaceChildren(...names.map((name) => element("button", {
-    class: "choice", "aria-pressed": String(name === view.channel), text: `${name} ${whole(counts[name])}`,
-    onclick: () => { change({ channel: name }); load(); },
-  })));
+  const box = byId("dead-channels");
+  if ([...box.children].map((one) => one.dataset.channel).join("\n") !== names.join("\n")) {
+    box.replaceChildren(...names.map((name) => element("button", { class: "choice", "data-channel": name, onclick: () => choose({ channel: name, group: null }) })));
+  }
+  for (const one of box.children) {
+    one.setAttribute("aria-pressed", String(one.dataset.channel === view.channel));
+    put(one, `${one.dataset.channel} ${whole(counts[one.dataset.channel])}`);
+  }
+}
+
+function groups(names) {
+  const select = byId("dead-group"), all = ["", ...new Set([...names, ...(view.group ? [view.group] : [])].sort())];
+  byId("dead-filters").hidden = !view.channel;
+  if ([...select.options].map((one) => one.value).join("\n") !== all.join("\n")) {
+    select.replaceChildren(...all.map((name) => element("option", { value: name, text: name || "all groups" })));
+  }
+  select.value = view.group || "";
 }
 
 const picked = () => grid("dead")?.getSelectedRows() || [];
 
 function chosen() {
-  const n = picked().length, all = counts[shown] || 0;
+  const n = picked().length, all = shown.open || 0;
   put(byId("chosen"), n ? `${n} chosen` : "");
   for (const id of ["replay", "drop"]) byId(id).disabled = !n;
   for (const id of ["replay-all", "drop-all"]) byId(id).disabled = !all;
 }
 
 async function settle(what, everything) {
-  const channel = shown, rows = picked(), n = everything ? counts[channel] : rows.length;
+  const { open, ...wanted } = shown, { channel, group, reason } = wanted, rows = picked(), n = everything ? open : rows.length;
   const text = what === "replay" ? "They go to their own group again, with their ids; each once." : "They are given up for good, and stay counted as dead.";
-  const sure = await ask({ title: `${what === "replay" ? "Replay" : "Drop"} ${n} dead ${n === 1 ? "letter" : "letters"} of ${channel}?`, text, yes: what === "replay" ? "Replay" : "Drop", danger: what === "drop" });
+  const some = everything ? `${group ? ` in ${group}` : ""}${reason ? ` with “${reason}”` : ""}` : "";
+  const sure = await ask({ title: `${what === "replay" ? "Replay" : "Drop"} ${n} dead ${n === 1 ? "letter" : "letters"} of ${channel}${some}?`, text, yes: what === "replay" ? "Replay" : "Drop", danger: what === "drop" });
   if (!sure) return;
-  const body = everything ? { channel, all: true } : { channel, ids: rows.map((row) => row.id) };
+  const body = !everything ? { channel, ids: rows.map((row) => row.id) } : group || reason ? wanted : { channel, all: true };
   await act(`/api/dead/${what}`, body, (done) => `${what === "replay" ? "replayed" : "dropped"} ${done.settled}${done.gone ? `, ${done.gone} were gone` : ""}`);
   grid("dead")?.deselectAll();
   byId("letter").replaceChildren("Choose a letter to see its traceback and payload");
