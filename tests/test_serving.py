@@ -25,9 +25,9 @@ from PIL import Image
 from pipeline import Pipeline, Tensor, catalog
 from pipeline.catalog import Answer, Inputs, LoadModel, ModelStatus, requests_of
 from pipeline.errors import ConfigurationError
-from pipeline.settings import Settings
+from pipeline.settings import Settings, settings
 from pipeline.testing import first
-from publishers.gateway import predictions
+from publishers.gateway import predictions, presence
 from publishers.gateway.measures import Measures
 from publishers.gateway.models import Models
 from publishers.gateway.predictions import Prediction
@@ -599,6 +599,41 @@ async def test_waiting_for_a_decoder_counts_towards_the_deadline(monkeypatch: py
         await asyncio.sleep(0)
         assert models.admission("toy").inflight == 0
     assert decoded == []
+
+
+async def test_a_model_whose_workers_fell_silent_is_not_served_until_one_is_heard_again(
+    tmp_path: Path, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "GONE", 0.5)
+    monkeypatch.setenv("PIPELINE_METRICS_INTERVAL", "0.05")
+    settings.cache_clear()
+    client = _Client()
+    try:
+        async with Pipeline("gateway", valkey_url) as app, Pipeline("other", valkey_url) as other:
+            models = Models(app, options("toy"), Measures())
+            following = app.spawn(models.follow())
+
+            async def announce(worker: Pipeline, model: str) -> None:
+                status = ModelStatus(model=model, version=1, worker=worker.consumer, state="serving")
+                await worker.publish(catalog.model_status, status)
+
+            for _ in range(2):  # a restart
+                async with Pipeline("worker", valkey_url) as worker:
+                    await announce(worker, "toy")
+                    await until(lambda: "toy" in models.statuses)
+                    await asyncio.sleep(0.7)
+                    assert [worker.consumer] == [name for _, name in models.workers], "it reports"
+            await announce(other, "another")
+            await until(lambda: "another" in models.statuses)
+            await until(lambda: [other.consumer] == [name for _, name in models.workers])
+            posted(models, client, (b"content-type", b"application/json"))
+            assert (client.statuses, models.route("/predict")) == ([503], "toy"), "it may come back"
+            await announce(other, "toy")
+            await until(lambda: "toy" in models.statuses)
+            following.cancel()
+    finally:
+        monkeypatch.undo()
+        settings.cache_clear()
 
 
 async def test_an_upload_counts_towards_the_deadline(tmp_path: Path, valkey_url: str) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline import Pipeline, catalog
 from pipeline.catalog import ModelStatus
+from pipeline.metrics import metrics_channel
 from pipeline.settings import Settings
 
 from .admission import Admission
 from .measures import Measures
+from .presence import Presence
 
 __all__ = ["Models"]
 
@@ -23,27 +26,60 @@ class Models:
         self.options = options
         self.measures = measures
         self.statuses: dict[str, ModelStatus] = {}
-        """The newest of each model that serves."""
+        """The newest of each model that a living worker serves."""
+        self.known: dict[str, None] = {}
+        """Every model that was ever served, the first first."""
         self.workers: dict[tuple[str, str], ModelStatus] = {}
-        """(model, worker) → what it said last."""
+        """(model, worker) → what it said last; of living workers."""
+        self._said: dict[tuple[str, str], ModelStatus] = {}
+        """Of all workers."""
+        self._serving: dict[tuple[str, str], ModelStatus] = {}
+        """(model, worker) → what it serves, or served; the newest last."""
+        self._presence = Presence()
         self.admissions: dict[str, Admission] = {}
         self.decoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "decode")
 
     async def follow(self) -> None:
-        """Learn from the workers' announcements what is served."""
+        """Learn from the workers' announcements and reports what is served."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow_statuses())
+            group.create_task(self._follow_reports())
+
+    async def _follow_statuses(self) -> None:
         async with self.pipeline.watch(catalog.model_status, since=catalog.model_status.keep) as stream:
             async for message in stream:
                 status = message.event
-                self.workers[status.model, status.worker] = status
+                key = status.model, status.worker
+                self._presence.begin(status.worker)
+                self._said[key] = self.workers[key] = status
                 if status.state == "serving":
-                    self.statuses[status.model] = status
+                    self._serving.pop(key, None)
+                    self._serving[key] = self.statuses[status.model] = status
+                    self.known[status.model] = None
+
+    async def _follow_reports(self) -> None:
+        async with self.pipeline.watch(metrics_channel) as stream:
+            async for message in stream:
+                self._presence.report(message.event)
+                living = {key for key in self._said if self._presence.lives(key[1])}
+                if living != self.workers.keys():
+                    self._show(living)
+
+    def _show(self, living: set[tuple[str, str]]) -> None:
+        """And forget who will not come back."""
+        forgotten = self._presence.forget()
+        for key in [key for key in self._said if key[1] in forgotten]:
+            del self._said[key]
+            self._serving.pop(key, None)
+        self.workers = {key: status for key, status in self._said.items() if key in living}
+        self.statuses = {key[0]: status for key, status in self._serving.items() if key in living}
 
     def route(self, path: str) -> str | None:
         """The model a path asks, if it asks one."""
         if path == "/predict":
-            if "imagenet" in self.statuses or not self.statuses:
+            if "imagenet" in self.known or not self.known:
                 return "imagenet"
-            return next(iter(self.statuses))
+            return next(iter(self.known))
         if path.startswith("/models/") and path.endswith("/predict"):
             name = path[8:-8]
             return name if name != catalog.DIGIT_MODEL or name in self.statuses else None

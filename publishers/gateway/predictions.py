@@ -73,8 +73,8 @@ class Prediction:
 
     __slots__ = (
         "_admission", "_began", "_connection", "_content_type", "_decoding", "_headers", "_length", "_method",
-        "_models", "_parts", "_query", "_question", "_seconds", "_size", "_started", "_top", "_waits", "_whole",
-        "disconnected", "keep_alive", "model", "response_complete", "unauthorized",
+        "_models", "_parts", "_query", "_question", "_seconds", "_size", "_started", "_status", "_top", "_waits",
+        "_whole", "disconnected", "keep_alive", "model", "response_complete", "unauthorized",
     )  # fmt: skip
 
     message_event = _Nobody()
@@ -189,9 +189,11 @@ class Prediction:
         if self._method != b"POST":
             raise Refusal(405, "POST is expected", [(b"allow", b"POST")])
         statuses = self._models.statuses
-        if self.model not in statuses:
+        self._status = statuses.get(self.model)
+        if self._status is None:
             served = ", ".join(sorted(statuses)) or "none yet"
-            raise Refusal(404 if statuses else 503, f"no worker serves model {self.model!r}; served are: {served}")
+            status = 404 if statuses and self.model not in self._models.known else 503
+            raise Refusal(status, f"no worker serves model {self.model!r}; served are: {served}")
         self._read_headers()
         self._length = max(self._length, self._size)
         if self._length > MOST_BODY:
@@ -233,7 +235,8 @@ class Prediction:
         self._parts.clear()
         content_type = self._content_type.decode("latin-1")
         kind = content_type.partition(";")[0].strip().lower()
-        status = self._models.statuses[self.model]
+        status = self._status
+        assert status is not None
         if not needs_thread(kind):
             self._ask(read_input(kind, content_type, body, status))
             return
