@@ -305,6 +305,30 @@ def test_a_worker_that_missed_a_round_is_sent_it_again() -> None:
     assert [one.round for one in outputs if isinstance(one, Round)] == [0]
 
 
+def test_a_worker_whose_rank_was_given_away_gets_another_and_both_count() -> None:
+    team = Team(size=1)
+
+    def send(worker: str, rank: int, action: Any, **more: Any) -> list[Any]:
+        sent = Contribution(run="r", worker=worker, rank=rank, plan=team.plan, action=action, **more)
+        answer = team.run.take(sent, team.now)
+        if answer.close:
+            team.close()
+        return answer.outputs
+
+    def push(worker: str, rank: int, value: float) -> None:
+        send(worker, rank, "push", round=team.run.round, parts={"values": Tensor(np.array([value], np.float32))})
+
+    team.join(0, 1)
+    team.wait(1.2, 1)
+    assert send("new", -1, "join")[0].rank == 0
+    assert send("w0", 0, "beat", round=0)[0].rank == 2
+    for worker, rank, value in [("w1", 1, 1.0), ("new", 0, 2.0), ("w0", 0, 6.0)]:
+        push(worker, rank, value)
+    assert (team.closed[-1].ranks, team.mean()) == ([0, 1, 2], [3])
+    for worker, rank in [("new", 0), ("w0", 2), ("w1", 1)]:
+        assert send(worker, rank, "beat", round=1)[0].members == [0, 1, 2]
+
+
 # -- servers -------------------------------------------------------------------------------------------------------
 
 

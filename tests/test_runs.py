@@ -174,6 +174,25 @@ def test_a_paused_worker_is_given_up_and_is_one_of_them_again_when_it_wakes(
 
 
 @planes
+def test_a_paused_worker_whose_rank_was_given_away_takes_part_under_another(
+    plane: str, aggregator: str, team: Any, tmp_path: Path
+) -> None:
+    until = tmp_path / "until"
+    options: dict[str, Any] = {"plane": plane, "workers": 2, "until": str(until)}
+    sleeper, awake = team(aggregator, "r", 1, rank=0, **options) + team(aggregator, "r", 1, rank=1, **options)
+    sleeper.until(5)
+    sleeper.send(signal.SIGSTOP)
+    awake.sees(lambda line: line["ranks"] == [1])
+    [other] = team(aggregator, "r", 1, rank=0, **options)
+    other.sees(lambda line: line["rank"] == 0 and line["ranks"] == [0, 1])
+    sleeper.send(signal.SIGCONT)
+    sleeper.sees(lambda line: line["rank"] == 2 and line["ranks"] == [0, 1, 2])
+    until.touch()
+    assert len({worker.final() for worker in (sleeper, awake, other)}) == 1
+    assert awake.rounds[-1]["ranks"] == [0, 1, 2]
+
+
+@planes
 def test_who_joins_midway_begins_with_what_the_others_have(
     plane: str, aggregator: str, team: Any, tmp_path: Path
 ) -> None:

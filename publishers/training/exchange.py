@@ -222,6 +222,8 @@ class Exchange:
                     continue
                 if answer is None:
                     continue
+                if shard == 0:
+                    self.rank = answer.rank  # another one, where ours was given away while we were thought dead
                 if shard == 0 and answer.settled:
                     self.members, self.newcomers = answer.members, answer.newcomers
                 if answer.state_wanted:

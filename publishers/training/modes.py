@@ -108,7 +108,7 @@ class Mode:
                     self.give_state()
                     return
                 state = run.exchange.take_state(max(1.0, run.plan.lease), lowest_rank=0)
-            if state is not None and (state.round >= admission.round or state.rank < 0 or run.plane != "redis"):
+            if state is not None and (state.round >= admission.round or state.rank < 0 or run.plane == "shm"):
                 self.load(state)
                 if self.follow(json.loads(state.note or "{}"), admission.members):
                     return

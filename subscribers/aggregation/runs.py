@@ -98,6 +98,8 @@ class Run:
         if sent.action == "join":
             return self._join(sent, now)
         member = self._member(sent, now)
+        if sent.rank != member.rank:
+            sent = sent.model_copy(update={"rank": member.rank})
         if sent.action == "push":
             return self._push(sent, member, now)
         if sent.action == "state":
@@ -173,7 +175,10 @@ class Run:
         return self.begun
 
     def _member(self, sent: Contribution, now: float) -> Member:
-        """Raises Reject for who never joined; a worker that was given up, or that another aggregator knew, is back."""
+        """Raises Reject for who never joined; a worker that was given up, or that another aggregator knew, is back.
+
+        It has another rank where its own has been given away; the answer says so.
+        """
         if sent.rank < 0:
             raise Reject(f"run {self.name!r}: worker {sent.worker} has not joined")
         member = self.members.get(sent.worker)
@@ -183,10 +188,9 @@ class Run:
                 self.round = max(self.round, sent.round)
                 self._held_back, self._expected = now + self.plan.lease, sent.peers
                 logger.info("run %s is taken over in round %d", self.name, self.round)
-            for worker, other in list(self.members.items()):
-                if other.rank == sent.rank:  # the place was given away; whoever is older keeps it
-                    del self.members[worker]
-            member = self.members[sent.worker] = Member(sent.rank, now, active=now < self._held_back)
+            taken = {other.rank for other in self.members.values()}
+            rank = _lowest_free(taken) if sent.rank in taken else sent.rank
+            member = self.members[sent.worker] = Member(rank, now, active=now < self._held_back)
         member.seen = now
         return member
 
