@@ -5,6 +5,7 @@ Most of it by the clock of the test, on the runs themselves; at the end through 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -458,3 +459,31 @@ async def test_a_run_that_nobody_speaks_of_is_let_go(app: Pipeline, monkeypatch:
     await app.request(catalog.contributions, sent("r", 0, "join", plan=RunPlan(size=1, lease=0.2)), key="r")
     assert len(aggregation.runs._runs) == 1
     await until(lambda: not aggregation.runs._runs)
+
+
+def served_plan(mode: str, **plan: Any) -> RunPlan:
+    return RunPlan(**{"mode": mode, "size": 1, "optimizer": "sgd", "rate": 1.0, "lease": 60.0, **plan})
+
+
+async def begin_served(app: Pipeline, plan: RunPlan) -> None:
+    await app.request(catalog.contributions, sent("r", 0, "join", plan=plan), key="r")
+    weights = {"values": Tensor(np.zeros(1, np.float32))}
+    await app.publish(catalog.contributions, sent("r", 0, "state", plan=plan, parts=weights), key="r")
+    await idle(app, "training.contributions")
+
+
+async def test_every_live_push_is_answered_with_the_weights(app: Pipeline) -> None:
+    plan = served_plan("dogwild")
+    await begin_served(app, plan)
+    gradient = {"values": Tensor(np.ones(1, np.float32))}
+    answers: list[Round] = []
+    async with app.watch(catalog.rounds_live) as stream, asyncio.timeout(10):
+        for number in range(5):
+            push = sent("r", 0, "push", plan=plan, round=number, parts=gradient)
+            await app.publish(catalog.contributions_live, push)
+        async for message in stream:
+            answers.append(message.event)
+            if len(answers) == 5:
+                break
+    assert [one.sequence for one in answers] == [0, 1, 2, 3, 4]
+    assert [one.parts["values"].tolist() for one in answers] == [[-1.0], [-2.0], [-3.0], [-4.0], [-5.0]]

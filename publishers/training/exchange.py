@@ -270,7 +270,9 @@ class Exchange:
         except PipelineError as error:  # a contribution is asked for again when it is missed
             logger.warning("run %s: not sent now: %s", self.run, error)
         finally:
-            self._sending -= counted
+            if counted:
+                self._sending -= 1
+                self._notify()
 
     @property
     def sending(self) -> bool:
