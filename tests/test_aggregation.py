@@ -347,6 +347,40 @@ def test_a_push_that_is_not_finite_changes_nothing_and_is_reported() -> None:
     assert (applied.refused, applied.ranks, applied.parts["values"].tolist()) == ([0], [], [0.0] * 3)
 
 
+def test_a_server_goes_on_from_its_weights_when_all_come_back_after_an_outage() -> None:
+    team = served_team()
+    for number in range(3):
+        team.push(0, [1, 1, 1], number, base=number)
+    team.wait(2.0)
+    assert team.run.members == {}
+    [admission] = team.send(1, "beat", round=-1, base=3)
+    assert (admission.ready, admission.round) == (True, 3)
+    [applied] = team.push(1, [1, 1, 1], 0, base=3)
+    assert (applied.round, applied.staleness, applied.parts["values"].tolist()) == (4, 0, [-2.0] * 3)
+
+
+def test_a_server_whose_run_was_meanwhile_another_aggregators_asks_for_the_weights() -> None:
+    team = served_team()
+    team.push(0, [1, 1, 1], 0)
+    team.wait(2.0)
+    [admission] = team.send(0, "beat", round=-1, base=7)
+    assert (admission.ready, admission.state_wanted) == (False, True)
+    team.send(0, "state", round=7, parts={"values": Tensor(np.full(3, 5, np.float32))})
+    [applied] = team.push(0, [2, 2, 2], 9, base=7)
+    assert (applied.round, applied.parts["values"].tolist()) == (8, [4.0] * 3)
+
+
+def test_the_next_run_of_a_name_does_not_begin_with_the_weights_of_the_former() -> None:
+    team = served_team()
+    team.push(0, [1, 1, 1], 0)
+    for rank in range(2):
+        team.send(rank, "leave")
+    assert not team.join(2, 3).ready
+    team.send(2, "state", parts={"values": Tensor(np.full(3, 5, np.float32))})
+    [applied] = team.push(2, [2, 2, 2], 0)
+    assert (applied.round, applied.parts["values"].tolist()) == (1, [4.0] * 3)
+
+
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adagrad", "adam"])
 def test_the_servers_optimizers_are_torchs(name: str) -> None:
     import torch
@@ -399,6 +433,17 @@ def test_a_server_goes_on_bit_for_bit_from_its_checkpoint(data: Path) -> None:
     assert (resumed.run.round, admission.push_wanted) == (15, True)
     pushes(resumed, range(15, 30))
     assert resumed.run.weights.tobytes() == unbroken.run.weights.tobytes()  # type: ignore[attr-defined]
+
+
+def test_versions_go_on_from_where_the_workers_are_and_not_from_the_checkpoint(data: Path) -> None:
+    first = served_team(checkpoint=5)
+    for number in range(7):
+        first.push(0, [1, 1, 1], number, base=number)
+    second = Team(Server, mode="async", optimizer="sgd", rate=0.5, checkpoint=5)
+    second.send(0, "beat", round=7, base=7)
+    assert second.run.round == 5
+    [applied] = second.push(0, [1, 1, 1], 7, base=7)
+    assert (applied.round, applied.staleness, applied.parts["values"].tolist()) == (8, 0, [-3.0] * 3)
 
 
 def test_the_two_newest_checkpoints_are_kept_and_a_torn_one_is_left_out(data: Path) -> None:

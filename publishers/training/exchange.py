@@ -215,8 +215,10 @@ class Exchange:
         """Three a lease. The answers say what the aggregator misses."""
         while True:
             for shard in range(len(self._plans)):
+                weights = self._weights.get(shard)
+                base = 0 if weights is None else weights.round
                 try:
-                    answer = await self._request(self._message("beat", shard, round=self._waiting))
+                    answer = await self._request(self._message("beat", shard, round=self._waiting, base=base))
                 except Refused as error:
                     logger.error("run %s: %s", self.run, error)
                     continue

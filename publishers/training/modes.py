@@ -460,7 +460,7 @@ class Async(Mode):
         run.last = newest[0]
         run.parameters.write(np.concatenate([np.asarray(one.parts["values"]) for one in newest])
                              if len(newest) > 1 else np.asarray(newest[0].parts["values"]))  # fmt: skip
-        run.round = newest[0].round
+        run.round = min(one.round for one in newest)
 
     def end(self) -> None:
         """With the weights that came of everything."""
