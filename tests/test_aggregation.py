@@ -5,6 +5,7 @@ Most of it by the clock of the test, on the runs themselves; at the end through 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -371,6 +372,40 @@ def test_a_push_that_is_not_finite_changes_nothing_and_is_reported() -> None:
     assert (applied.refused, applied.ranks, applied.parts["values"].tolist()) == ([0], [], [0.0] * 3)
 
 
+def test_a_server_goes_on_from_its_weights_when_all_come_back_after_an_outage() -> None:
+    team = served_team()
+    for number in range(3):
+        team.push(0, [1, 1, 1], number, base=number)
+    team.wait(2.0)
+    assert team.run.members == {}
+    [admission] = team.send(1, "beat", round=-1, base=3)
+    assert (admission.ready, admission.round) == (True, 3)
+    [applied] = team.push(1, [1, 1, 1], 0, base=3)
+    assert (applied.round, applied.staleness, applied.parts["values"].tolist()) == (4, 0, [-2.0] * 3)
+
+
+def test_a_server_whose_run_was_meanwhile_another_aggregators_asks_for_the_weights() -> None:
+    team = served_team()
+    team.push(0, [1, 1, 1], 0)
+    team.wait(2.0)
+    [admission] = team.send(0, "beat", round=-1, base=7)
+    assert (admission.ready, admission.state_wanted) == (False, True)
+    team.send(0, "state", round=7, parts={"values": Tensor(np.full(3, 5, np.float32))})
+    [applied] = team.push(0, [2, 2, 2], 9, base=7)
+    assert (applied.round, applied.parts["values"].tolist()) == (8, [4.0] * 3)
+
+
+def test_the_next_run_of_a_name_does_not_begin_with_the_weights_of_the_former() -> None:
+    team = served_team()
+    team.push(0, [1, 1, 1], 0)
+    for rank in range(2):
+        team.send(rank, "leave")
+    assert not team.join(2, 3).ready
+    team.send(2, "state", parts={"values": Tensor(np.full(3, 5, np.float32))})
+    [applied] = team.push(2, [2, 2, 2], 0)
+    assert (applied.round, applied.parts["values"].tolist()) == (1, [4.0] * 3)
+
+
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adagrad", "adam"])
 def test_the_servers_optimizers_are_torchs(name: str) -> None:
     import torch
@@ -423,6 +458,17 @@ def test_a_server_goes_on_bit_for_bit_from_its_checkpoint(data: Path) -> None:
     assert (resumed.run.round, admission.push_wanted) == (15, True)
     pushes(resumed, range(15, 30))
     assert resumed.run.weights.tobytes() == unbroken.run.weights.tobytes()  # type: ignore[attr-defined]
+
+
+def test_versions_go_on_from_where_the_workers_are_and_not_from_the_checkpoint(data: Path) -> None:
+    first = served_team(checkpoint=5)
+    for number in range(7):
+        first.push(0, [1, 1, 1], number, base=number)
+    second = Team(Server, mode="async", optimizer="sgd", rate=0.5, checkpoint=5)
+    second.send(0, "beat", round=7, base=7)
+    assert second.run.round == 5
+    [applied] = second.push(0, [1, 1, 1], 7, base=7)
+    assert (applied.round, applied.staleness, applied.parts["values"].tolist()) == (8, 0, [-3.0] * 3)
 
 
 def test_the_two_newest_checkpoints_are_kept_and_a_torn_one_is_left_out(data: Path) -> None:
@@ -483,3 +529,31 @@ async def test_a_run_that_nobody_speaks_of_is_let_go(app: Pipeline, monkeypatch:
     await app.request(catalog.contributions, sent("r", 0, "join", plan=RunPlan(size=1, lease=0.2)), key="r")
     assert len(aggregation.runs._runs) == 1
     await until(lambda: not aggregation.runs._runs)
+
+
+def served_plan(mode: str, **plan: Any) -> RunPlan:
+    return RunPlan(**{"mode": mode, "size": 1, "optimizer": "sgd", "rate": 1.0, "lease": 60.0, **plan})
+
+
+async def begin_served(app: Pipeline, plan: RunPlan) -> None:
+    await app.request(catalog.contributions, sent("r", 0, "join", plan=plan), key="r")
+    weights = {"values": Tensor(np.zeros(1, np.float32))}
+    await app.publish(catalog.contributions, sent("r", 0, "state", plan=plan, parts=weights), key="r")
+    await idle(app, "training.contributions")
+
+
+async def test_every_live_push_is_answered_with_the_weights(app: Pipeline) -> None:
+    plan = served_plan("dogwild")
+    await begin_served(app, plan)
+    gradient = {"values": Tensor(np.ones(1, np.float32))}
+    answers: list[Round] = []
+    async with app.watch(catalog.rounds_live) as stream, asyncio.timeout(10):
+        for number in range(5):
+            push = sent("r", 0, "push", plan=plan, round=number, parts=gradient)
+            await app.publish(catalog.contributions_live, push)
+        async for message in stream:
+            answers.append(message.event)
+            if len(answers) == 5:
+                break
+    assert [one.sequence for one in answers] == [0, 1, 2, 3, 4]
+    assert [one.parts["values"].tolist() for one in answers] == [[-1.0], [-2.0], [-3.0], [-4.0], [-5.0]]

@@ -92,7 +92,8 @@ class Contribution(Event):
     round: int = Field(default=0, ge=-1)
     """push: in sync and local the round, else this worker's count of pushes. beat: the round waited for; -1: none."""
     base: int = Field(default=0, ge=0)
-    """The version of the weights it was computed with, where a server keeps them. join: the attempt's number."""
+    """The version of the weights it was computed with, where a server keeps them; beat: the newest that is known. join:
+    the attempt's number."""
     peers: int = Field(default=0, ge=0)
     """How many members the worker knows of, itself included."""
     samples: int = Field(default=1, ge=1)

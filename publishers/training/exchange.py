@@ -215,8 +215,10 @@ class Exchange:
         """Three a lease. The answers say what the aggregator misses."""
         while True:
             for shard in range(len(self._plans)):
+                weights = self._weights.get(shard)
+                base = 0 if weights is None else weights.round
                 try:
-                    answer = await self._request(self._message("beat", shard, round=self._waiting))
+                    answer = await self._request(self._message("beat", shard, round=self._waiting, base=base))
                 except Refused as error:
                     logger.error("run %s: %s", self.run, error)
                     continue
@@ -272,7 +274,9 @@ class Exchange:
         except PipelineError as error:  # a contribution is asked for again when it is missed
             logger.warning("run %s: not sent now: %s", self.run, error)
         finally:
-            self._sending -= counted
+            if counted:
+                self._sending -= 1
+                self._notify()
 
     @property
     def sending(self) -> bool:

@@ -45,7 +45,7 @@ Vector = npt.NDArray[np.float32]
 LOST = 1.0
 """Seconds for which a missed round may still come."""
 TOLD = 5.0
-UNHEARD = 0.02
+UNHEARD = 0.1
 """Seconds after which a dogwild push of which nothing was heard counts as lost."""
 
 
@@ -463,36 +463,39 @@ class Async(Mode):
         run.last = newest[0]
         run.parameters.write(np.concatenate([np.asarray(one.parts["values"]) for one in newest])
                              if len(newest) > 1 else np.asarray(newest[0].parts["values"]))  # fmt: skip
-        run.round = newest[0].round
+        run.round = min(one.round for one in newest)
 
     def end(self) -> None:
         """With the weights that came of everything."""
-        deadline = time.monotonic() + 2.0
+        self._await_applied(2.0)
+
+    def _await_applied(self, seconds: float) -> None:
         exchange = self.run.exchange
-        exchange.wait(lambda: exchange.applied() >= self._sequence - 1, deadline - time.monotonic())
+        exchange.wait(lambda: exchange.applied() >= self._sequence - 1, seconds)
         self._fetch()
 
 
 class Dogwild(Async):
-    """Nothing is waited for: while the last push is on its way, the gradients of further steps join the next one.
+    """A push is waited for no longer than it takes to count as lost.
 
-    Without that bound a backlog would gather in Redis, and everything in it would be stale.
+    Without that wait most gradients would be of weights that are many versions old. While Redis takes nothing, the
+    gradients of further steps join the next push.
     """
-
-    _pushed = 0.0
 
     def _may_push(self) -> bool:
         exchange = self.run.exchange
-        heard = exchange.applied() >= self._sequence - 1 or time.monotonic() - self._pushed > UNHEARD
-        return heard and not exchange.sending
+        exchange.wait(lambda: exchange.applied() >= self._sequence - 1 and not exchange.sending, UNHEARD)
+        return not exchange.sending
 
     def _flow(self) -> None:
-        self._pushed = time.monotonic()
         if self.run.exchange.state_wanted.is_set():
             self.give_state()
 
     def end(self) -> None:
-        self._fetch()
+        """With the weights that came of everything, unless that is lost."""
+        if self._gathered is not None:
+            self._push({})
+        self._await_applied(0.2)
 
 
 class Hogwild(Mode):

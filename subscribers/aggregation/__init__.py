@@ -28,8 +28,6 @@ FORGOTTEN = 600.0
 """Seconds after which a run that nobody speaks of is let go."""
 IN_THREAD = 1 << 20
 """Bytes from which on a mean is not computed in the event loop."""
-LIVE_EVERY = 0.01
-"""Seconds between two broadcasts of a dogwild run's weights."""
 
 Key = tuple[str, int]
 
@@ -39,7 +37,6 @@ class Runs:
 
     def __init__(self) -> None:
         self._runs: dict[Key, Run] = {}
-        self._told: dict[Key, float] = {}
 
     def of(self, sent: Contribution) -> Run:
         """The run of a message, made when it is the first one."""
@@ -91,14 +88,6 @@ class Runs:
                 del self._runs[key]
         return [await self.close(run) for run in list(self._runs.values()) if not run.closing and run.due(now)]
 
-    def broadcast_due(self, run: Run) -> bool:
-        """Whether a dogwild run's weights should go out again."""
-        key, now = (run.name, run.shard), time.monotonic()
-        if now - self._told.get(key, 0.0) < LIVE_EVERY:
-            return False
-        self._told[key] = now
-        return True
-
 
 runs = Runs()
 
@@ -140,5 +129,4 @@ async def aggregate_live(sent: Contribution) -> Round | None:
     except (Reject, ValueError) as error:
         logger.warning("run %s: a push of rank %d is left out: %s", sent.run, sent.rank, error)
         return None
-    applied = next((output for output in answer.outputs if isinstance(output, Round)), None)
-    return applied if applied is not None and runs.broadcast_due(run) else None
+    return next((output for output in answer.outputs if isinstance(output, Round)), None)

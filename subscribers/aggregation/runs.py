@@ -403,10 +403,25 @@ class Server(Run):
 
     def __init__(self, run: str, shard: int, plan: RunPlan, now: float) -> None:
         super().__init__(run, shard, plan, now)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.round = 0
         self.weights: np.ndarray[tuple[int], np.dtype[np.float32]] | None = None
-        self._optimizer = Optimizer(plan.optimizer, plan.rate, plan.size)
+        self._optimizer = Optimizer(self.plan.optimizer, self.plan.rate, self.plan.size)
         self._applied: dict[str, int] = {}
         self._note = ""
+
+    def _join(self, sent: Contribution, now: float) -> Answer:
+        if not self.begun and not self.members:
+            self._clear()  # of a former run of this name
+        return super()._join(sent, now)
+
+    def _end(self) -> None:
+        """What the server has stays: those that were given up may be back."""
+        version = self.round
+        super()._end()
+        self.round = version
 
     def _begin(self) -> None:
         self.begun = True
@@ -428,11 +443,14 @@ class Server(Run):
         logger.info("run %s goes on from the checkpoint of version %d", self.name, self.round)
 
     def _member(self, sent: Contribution, now: float) -> Member:
-        taking_over = not self.begun
+        taking_over, version = not self.begun and sent.worker not in self.members, self.round
         member = super()._member(sent, now)
         if taking_over:
-            self.round = 0
-            self._load()
+            self.round = version
+            if sent.base > version:
+                self._clear()  # another aggregator had the run since
+            if self.weights is None:
+                self._load()
         member.active = True
         return member
 
@@ -474,6 +492,7 @@ class Server(Run):
             return Answer([])  # the worker is told to push it again
         if sent.round <= self._applied.get(sent.worker, -1):
             return Answer([])  # it came twice
+        self.round = max(self.round, sent.base)  # else workers take what follows a checkpoint for old
         self._applied[sent.worker] = sent.round
         while len(self._applied) > 4096:
             del self._applied[next(iter(self._applied))]
