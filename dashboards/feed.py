@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline import Channel, Message, Pipeline, PipelineError, catalog
+from pipeline.catalog import ModelStatus
+from pipeline.errors import ChannelConflict
 from pipeline.ledger import ledger_channel
 from pipeline.metrics import metrics_channel
 
@@ -20,7 +22,9 @@ __all__ = ["Feed"]
 logger = logging.getLogger("dashboards.feed")
 
 PICTURES = "imagenet"
-"""The model whose inputs are shown."""
+"""A model whose inputs are shown; those of others are when they tell that they take pictures."""
+MOST_PICTURED = 8
+"""Models at most whose inputs are read for that."""
 HISTORY = 6 * 3600.0
 """Seconds back that are read at the start, where the streams still have them."""
 RECONNECT = 0.5
@@ -42,9 +46,12 @@ class Feed:
         self.loaded = False
         """The past has been read."""
         self.trouble = "waiting for Redis"
+        self._group: asyncio.TaskGroup | None = None
+        self._pictured: set[str] = set()
         self._followed: dict[Channel[Any], list[Subscription]] = {}
         for one in (*self._subscriptions(), *state.happened.subscriptions(), *more):
             self._followed.setdefault(one.channel, []).append(one)
+        self._picture(PICTURES)
 
     def _subscriptions(self) -> list[Subscription]:
         state = self.state
@@ -53,8 +60,7 @@ class Feed:
             catalog.training_metrics: lambda m: state.on_training(m.event, m.time.timestamp()),
             catalog.predictions: lambda m: state.on_prediction(m.event, m.time.timestamp()),
             catalog.matmul_results: lambda m: state.on_matmul(m.event, m.time.timestamp()),
-            catalog.model_status: lambda m: state.on_model(m.event, m.time.timestamp()),
-            catalog.requests_of(PICTURES): lambda m: state.pictures.on_inputs(m.id, m.event),
+            catalog.model_status: self._on_model,
             catalog.answers: lambda m: state.on_answer(m.event, m.time.timestamp()),
             catalog.matmul_progress: lambda m: state.jobs.on_tile(m.event, m.time.timestamp()),
             catalog.systolic_cycles: lambda m: state.jobs.on_cycle(m.event),
@@ -64,6 +70,23 @@ class Feed:
             Subscription(channel, once(handler), HISTORY if channel.durable else 0.0)
             for channel, handler in handlers.items()
         ]
+
+    def _on_model(self, message: Message[ModelStatus]) -> None:
+        status = message.event
+        self.state.on_model(status, message.time.timestamp())
+        if status.dtype == "uint8" and len(status.shape) == 3 and status.shape[2] == 3:
+            self._picture(status.model)
+
+    def _picture(self, model: str) -> None:
+        """Follow a model's inputs."""
+        if model in self._pictured or len(self._pictured) == MOST_PICTURED:
+            return
+        self._pictured.add(model)
+        channel, pictures = catalog.requests_of(model), self.state.pictures
+        handler = once(lambda message: pictures.on_inputs(message.id, message.event))
+        self._followed[channel] = [Subscription(channel, handler, HISTORY)]
+        if self._group is not None:
+            self._group.create_task(self._follow(self.app, channel, self._followed[channel]))
 
     def _on_ledger(self, message: Message[Any]) -> None:
         self.state.on_ledger(message.event)
@@ -82,6 +105,7 @@ class Feed:
                 async with self.app as app:
                     self.trouble = "Redis does not answer"
                     async with asyncio.TaskGroup() as group:
+                        self._group = group
                         for channel, subscriptions in self._followed.items():
                             group.create_task(self._follow(app, channel, subscriptions), name=f"follow {channel.name}")
             except* (PipelineError, OSError) as errors:
@@ -100,11 +124,14 @@ class Feed:
     async def _follow(self, app: Pipeline, channel: Channel[Any], subscriptions: list[Subscription]) -> None:
         """The stream position survives outages inside `watch`; what is read again after a new beginning is left out."""
         since = max(one.since for one in subscriptions)
-        async with app.watch(channel, since=since if since and channel.durable else None) as stream:
-            count = 0
-            async for message in stream:
-                for one in subscriptions:
-                    self._hand(one, message)
-                count += 1
-                if count % TURN == 0:
-                    await asyncio.sleep(0)
+        try:
+            async with app.watch(channel, since=since if since and channel.durable else None) as stream:
+                count = 0
+                async for message in stream:
+                    for one in subscriptions:
+                        self._hand(one, message)
+                    count += 1
+                    if count % TURN == 0:
+                        await asyncio.sleep(0)
+        except ChannelConflict as error:
+            logger.warning("left out: %s", error)

@@ -222,12 +222,13 @@ class State:
         self.changes += 1
 
     def _on_sample(self, group: GroupSample, since: float, moment: float) -> None:
+        name = pair(group.channel, group.group)
         if group.latency:
-            self.latency.touch(pair(group.channel, group.group)).add(moment, group.latency)
+            self.latency.touch(name).add(moment, group.latency)
         for reason, count in group.batches.items():
-            spread(self.sums["released"].touch(f"{group.group}: {reason}"), since, moment, count)
+            spread(self.sums["released"].touch(f"{name}: {reason}"), since, moment, count)
         for size, count in group.batch_sizes.items():
-            spread(self.sums["batches"].touch(f"{group.group}: {size}+"), since, moment, count)
+            spread(self.sums["batches"].touch(f"{name}: {size}+"), since, moment, count)
 
     def _look_for_gone(self, now: float) -> None:
         """Note who fell silent while others were heard; in an outage nobody is."""

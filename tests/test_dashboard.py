@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import websockets
 from axe_playwright_python.async_playwright import Axe
@@ -25,8 +26,18 @@ from PIL import Image
 from playwright.async_api import Browser, Page, Route, async_playwright, expect
 
 from dashboards.wire import decode
-from pipeline import Channel, Event, Pipeline, Reject
-from pipeline.catalog import Answer, TrainingMetrics, answers, training_metrics
+from pipeline import Channel, Event, Pipeline, Reject, Tensor
+from pipeline.catalog import (
+    Answer,
+    Inputs,
+    ModelStatus,
+    Score,
+    TrainingMetrics,
+    answers,
+    model_status,
+    requests_of,
+    training_metrics,
+)
 from pipeline.server import Server
 
 from .apps import serving
@@ -429,7 +440,7 @@ async def test_what_is_done_is_done_to_the_channel_that_is_shown(server: Server,
         assert [(one["action"], one["subject"]) for one in audit] == [("drop", "others/g"), ("pause", "others/g")]
 
 
-async def test_a_silence_between_answers_is_drawn_as_one_and_then_none_come_a_second(
+async def test_a_silence_between_answers_is_drawn_as_one_and_what_was_asked_is_shown(
     server: Server, page: Page
 ) -> None:
     app, drawn = Pipeline("worker", server.url), "document.getElementById('chart-answers').data?.[0]"
@@ -448,6 +459,17 @@ async def test_a_silence_between_answers_is_drawn_as_one_and_then_none_come_a_se
             await page.wait_for_function(f"{drawn}?.y.includes(0) && {drawn}.x.at(-1) + 3 < pipelineNow()")
             end = "document.getElementById('chart-answers').layout.xaxis.range[1]"
             await page.wait_for_function(f"{end} > {await page.evaluate(end)}")
+            await app.publish(
+                model_status,
+                ModelStatus(model="faces", version=3, worker="w", state="serving", shape=[8, 8, 3], dtype="uint8"),
+            )
+            picture, scores = Tensor(np.zeros((8, 8, 3), np.uint8)), [Score(label="smile", probability=0.9)]
+            async with asyncio.timeout(PATIENCE / 1000):
+                while not await page.get_by_title("faces v3").count():
+                    asked = await app.publish(requests_of("faces"), Inputs(data=picture))
+                    await asyncio.sleep(0.3)  # for the dashboard to have seen it
+                    await app.publish(answers, Answer(model="faces", version=3, request=asked.id, predictions=scores))
+            await expect(page.locator("#pictures")).to_contain_text("smile 90 %")
 
 
 async def until(done: Callable[[], bool]) -> None:

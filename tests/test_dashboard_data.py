@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dashboards.alerts import alerts
 from dashboards.browse import summary
 from dashboards.controls import Controls
-from dashboards.facts import channels, models, totals
+from dashboards.facts import channels, models, serving, totals
 from dashboards.flow import diagram
 from dashboards.numbers import numbers
 from dashboards.rings import LEVELS, Gauge, Histogram, Sum, level_of, quantiles, spread
@@ -398,6 +398,20 @@ def test_who_falls_silent_while_others_are_heard_is_told_and_an_outage_blames_no
         state.on_worker(sample(T, "a", pid=1), T + second)
     assert [worker.label for worker in state.workers.values() if worker.gone] == ["app 2"]
     assert ["app 2 on h fell silent" in alert["text"] for alert in alerts(state, T + 70)] == [True]
+
+
+def test_batches_of_groups_of_one_name_are_told_apart() -> None:
+    state = State()
+    groups = [
+        GroupSample(
+            channel=channel, group="serving", handled=5, dead=0, retried=0, suppressed=0, in_hand=0, busy=0,
+            batches={"size": count}, batch_sizes={8: count}, latency={},
+        )
+        for channel, count in (("models.a", 2), ("models.b", 3))
+    ]  # fmt: skip
+    state.on_worker(sample(T, groups=groups), T)
+    assert serving(state, T)["released"] == {"models.b → serving: size": 3, "models.a → serving: size": 2}
+    assert set(state.sums["batches"]) == {"models.a → serving: 8+", "models.b → serving: 8+"}
 
 
 def test_the_diagram_goes_from_left_to_right_and_circles_end() -> None:

@@ -66,7 +66,7 @@ function reasons(released) {
     const bar = element("div", { class: "share", role: "img", ariaLabel: list.map(([reason, n]) => `${reason} ${((100 * n) / all).toFixed(0)} %`).join(", ") },
       ...list.map(([reason, n]) => { const part = element("i", { class: `reason-${reason}` }); part.style.width = `${(100 * n) / all}%`; return part; }));
     const words = list.map(([reason, n]) => `${reason} ${((100 * n) / all).toFixed(0)} %`).join(" · ");
-    return element("div", { class: "reason" }, element("b", { text: group }), bar, element("span", { class: "soft", text: `${words} of ${short(all)}` }));
+    return element("div", { class: "reason" }, element("b", { title: group, text: group }), bar, element("span", { class: "soft", text: `${words} of ${short(all)}` }));
   }));
 }
 
