@@ -13,9 +13,10 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import click
@@ -82,8 +83,22 @@ class _Connections:
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def ask(self, kind: str, body: bytes, deadline: float | None) -> tuple[int, bytes]:
-        """Status and body. Raises OSError, EOFError."""
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self.host, self.port)
+        """Status and body. A gateway may close what was idle: then it is asked on a new connection. Raises OSError,
+        EOFError."""
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if reader.at_eof() or writer.is_closing():
+                writer.close()
+                continue
+            try:
+                return await self._ask(reader, writer, kind, body, deadline)
+            except (OSError, EOFError):
+                break
+        return await self._ask(*await asyncio.open_connection(self.host, self.port), kind, body, deadline)
+
+    async def _ask(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kind: str, body: bytes, deadline: float | None
+    ) -> tuple[int, bytes]:
         try:
             extra = f"x-deadline: {deadline:g}\r\n" if deadline is not None else ""
             token = settings().token
@@ -128,9 +143,8 @@ async def stress_test(
     connections, outcome = _Connections(url), Outcome()
     turn = itertools.cycle(bodies)
 
-    async def one() -> None:
+    async def one(began: float) -> None:
         kind, body = next(turn)
-        began = time.perf_counter()
         try:
             status, answer = await connections.ask(kind, body, deadline)
         except (OSError, EOFError):
@@ -156,7 +170,7 @@ async def stress_test(
 
         async def client() -> None:
             while next(left) < (requests or 500):
-                await one()
+                await one(time.perf_counter())
                 await asyncio.sleep(pause)
 
         await asyncio.gather(*(client() for _ in range(clients)))
@@ -165,18 +179,18 @@ async def stress_test(
     return outcome
 
 
-async def _at_rate(one: object, rate: float, seconds: float) -> None:
-    """Evenly spaced arrivals; late ones at once, so that a stall shows in the latencies."""
-    assert callable(one)
+async def _at_rate(one: Callable[[float], Coroutine[Any, Any, None]], rate: float, seconds: float) -> None:
+    """Evenly spaced arrivals; late ones at once, and timed from when they were due: a stall shows in the latencies."""
     tasks: set[asyncio.Task[None]] = set()
     began = time.perf_counter()
     for number in range(int(rate * seconds)):
-        delay = began + number / rate - time.perf_counter()
+        due = began + number / rate
+        delay = due - time.perf_counter()
         if delay > 0:
             await asyncio.sleep(delay)
         while len(tasks) >= MOST_OPEN:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        task = asyncio.create_task(one())
+        task = asyncio.create_task(one(due))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
     await asyncio.gather(*tasks)

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -14,10 +15,12 @@ from sklearn.datasets import load_digits
 
 from pipeline import Batch, Channel, Event, Pipeline, Reject, Tensor, catalog
 from pipeline.catalog import Digit, Prediction
+from pipeline.ledger import ChannelLedger, GroupLedger, Ledger
 from pipeline.server import Server
 from pipeline.settings import settings
 from publishers import gateway as gateway_module
 from publishers.gateway.app import Gateway, create
+from publishers.gateway.measures import Measures
 from subscribers import inference
 
 from .apps import serving, until
@@ -367,6 +370,53 @@ async def test_the_channels_and_the_api_describe_themselves(app: Pipeline, clien
     assert "title" in listed["songs"]["schema"]["properties"]
     paths = (await client.get("/openapi.json")).json()["paths"]
     assert {"/channels/{name}", "/channels/{name}/events", "/models/digits/predict", "/healthz", "/readyz"} <= {*paths}
+    for path in ("/predict", "/models/{name}/predict"):
+        asked = paths[path]["post"]
+        assert {"image/jpeg", "multipart/form-data", "application/x-npy"} <= {*asked["requestBody"]["content"]}
+        assert {"200", "422", "429", "504"} <= {*asked["responses"]}
+
+
+async def test_every_reference_of_the_asyncapi_document_leads_to_what_it_names(
+    app: Pipeline, client: httpx.AsyncClient
+) -> None:
+    def other() -> Channel[Any]:
+        class Song(Event):
+            lines: list[str]
+
+        return Channel("poems/sung", Song)
+
+    async with app.watch(songs), app.watch(other()), app.watch(catalog.answers):
+        document = (await client.get("/schemas")).json()
+
+    def references(part: Any) -> Iterator[str]:
+        if isinstance(part, dict):
+            yield from [part["$ref"]] if isinstance(part.get("$ref"), str) else []
+        for value in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+            yield from references(value)
+
+    found = list(references(document))
+    assert any(reference.endswith("/$defs/Score") for reference in found)
+    for reference in found:
+        place = document
+        for step in unquote(reference.removeprefix("#/")).split("/"):
+            place = place[step.replace("~1", "/").replace("~0", "~")]
+        assert place["type"]
+    fields = [
+        set(document["channels"][name]["messages"]["Song"]["payload"]["properties"]) for name in ("songs", "poems/sung")
+    ]
+    assert fields == [{"title", "plays", "samples"}, {"lines"}]
+
+
+def test_the_drain_time_is_absent_while_nobody_knows_it() -> None:
+    measures = Measures()
+
+    def drain(seconds: float | None) -> bool:
+        group = GroupLedger(lag=5, drain_seconds=seconds)
+        ledger = Ledger(time=1.0, channels={"c": ChannelLedger(groups={"g": group})})
+        page, _ = measures.page(ledger, {})
+        return b'pipeline_group_drain_seconds{channel="c",group="g"}' in page
+
+    assert [drain(seconds) for seconds in (0.0, None, 2.0)] == [True, False, True]
 
 
 def test_a_port_that_is_taken_is_an_error_that_says_what_to_do(valkey_url: str) -> None:

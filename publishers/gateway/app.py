@@ -41,6 +41,7 @@ from .bodies import NO_TOKEN, BodyTooLarge, Guard, read_body
 from .events import event_stream
 from .measures import Measures
 from .models import Models
+from .openapi import Documented
 from .patrol import Patrol
 
 __all__ = ["create"]
@@ -293,7 +294,7 @@ class Front:
 def create(pipeline: Pipeline | None = None) -> Front:
     """The ASGI app."""
     gateway = Gateway(pipeline or Pipeline("gateway"))
-    app = FastAPI(title="Pipeline gateway", docs_url=None, redoc_url=None, lifespan=gateway.lifespan)
+    app = Documented(title="Pipeline gateway", docs_url=None, redoc_url=None, lifespan=gateway.lifespan)
     add = app.add_api_route
     add("/channels", gateway.channels, methods=["GET"])
     add("/channels/{name:path}/events", gateway.events, methods=["GET"], response_class=StreamingResponse)

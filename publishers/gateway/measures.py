@@ -88,6 +88,7 @@ class Measures:
         for model, admission in admissions.items():
             self._inflight.labels(model).set(admission.inflight)
             self._drain.labels(model).set(admission.drain_seconds)
+        self._groups["drain_seconds"].clear()
         for channel, one in ledger.channels.items():
             self._published.labels(channel).set(one.published)
             for group, counts in one.groups.items():

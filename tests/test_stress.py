@@ -1,0 +1,65 @@
+"""The stress test against gateways that close what is idle, and that are slower than they are asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from publishers import stress as module
+from publishers.stress import stress_test
+
+BODIES = [("application/json", b"{}")]
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
+
+
+@asynccontextmanager
+async def answering(*, idle: float = 60.0, once: bool = False, seconds: float = 0.0) -> AsyncIterator[str]:
+    """The URL of a gateway that closes idle connections, or (once) every second request's instead of answering it."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(10):
+                while True:
+                    async with asyncio.timeout(idle):
+                        await reader.readuntil(b"\r\n\r\n{}")
+                    await asyncio.sleep(seconds)
+                    writer.write(ANSWER)
+                    if once:
+                        await reader.read(1)
+                        return
+        except (TimeoutError, EOFError):
+            pass
+        finally:
+            writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        yield f"http://{host}:{port}/predict"
+
+
+async def test_connections_that_were_closed_while_idle_lose_nothing() -> None:
+    async with answering(idle=0.05) as url:
+        outcome = await stress_test(url, BODIES, requests=4, clients=2, pause=0.15)
+    assert (dict(outcome.statuses), outcome.lost) == ({200: 4}, 0)
+    async with answering(once=True) as url:
+        outcome = await stress_test(url, BODIES, requests=5)
+    assert (dict(outcome.statuses), outcome.lost) == ({200: 5}, 0)
+
+
+async def test_what_nobody_answers_is_lost() -> None:
+    async with answering() as url:
+        pass
+    outcome = await stress_test(url, BODIES, requests=3)
+    assert (dict(outcome.statuses), outcome.lost) == ({}, 3)
+
+
+async def test_arrivals_that_had_to_wait_are_timed_from_when_they_were_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_OPEN", 1)
+    async with answering(seconds=0.1) as url:
+        outcome = await stress_test(url, BODIES, rate=50.0, seconds=0.2)
+    assert outcome.statuses[200] == 10
+    assert outcome.latencies[0] < 0.5
+    assert outcome.latencies[-1] > 0.7, "nine answers of 0.1 s before it, and due after 0.18 s"
