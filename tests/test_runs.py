@@ -417,6 +417,21 @@ def test_several_aggregators_share_a_big_model(valkey_url: str, team: Any, tmp_p
         check(*workers)
 
 
+@pytest.mark.parametrize("plane", ["shm", "redis"])
+def test_metrics_are_means_over_the_workers(plane: str, aggregator: str, team: Any) -> None:
+    workers = team(aggregator, "r", 2, plane=plane, workers=2, steps=3, values=31)
+    for worker in workers:
+        worker.final()
+        assert worker.rounds[-1]["values"] == {f"value{index}": index + 0.5 for index in range(31)}
+
+
+def test_more_metrics_than_shared_memory_holds_are_refused(aggregator: str, team: Any) -> None:
+    [worker] = team(aggregator, "r", 1, plane="shm", steps=3, values=32)
+    worker.process.wait(20)
+    worker._thread.join(5)
+    assert 'plane="shm" averages at most 32 values a step, not 33: pass fewer' in "".join(worker.output)
+
+
 def test_nothing_is_left_in_shared_memory(
     aggregator: str, team: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
