@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.errors import ConfigurationError
 from pipeline.server import Server
 from publishers.training import join, replay
 
@@ -318,6 +320,17 @@ def test_a_late_gradient_is_scaled_into_the_next_round_where_that_is_asked_for(a
     assert [line["late"] for line in quick.rounds if line["late"]] == [1]
 
 
+def replayed(folder: Path) -> tuple[int, str]:
+    """Rounds, and the state they end in."""
+    model = {"w": np.ones(1000, np.float32)}
+
+    def descend(parameters: dict[str, Any], gradients: dict[str, Any]) -> None:
+        parameters["w"] -= 0.001 * gradients["w"]
+
+    rounds = replay(folder, model, descend)
+    return rounds, hashlib.sha256(model["w"].tobytes()).hexdigest()
+
+
 def test_a_recorded_run_replays_bit_for_bit_though_its_aggregator_was_killed(
     valkey_url: str, team: Any, tmp_path: Path
 ) -> None:
@@ -329,15 +342,45 @@ def test_a_recorded_run_replays_bit_for_bit_though_its_aggregator_was_killed(
         first.kill()
     with aggregating(valkey_url, tmp_path):
         [state] = {worker.final() for worker in workers}
-    model = {"w": np.ones(1000, np.float32)}
+    assert replayed(folder) == (40, state)
 
-    def descend(parameters: dict[str, Any], gradients: dict[str, Any]) -> None:
-        parameters["w"] -= 0.001 * gradients["w"]
 
-    assert replay(folder, model, descend) == 40
-    import hashlib
+def test_a_recorded_run_replays_though_its_lowest_rank_was_killed_in_a_round_that_it_counts_in(
+    aggregator: str, team: Any, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"workers": 2, "steps": 20, "clip": 0.5, "record": str(tmp_path / "record")}
+    [lowest] = team(aggregator, "r", 1, rank=0, **options)
+    [slow] = team(aggregator, "r", 1, rank=1, slow_at=10, **options)
+    slow.until(9)
+    time.sleep(0.2)
+    lowest.send(signal.SIGKILL)
+    state = slow.final()
+    assert [line["ranks"] for line in slow.rounds if line["closed"] == 10] == [[0, 1]]
+    assert replayed(tmp_path / "record") == (20, state)
+    (tmp_path / "record" / "round-000007.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match=r"round-000007\.safetensors is not there, though later rounds are"):
+        replayed(tmp_path / "record")
 
-    assert hashlib.sha256(model["w"].tobytes()).hexdigest() == state
+
+def test_a_record_is_of_one_run_which_may_go_on_from_a_checkpoint(valkey_url: str, team: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"workers": 2, "record": str(tmp_path / "record")}
+    with aggregating(valkey_url, tmp_path) as first:
+        workers = team(valkey_url, "r", 2, steps=500, checkpoint=20, **options)
+        for worker in workers:
+            worker.until(25)
+        for worker in workers:
+            worker.send(signal.SIGKILL)
+        first.kill()
+    recorded = replayed(tmp_path / "record")[0]
+    with aggregating(valkey_url, tmp_path):
+        for steps in (recorded - 1, recorded + 10):
+            again = team(valkey_url, "r", 2, steps=steps, checkpoint=20, **options)
+            [state] = {worker.final() for worker in again}
+            assert replayed(tmp_path / "record") == (steps, state)
+        [other] = team(valkey_url, "other", 1, steps=5, **{**options, "workers": 1})
+        other.process.wait(20)
+        other._thread.join(5)
+        assert "holds the record of another run; give record= an empty folder" in "".join(other.output)
 
 
 @pytest.mark.parametrize("mode", ["async", "dogwild"])
@@ -372,6 +415,21 @@ def test_several_aggregators_share_a_big_model(valkey_url: str, team: Any, tmp_p
         workers = team(valkey_url, "r", 2, workers=2, steps=20, shards=4, size=100_003, compress="bf16")
         assert len({worker.final() for worker in workers}) == 1
         check(*workers)
+
+
+@pytest.mark.parametrize("plane", ["shm", "redis"])
+def test_metrics_are_means_over_the_workers(plane: str, aggregator: str, team: Any) -> None:
+    workers = team(aggregator, "r", 2, plane=plane, workers=2, steps=3, values=31)
+    for worker in workers:
+        worker.final()
+        assert worker.rounds[-1]["values"] == {f"value{index}": index + 0.5 for index in range(31)}
+
+
+def test_more_metrics_than_shared_memory_holds_are_refused(aggregator: str, team: Any) -> None:
+    [worker] = team(aggregator, "r", 1, plane="shm", steps=3, values=32)
+    worker.process.wait(20)
+    worker._thread.join(5)
+    assert 'plane="shm" averages at most 32 values a step, not 33: pass fewer' in "".join(worker.output)
 
 
 def test_nothing_is_left_in_shared_memory(

@@ -26,6 +26,7 @@ def main(name: str, options: dict[str, object]) -> None:
     raises_at = options.pop("raises_at", None)
     poisons_at = options.pop("poisons_at", None)
     slow_at, slow_for = options.pop("slow_at", None), float(options.pop("slow_for", 0.6))  # type: ignore[arg-type]
+    values = int(options.pop("values", 0))  # type: ignore[call-overload]
     model: Any = {"w": np.zeros(int(options.pop("size", 1000)), np.float32)}  # type: ignore[call-overload]
     weights = model["w"]
     served = options.get("mode") in ("async", "dogwild")
@@ -54,13 +55,15 @@ def main(name: str, options: dict[str, object]) -> None:
             number = run.round
             if optimizer is not descend:
                 model["w"].grad = torch.from_numpy(gradient)
-            run.step(None if served else optimizer, gradients={"w": gradient}, loss=float(run.rank), **_stop(until))
+            more = {**_stop(until), **{f"value{index}": float(run.rank + index) for index in range(values)}}
+            run.step(None if served else optimizer, gradients={"w": gradient}, loss=float(run.rank), **more)
             last = run.last
             said = {"own": own, "round": number, "time": time.time(), "rank": run.rank}
             if last is not None:
                 said |= {
                     "closed": last.round, "ranks": last.ranks, "members": last.members, "refused": last.refused,
                     "late": last.late, "loss": last.values.get("loss"), "staleness": last.staleness,
+                    "values": {name: last.values.get(name) for name in more},
                     "mean": None if run.mean is None else float(run.mean[7]),
                 }  # fmt: skip
             print(json.dumps(said), flush=True)

@@ -574,3 +574,12 @@ def _finite_words(tensor: Tensor, exponent: int) -> bool:
     """The same of 16-bit floats, by their bits: who is not finite has the largest exponent, after either sign."""
     words = np.frombuffer(tensor.buffer(), np.uint16)
     return not len(words) or bool(words.view(np.int16).max() < exponent and words.max() < exponent | 0x8000)
+
+
+def clipped(codec: str, parts: Mapping[str, Tensor], size: int, most: float) -> tuple[str, dict[str, Tensor]]:
+    """Scaled to a norm of `most` where it is larger; what is scaled travels exact."""
+    vector = decode(codec, parts, size)
+    norm = float(np.linalg.norm(vector))
+    if norm <= most:
+        return codec, dict(parts)
+    return "none", {"values": Tensor(vector * np.float32(most / norm))}

@@ -97,6 +97,8 @@ class Mode:
             run.plane = admission.plane or run.plan.plane
             if admission.source == run.rank:
                 run.round = max(run.round, admission.round)
+                if run.recorder is not None:
+                    run.recorder.begins(run.round)
                 self.lead(admission.members)
                 self.give_state()
                 return
@@ -110,6 +112,8 @@ class Mode:
                 state = run.exchange.take_state(max(1.0, run.plan.lease), lowest_rank=0)
             if state is not None and (state.round >= admission.round or state.rank < 0 or run.plane == "shm"):
                 self.load(state)
+                if state.rank < 0 and run.recorder is not None:
+                    run.recorder.resumes(run.round)
                 if self.follow(json.loads(state.note or "{}"), admission.members):
                     return
             if state is not None:
@@ -294,7 +298,7 @@ class Sync(Mode):
             )
             run.mean = mean
             apply(mean)
-        if run.recorder is not None and run.rank == min(closed[0].ranks, default=run.rank):
+        if run.recorder is not None:
             run.recorder.closed(closed[0])
         run.round += 1
         self._after_round()

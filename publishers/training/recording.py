@@ -4,12 +4,15 @@
     DIR/round-000012.rank-1.safetensors     what rank 1 contributed, as it travelled; metadata: codec, samples
     DIR/round-000012.safetensors            the mean, as it travelled; metadata: codec, ranks, refused
 
-Every worker that joined with `record=DIR` writes its own; those of several hosts can be put into one folder.
+Every worker that joined with `record=DIR` writes its own, and a mean where it is not there yet; those of several hosts
+can be put into one folder. A run that goes on from a checkpoint goes on in the folder too.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from safetensors.numpy import save_file
 
 from pipeline import Tensor
 from pipeline.catalog import Round
-from pipeline.catalog.compression import decode, merge
+from pipeline.catalog.compression import clipped, decode, merge
 from pipeline.errors import ConfigurationError
 
 from .parameters import parameters_of
@@ -35,28 +38,47 @@ class Recorder:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def initial(self, rank: int, tensors: Mapping[str, Tensor], note: str, mode: Mapping[str, Any]) -> None:
-        self._save(f"initial.rank-{rank}", tensors, {"note": note, **mode})
+    def begins(self, number: int) -> None:
+        """A run begins here. Raises ConfigurationError where another one is recorded."""
+        rounds = _rounds(self._folder)
+        if max(rounds, default=-1) >= number:
+            raise ConfigurationError(f"{self._folder} holds the record of another run; give record= an empty folder")
+        if not rounds:
+            for path in self._folder.glob("initial.rank-*.safetensors"):
+                path.unlink(missing_ok=True)
+
+    def resumes(self, number: int) -> None:
+        """The run goes on from a checkpoint: what came after that is gone through again."""
+        for later, path in _rounds(self._folder).items():
+            if later >= number:
+                path.unlink(missing_ok=True)
+
+    def initial(self, rank: int, tensors: Mapping[str, Tensor], note: str, about: Mapping[str, Any]) -> None:
+        name = f"initial.rank-{rank}"
+        if not self._path(name).exists():  # else it was here before
+            self._save(name, tensors, {"note": note, **about})
 
     def contributed(self, rank: int, number: int, codec: str, parts: Mapping[str, Tensor], samples: int) -> None:
         self._save(f"round-{number:06d}.rank-{rank}", parts, {"codec": codec, "samples": samples})
 
     def closed(self, closed: Round) -> None:
-        about = {"codec": closed.codec, "ranks": closed.ranks, "refused": closed.refused, "late": closed.late}
-        self._save(f"round-{closed.round:06d}", closed.parts, about)
+        name = f"round-{closed.round:06d}"
+        if not self._path(name).exists():
+            about = {"codec": closed.codec, "ranks": closed.ranks, "refused": closed.refused, "late": closed.late}
+            self._save(name, closed.parts, about)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
 
     def _save(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        path = self._folder / f"{name}.safetensors"
-        if path.exists():
-            return  # another worker's, or our own before a restart: the same bytes
-        scratch = path.with_suffix(".part")
+        scratch = self._folder / f"{name}.{secrets.token_hex(4)}.part"
         arrays, dtypes = {}, {}
         for key, tensor in tensors.items():
             dtypes[key] = tensor.dtype
             raw = np.frombuffer(tensor.buffer(), np.uint16) if tensor.dtype == "bfloat16" else np.asarray(tensor)
             arrays[key] = np.array(raw).reshape(tensor.shape)
         save_file(arrays, scratch, {"about": json.dumps({**about, "dtypes": dtypes})})
-        scratch.replace(path)
+        scratch.replace(self._path(name))
 
 
 def replay(folder: str | Path, model: Any, optimizer: Any = None) -> int:
@@ -73,7 +95,7 @@ def replay(folder: str | Path, model: Any, optimizer: Any = None) -> int:
     if not begins:
         raise ConfigurationError(f"{path} holds no recorded run: initial.rank-*.safetensors is not there")
     parameters = parameters_of(model)
-    tensors, about = _load(begins[0])
+    tensors, about = min((_load(file) for file in begins), key=lambda found: int(found[1]["round"]))
     note = json.loads(about["note"] or "{}")
     parameters.load(tensors, note)
     if optimizer is not None:
@@ -85,7 +107,7 @@ def replay(folder: str | Path, model: Any, optimizer: Any = None) -> int:
     while (file := path / f"round-{number:06d}.safetensors").is_file():
         recorded, closed = _load(file)
         codec, parts = closed["codec"], recorded
-        again = _merged(path, number, closed, parameters.size) if parts else None
+        again = _merged(path, number, closed, parameters.size, about.get("clip")) if parts else None
         if again is not None and not _same(again, (codec, parts)):
             raise ConfigurationError(f"{file}: the mean is not that of the recorded contributions")
         if parts:
@@ -95,10 +117,20 @@ def replay(folder: str | Path, model: Any, optimizer: Any = None) -> int:
             else:
                 parameters.apply(mean, optimizer)
         number += 1
+    if any(later > number for later in _rounds(path)):
+        raise ConfigurationError(f"{file} is not there, though later rounds are")
     return number - begin
 
 
-def _merged(folder: Path, number: int, closed: Mapping[str, Any], size: int) -> tuple[str, Mapping[str, Tensor]] | None:
+def _rounds(folder: Path) -> dict[int, Path]:
+    """The recorded means by round."""
+    found = {path: re.fullmatch(r"round-(\d+)\.safetensors", path.name) for path in folder.iterdir()}
+    return {int(name[1]): path for path, name in found.items() if name}
+
+
+def _merged(
+    folder: Path, number: int, closed: Mapping[str, Any], size: int, clip: float | None
+) -> tuple[str, Mapping[str, Tensor]] | None:
     """The mean of a round's contributions; None when not all are there."""
     files = [folder / f"round-{number:06d}.rank-{rank}.safetensors" for rank in closed["ranks"]]
     if closed["late"] or closed["refused"] or not all(file.is_file() for file in files):
@@ -106,7 +138,7 @@ def _merged(folder: Path, number: int, closed: Mapping[str, Any], size: int) -> 
     loaded = [_load(file) for file in files]
     total = sum(about["samples"] for _, about in loaded)
     codec, parts, _ = merge([(about["samples"] / total, about["codec"], parts) for parts, about in loaded], size)
-    return codec, parts
+    return clipped(codec, parts, size, clip) if clip is not None and parts else (codec, parts)
 
 
 def _same(one: tuple[str, Mapping[str, Tensor]], other: tuple[str, Mapping[str, Tensor]]) -> bool:

@@ -215,7 +215,10 @@ class Run:
             self._mode.begin()
             if self.recorder is not None:
                 tensors, note = self._mode.state()
-                about = {"mode": self.plan.mode, "outer": list(self.options.outer), "round": self.round}
+                about = {
+                    "mode": self.plan.mode, "outer": list(self.options.outer), "clip": self.plan.clip,
+                    "round": self.round,
+                }  # fmt: skip
                 self.recorder.initial(self.rank, tensors, note, about)
         except BaseException:
             self._close()

@@ -34,7 +34,8 @@ Vector = npt.NDArray[np.float32]
 MAGIC = 0x504C5F47524F5550
 MOST = 256
 """Workers of a group."""
-VALUES = 6
+VALUES = 32
+"""Most metrics of a round."""
 CHUNK = 1 << 15
 """Values summed at a time: they stay in the cache."""
 LINE = 8
@@ -45,7 +46,7 @@ LEFT = np.iinfo(np.int64).max
 PREFIX = "pipeline-group-"
 
 _HEAD = 8 + MOST
-_LINES = 3
+_LINES = 2 + VALUES // LINE
 
 
 def host(folder: Path) -> str:
@@ -98,7 +99,7 @@ class Group:
         self.contributed = lines[:, 0, 0]
         self.samples = lines[:, 0, 1]
         self.done = lines[:, 1, 0]
-        self.values = lines[:, 2, :VALUES].view(np.float64)
+        self.values = lines.reshape(count, -1)[:, 2 * LINE :].view(np.float64)
         stride = _stride(self.size)
         floats = np.frombuffer(self._map, np.float32, offset=_offset()).reshape(count + 1, stride)
         self._slots = floats[:count, : self.size]
@@ -204,7 +205,7 @@ class Group:
         if not finite:
             finite = bool(np.isfinite(vector).all())
         self.samples[self.me] = samples if finite else 0
-        self.values[self.me, : len(values)] = values[:VALUES]
+        self.values[self.me, : len(values)] = values
         self.contributed[self.me] = round_ + 1
         return finite
 

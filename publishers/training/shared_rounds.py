@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.catalog import Round
+from pipeline.errors import ConfigurationError
 from pipeline.settings import settings
 
-from .shared import Group, sweep, wait
+from .shared import VALUES, Group, sweep, wait
 
 if TYPE_CHECKING:
     from .run import Run
@@ -88,6 +89,11 @@ class SharedRounds:
         """
         run = self._run
         names = sorted(values)
+        if len(names) > VALUES:
+            raise ConfigurationError(
+                f'plane="shm" averages at most {VALUES} values a step, not {len(names)}: pass fewer to step(), or use '
+                'plane="redis"'
+            )
         began = time.perf_counter()
         self._began = self._told = time.monotonic()
         if run.exchange.state_wanted.is_set() or self._joining():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from pipeline import Reject, Tensor
 from pipeline.catalog import Admission, Contribution, Round, RunPlan, State
-from pipeline.catalog.compression import decode, merge, nbytes_of
+from pipeline.catalog.compression import clipped, decode, merge, nbytes_of
 
 from .checkpoints import Checkpoint, latest, save
 from .optimizers import Optimizer
@@ -364,7 +363,7 @@ class Run:
         if bad:
             logger.warning("run %s, round %d: not finite, left out: ranks %s", self.name, closed.round, left_out)
         if self.plan.clip is not None and parts:
-            codec, parts = _clipped(codec, parts, self.plan.size, self.plan.clip)
+            codec, parts = clipped(codec, parts, self.plan.size, self.plan.clip)
         return closed.model_copy(
             update={
                 "codec": codec,
@@ -529,12 +528,3 @@ def _lowest_free(taken: set[int]) -> int:
 def _state(run: str, found: Checkpoint) -> State:
     tensors = {name: Tensor(array) for name, array in found.tensors.items()}
     return State(run=run, round=found.round, rank=-1, tensors=tensors, note=str(found.note.get("note", "")))
-
-
-def _clipped(codec: str, parts: Mapping[str, Tensor], size: int, most: float) -> tuple[str, dict[str, Tensor]]:
-    """Scaled to a norm of `most` where it is larger; what is scaled travels exact."""
-    vector = decode(codec, parts, size)
-    norm = float(np.linalg.norm(vector))
-    if norm <= most:
-        return codec, dict(parts)
-    return "none", {"values": Tensor(vector * np.float32(most / norm))}
