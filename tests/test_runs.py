@@ -335,6 +335,17 @@ def test_several_aggregators_share_a_big_model(valkey_url: str, team: Any, tmp_p
         check(*workers)
 
 
+def test_no_shard_uses_its_slice_of_a_gradient_that_is_not_finite_elsewhere(aggregator: str, team: Any) -> None:
+    options: dict[str, Any] = {"workers": 2, "steps": 20, "shards": 2}
+    [good] = team(aggregator, "r", 1, **options)
+    [bad] = team(aggregator, "r", 1, poisons_at=7, **options)
+    assert good.final() == bad.final()
+    [poisoned] = [line for line in good.rounds if line["refused"]]
+    assert (poisoned["ranks"], poisoned["refused"]) == ([good.said[0]["rank"]], [bad.said[0]["rank"]])
+    others = sum(line["mean"] for line in good.rounds if line["ranks"])
+    assert good.said[-1]["last"] == good.said[-1]["value"] == pytest.approx(-0.001 * others, rel=1e-5)
+
+
 def test_nothing_is_left_in_shared_memory(
     aggregator: str, team: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,6 +390,7 @@ def test_options_that_do_not_go_together_are_refused() -> None:
         ({"plane": "torch", "compress": "int8"}, 'plane="torch" is for modes sync and local'),
         ({"mode": "async", "record": "x"}, "record= is for modes sync and local"),
         ({"shards": 2, "compress": "powersgd"}, "take shards=1"),
+        ({"shards": 2, "clip": 1.0}, "clip takes shards=1"),
         ({"steps": 0}, "at least 1"),
     ]:
         with pytest.raises(ValueError, match=said):

@@ -56,7 +56,8 @@ def main(name: str, options: dict[str, object]) -> None:
                 break
             time.sleep(pause)
     state = hashlib.sha256(model["w"].tobytes()).hexdigest()
-    print(json.dumps({"final": state, "rank": run.rank, "value": float(model["w"][0])}), flush=True)
+    ends = {"value": float(model["w"][0]), "last": float(model["w"][-1])}
+    print(json.dumps({"final": state, "rank": run.rank, **ends}), flush=True)
 
 
 def _stop(until: object) -> dict[str, bool]:

@@ -156,6 +156,18 @@ class Mode:
         """Let go of everything, whatever happened."""
 
 
+def _encoded(run: Run, encoders: list[Encoder], vector: Vector) -> tuple[list[tuple[str, Mapping[str, Tensor]]], str]:
+    """What each shard gets, and why it gets nothing: no shard may use its slice of what is not finite elsewhere."""
+    codec = run.options.compress
+    if len(encoders) > 1 and not np.isfinite(vector).all():
+        run.sent = 0
+        return [("none", {}) for _ in encoders], "not finite"
+    pieces = np.split(vector, np.cumsum(run.sizes)[:-1]) if len(encoders) > 1 else [vector]
+    parts = [encoder.encode(piece) for encoder, piece in zip(encoders, pieces, strict=True)]
+    run.sent = sum(nbytes_of(part) for part in parts)
+    return [(codec, part) for part in parts], ""
+
+
 class Sync(Mode):
     """A round a step."""
 
@@ -239,14 +251,10 @@ class Sync(Mode):
 
     def _push(self, vector: Vector, samples: int, values: dict[str, float]) -> None:
         run = self.run
-        pieces = np.split(vector, np.cumsum(run.sizes)[:-1]) if len(run.sizes) > 1 else [vector]
-        parts = [
-            (run.options.compress, encoder.encode(piece)) for encoder, piece in zip(self._encoders, pieces, strict=True)
-        ]
-        run.sent = sum(nbytes_of(part) for _, part in parts)
+        parts, failed = _encoded(run, self._encoders, vector)
         if run.recorder is not None:
             run.recorder.contributed(run.rank, run.round, parts[0][0], parts[0][1], samples)
-        run.exchange.push(run.round, parts, samples=samples, values=values)
+        run.exchange.push(run.round, parts, samples=samples, values=values, failed=failed)
 
     def _await(self) -> list[Round] | None:
         """The open round, however long it takes; None when it was missed and a State was loaded instead."""
@@ -425,13 +433,9 @@ class Async(Mode):
         assert self._gathered is not None
         vector, self._gathered = self._gathered / np.float32(self._gathered_steps), None
         self._gathered_steps = 0
-        pieces = np.split(vector, np.cumsum(run.sizes)[:-1]) if len(run.sizes) > 1 else [vector]
-        parts = [
-            (run.options.compress, encoder.encode(piece)) for encoder, piece in zip(self._encoders, pieces, strict=True)
-        ]
-        run.sent = sum(nbytes_of(part) for _, part in parts)
+        parts, failed = _encoded(run, self._encoders, vector)
         self._flow()
-        run.exchange.push(self._sequence, parts, samples=self._samples, values=values, base=run.round)
+        run.exchange.push(self._sequence, parts, samples=self._samples, values=values, base=run.round, failed=failed)
         self._sequence += 1
         self._samples = 0
 
