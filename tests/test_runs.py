@@ -314,6 +314,12 @@ def test_a_server_applies_what_comes(mode: str, aggregator: str, team: Any) -> N
         assert expected * 1.01 <= min(values) < expected * 0.5
 
 
+def test_a_server_gets_the_last_steps_too_though_they_are_fewer_than_a_push(aggregator: str, team: Any) -> None:
+    [worker] = team(aggregator, "r", 1, mode="async", steps=10, push_every=4, server_optimizer="sgd", rate=0.001)
+    worker.final()
+    assert worker.said[-1]["value"] == pytest.approx(-0.001 * 3)
+
+
 def test_a_server_that_is_killed_goes_on_from_its_checkpoint(valkey_url: str, team: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"mode": "async", "workers": 2, "steps": 120, "server_optimizer": "sgd", "rate": 0.001}
     with aggregating(valkey_url, tmp_path) as first:

@@ -468,10 +468,12 @@ class Async(Mode):
 
     def end(self) -> None:
         """With the weights that came of everything."""
-        self._await_applied(2.0)
+        self._finish(2.0)
 
-    def _await_applied(self, seconds: float) -> None:
+    def _finish(self, seconds: float) -> None:
         exchange = self.run.exchange
+        if self._gathered is not None:
+            self._push({})
         exchange.wait(lambda: exchange.applied() >= self._sequence - 1, seconds)
         self._fetch()
 
@@ -494,9 +496,7 @@ class Dogwild(Async):
 
     def end(self) -> None:
         """With the weights that came of everything, unless that is lost."""
-        if self._gathered is not None:
-            self._push({})
-        self._await_applied(0.2)
+        self._finish(0.2)
 
 
 class Hogwild(Mode):
