@@ -146,6 +146,20 @@ def test_a_late_contribution_is_scaled_by_its_age_where_that_is_asked_for() -> N
     assert team.mean() == pytest.approx([(1 + 1 + 0.5 * 4) / 2.5] * 3)
 
 
+def test_what_comes_twice_is_no_late_contribution() -> None:
+    team = Team(late="scale", deadline=0.2)
+    team.join(0, 1)
+    team.push(0, [1, 1, 1])
+    team.wait(0.3, 0, 1)
+    team.push(0, [1, 1, 1], round_=0)
+    for _ in range(2):
+        team.push(1, [4, 4, 4], round_=0)
+    for rank in range(2):
+        team.push(rank, [1, 1, 1])
+    assert team.closed[1].late == 1
+    assert team.mean() == pytest.approx([(1 + 1 + 0.5 * 4) / 2.5] * 3)
+
+
 def test_a_member_is_waited_for_as_long_as_its_lease_lasts_and_no_longer() -> None:
     team = Team()
     team.join(0, 1)
