@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import Pipeline, Reject, RequestFailed, Tensor, catalog
+from pipeline import Pipeline, Reject, RequestFailed, ServerUnavailable, Tensor, catalog
 from pipeline.catalog import Admission, Contribution, Round, RunPlan
 from pipeline.catalog.compression import Encoder, decode
 from pipeline.settings import settings
@@ -142,6 +142,20 @@ def test_a_late_contribution_is_scaled_by_its_age_where_that_is_asked_for() -> N
     team.push(1, [4, 4, 4], round_=0)
     team.push(0, [1, 1, 1])
     team.push(1, [1, 1, 1])
+    assert team.closed[1].late == 1
+    assert team.mean() == pytest.approx([(1 + 1 + 0.5 * 4) / 2.5] * 3)
+
+
+def test_what_comes_twice_is_no_late_contribution() -> None:
+    team = Team(late="scale", deadline=0.2)
+    team.join(0, 1)
+    team.push(0, [1, 1, 1])
+    team.wait(0.3, 0, 1)
+    team.push(0, [1, 1, 1], round_=0)
+    for _ in range(2):
+        team.push(1, [4, 4, 4], round_=0)
+    for rank in range(2):
+        team.push(rank, [1, 1, 1])
     assert team.closed[1].late == 1
     assert team.mean() == pytest.approx([(1 + 1 + 0.5 * 4) / 2.5] * 3)
 
@@ -406,6 +420,24 @@ def test_the_next_run_of_a_name_does_not_begin_with_the_weights_of_the_former() 
     assert (applied.round, applied.parts["values"].tolist()) == (1, [4.0] * 3)
 
 
+def test_live_pushes_are_those_of_members_and_renew_no_lease() -> None:
+    team = served_team(mode="dogwild")
+
+    def push(worker: str, number: int) -> list[Any]:
+        parts = {"values": Tensor(np.ones(3, np.float32))}
+        sent = Contribution(run="r", worker=worker, rank=0, plan=team.plan, action="push", round=number, parts=parts)
+        assert isinstance(team.run, Server)
+        return team.run.take_live(sent, team.now).outputs
+
+    assert push("another aggregator's", 0) == []
+    for number in range(3):
+        assert len(push("w0", number)) == 1
+        team.wait(0.4, 1)
+    assert [member.rank for member in team.run.members.values()] == [1]
+    assert push("w0", 3) == []
+    assert team.run.round == 3
+
+
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adagrad", "adam"])
 def test_the_servers_optimizers_are_torchs(name: str) -> None:
     import torch
@@ -557,3 +589,27 @@ async def test_every_live_push_is_answered_with_the_weights(app: Pipeline) -> No
                 break
     assert [one.sequence for one in answers] == [0, 1, 2, 3, 4]
     assert [one.parts["values"].tolist() for one in answers] == [[-1.0], [-2.0], [-3.0], [-4.0], [-5.0]]
+
+
+async def test_the_clock_goes_on_after_a_round_that_could_not_be_published(
+    app: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, failed = aggregation.app.publish, []
+
+    async def fails_once(channel: Any, event: Any, **more: Any) -> Any:
+        if channel is catalog.rounds and not failed:
+            failed.append(event.round)
+            raise ServerUnavailable("as it happens")
+        return await publish(channel, event, **more)
+
+    monkeypatch.setattr(aggregation.app, "publish", fails_once)
+    plan = RunPlan(size=1, workers=2, deadline=0.1, lease=60.0)
+    for rank in range(2):
+        await app.request(catalog.contributions, sent("r", rank, "join", plan=plan), key="r")
+    for number in range(2):
+        parts = {"values": Tensor(np.full(1, number, np.float32))}
+        push = sent("r", 0, "push", plan=plan, round=number, parts=parts)
+        await app.publish(catalog.contributions, push, key="r")
+        closed: list[Round] = events(await collect(app, catalog.rounds, number + 1))
+    assert failed == [0]
+    assert [(one.round, one.parts["values"].tolist()) for one in closed] == [(0, [0.0]), (1, [1.0])]

@@ -396,6 +396,12 @@ def test_a_server_applies_what_comes(mode: str, aggregator: str, team: Any) -> N
         assert expected * 1.01 <= min(values) < expected * 0.5
 
 
+def test_a_server_gets_the_last_steps_too_though_they_are_fewer_than_a_push(aggregator: str, team: Any) -> None:
+    [worker] = team(aggregator, "r", 1, mode="async", steps=10, push_every=4, server_optimizer="sgd", rate=0.001)
+    worker.final()
+    assert worker.said[-1]["value"] == pytest.approx(-0.001 * 3)
+
+
 def test_a_server_that_is_killed_goes_on_from_its_checkpoint(valkey_url: str, team: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"mode": "async", "workers": 2, "steps": 120, "server_optimizer": "sgd", "rate": 0.001}
     with aggregating(valkey_url, tmp_path) as first:
@@ -430,6 +436,17 @@ def test_more_metrics_than_shared_memory_holds_are_refused(aggregator: str, team
     worker.process.wait(20)
     worker._thread.join(5)
     assert 'plane="shm" averages at most 32 values a step, not 33: pass fewer' in "".join(worker.output)
+
+
+def test_no_shard_uses_its_slice_of_a_gradient_that_is_not_finite_elsewhere(aggregator: str, team: Any) -> None:
+    options: dict[str, Any] = {"workers": 2, "steps": 20, "shards": 2}
+    [good] = team(aggregator, "r", 1, **options)
+    [bad] = team(aggregator, "r", 1, poisons_at=7, **options)
+    assert good.final() == bad.final()
+    [poisoned] = [line for line in good.rounds if line["refused"]]
+    assert (poisoned["ranks"], poisoned["refused"]) == ([good.said[0]["rank"]], [bad.said[0]["rank"]])
+    others = sum(line["mean"] for line in good.rounds if line["ranks"])
+    assert good.said[-1]["last"] == good.said[-1]["value"] == pytest.approx(-0.001 * others, rel=1e-5)
 
 
 def test_nothing_is_left_in_shared_memory(
@@ -476,6 +493,7 @@ def test_options_that_do_not_go_together_are_refused() -> None:
         ({"plane": "torch", "compress": "int8"}, 'plane="torch" is for modes sync and local'),
         ({"mode": "async", "record": "x"}, "record= is for modes sync and local"),
         ({"shards": 2, "compress": "powersgd"}, "take shards=1"),
+        ({"shards": 2, "clip": 1.0}, "clip takes shards=1"),
         ({"steps": 0}, "at least 1"),
     ]:
         with pytest.raises(ValueError, match=said):

@@ -72,7 +72,8 @@ def main(name: str, options: dict[str, object]) -> None:
                 break
             time.sleep(pause)
     state = hashlib.sha256(weights.tobytes()).hexdigest()
-    print(json.dumps({"final": state, "rank": run.rank, "value": float(weights[0])}), flush=True)
+    ends = {"value": float(weights[0]), "last": float(weights[-1])}
+    print(json.dumps({"final": state, "rank": run.rank, **ends}), flush=True)
 
 
 def _stop(until: object) -> dict[str, bool]:

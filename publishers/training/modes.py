@@ -163,6 +163,18 @@ class Mode:
         """Let go of everything, whatever happened."""
 
 
+def _encoded(run: Run, encoders: list[Encoder], vector: Vector) -> tuple[list[tuple[str, Mapping[str, Tensor]]], str]:
+    """What each shard gets, and why it gets nothing: no shard may use its slice of what is not finite elsewhere."""
+    codec = run.options.compress
+    if len(encoders) > 1 and not np.isfinite(vector).all():
+        run.sent = 0
+        return [("none", {}) for _ in encoders], "not finite"
+    pieces = np.split(vector, np.cumsum(run.sizes)[:-1]) if len(encoders) > 1 else [vector]
+    parts = [encoder.encode(piece) for encoder, piece in zip(encoders, pieces, strict=True)]
+    run.sent = sum(nbytes_of(part) for part in parts)
+    return [(codec, part) for part in parts], ""
+
+
 class Sync(Mode):
     """A round a step."""
 
@@ -246,14 +258,10 @@ class Sync(Mode):
 
     def _push(self, vector: Vector, samples: int, values: dict[str, float]) -> None:
         run = self.run
-        pieces = np.split(vector, np.cumsum(run.sizes)[:-1]) if len(run.sizes) > 1 else [vector]
-        parts = [
-            (run.options.compress, encoder.encode(piece)) for encoder, piece in zip(self._encoders, pieces, strict=True)
-        ]
-        run.sent = sum(nbytes_of(part) for _, part in parts)
+        parts, failed = _encoded(run, self._encoders, vector)
         if run.recorder is not None:
             run.recorder.contributed(run.rank, run.round, parts[0][0], parts[0][1], samples)
-        run.exchange.push(run.round, parts, samples=samples, values=values)
+        run.exchange.push(run.round, parts, samples=samples, values=values, failed=failed)
 
     def _await(self) -> list[Round] | None:
         """The open round, however long it takes; None when it was missed and a State was loaded instead."""
@@ -432,13 +440,9 @@ class Async(Mode):
         assert self._gathered is not None
         vector, self._gathered = self._gathered / np.float32(self._gathered_steps), None
         self._gathered_steps = 0
-        pieces = np.split(vector, np.cumsum(run.sizes)[:-1]) if len(run.sizes) > 1 else [vector]
-        parts = [
-            (run.options.compress, encoder.encode(piece)) for encoder, piece in zip(self._encoders, pieces, strict=True)
-        ]
-        run.sent = sum(nbytes_of(part) for _, part in parts)
+        parts, failed = _encoded(run, self._encoders, vector)
         self._flow()
-        run.exchange.push(self._sequence, parts, samples=self._samples, values=values, base=run.round)
+        run.exchange.push(self._sequence, parts, samples=self._samples, values=values, base=run.round, failed=failed)
         self._sequence += 1
         self._samples = 0
 
@@ -471,10 +475,12 @@ class Async(Mode):
 
     def end(self) -> None:
         """With the weights that came of everything."""
-        self._await_applied(2.0)
+        self._finish(2.0)
 
-    def _await_applied(self, seconds: float) -> None:
+    def _finish(self, seconds: float) -> None:
         exchange = self.run.exchange
+        if self._gathered is not None:
+            self._push({})
         exchange.wait(lambda: exchange.applied() >= self._sequence - 1, seconds)
         self._fetch()
 
@@ -497,9 +503,7 @@ class Dogwild(Async):
 
     def end(self) -> None:
         """With the weights that came of everything, unless that is lost."""
-        if self._gathered is not None:
-            self._push({})
-        self._await_applied(0.2)
+        self._finish(0.2)
 
 
 class Hogwild(Mode):

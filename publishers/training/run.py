@@ -106,6 +106,8 @@ def join(
         in_flight=in_flight, record=None if record is None else Path(record), metrics=metrics, timeout=timeout,
     )  # fmt: skip
     needs_aggregator = (deadline, late, clip) != (None, "drop", None)
+    if clip is not None and shards > 1:
+        raise ConfigurationError("clip takes shards=1: each aggregator would clip its own slice")
     plane = _check(mode, plane, options, needs_aggregator=needs_aggregator)
     parameters = parameters_of(model)
     plan = RunPlan(

@@ -14,6 +14,7 @@ import time
 
 from pipeline import Pipeline, Reject, catalog
 from pipeline.catalog import Admission, Contribution, Round, State
+from pipeline.errors import PipelineError, PublishUncertain, ServerUnavailable
 
 from .runs import Answer, Run, Server
 
@@ -98,10 +99,20 @@ async def start() -> None:
 
 
 async def watch_the_clock() -> None:
+    unsaid: list[Round] = []
     while True:
         await asyncio.sleep(TICK)
-        for closed in await runs.look(time.monotonic()):
-            await app.publish(catalog.rounds, closed, key=closed.run)
+        unsaid += await runs.look(time.monotonic())
+        while unsaid:
+            closed = unsaid[0]
+            try:
+                await app.publish(catalog.rounds, closed, key=closed.run)
+            except (ServerUnavailable, PublishUncertain) as error:  # of two with one number the first counts
+                logger.warning("run %s: round %d is not out yet: %s", closed.run, closed.round, error)
+                break
+            except PipelineError as error:
+                logger.error("run %s: round %d cannot be published: %s", closed.run, closed.round, error)
+            del unsaid[0]
 
 
 @app.subscriber(
@@ -125,7 +136,7 @@ async def aggregate_live(sent: Contribution) -> Round | None:
     if not isinstance(run, Server) or sent.action != "push":
         return None
     try:
-        answer = run.take(sent, time.monotonic())
+        answer = run.take_live(sent, time.monotonic())
     except (Reject, ValueError) as error:
         logger.warning("run %s: a push of rank %d is left out: %s", sent.run, sent.rank, error)
         return None

@@ -486,6 +486,14 @@ class Server(Run):
             run=self.name, round=self.round, rank=-1, tensors={"values": Tensor(self.weights.copy())}, note=self._note
         )
 
+    def take_live(self, sent: Contribution, now: float) -> Answer:
+        """A push that every aggregator hears. Whose run it is, is known by what is durable: nothing else makes a member
+        or renews a lease. Raises Reject.
+        """
+        self._check(sent)
+        member = self.members.get(sent.worker)
+        return Answer([]) if member is None else self._push(sent, member, now)
+
     def _push(self, sent: Contribution, member: Member, now: float) -> Answer:
         if self.weights is None:
             return Answer([])  # the worker is told to push it again
