@@ -364,6 +364,8 @@ class StreamReader:
         """Events that may kill their worker wait until nothing else is in hand."""
         self._alone = ""
         """The suspect in hand; nothing is read beside it."""
+        self._refused = False
+        """The last read was; said once."""
 
     @property
     def _where(self) -> str:
@@ -400,6 +402,7 @@ class StreamReader:
             except ReplyError as error:
                 await self._mend(error)
                 continue
+            self._refused = False
             if found or time.monotonic() >= deadline:
                 return found
         return []
@@ -541,6 +544,9 @@ class StreamReader:
             await self.regroup()
             return
         if transient(error):
+            if not self._refused:
+                logger.warning("%s is held up: Redis refuses to be read: %s", self._where, error)
+            self._refused = True
             await asyncio.sleep(0.2)
             return
         logger.error("%s: Redis refuses to be read: %s", self._where, error)

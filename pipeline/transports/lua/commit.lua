@@ -7,7 +7,7 @@
 --       (kind, n, body)… an output              kind: s stream · p Pub/Sub
 --       (address, body)… a reply
 -- → {} when applied, else {status a segment}: 'ok', 'gone', or the progress string. Scripts do not roll back, so every
--- check comes before the first write; acknowledgements come first, so that a server out of memory lets commits pass.
+-- check comes before the first write; what only removes comes first, so that a server out of memory lets commits pass.
 local stream, h, group = KEYS[1], KEYS[2], ARGV[1]
 local keys = string.sub(h, 1, -2)
 local prog = keys .. 'prog'
@@ -57,6 +57,7 @@ for i = 1, n_segments do
   end
 end
 if conflict then
+  redis.call('HDEL', prog, '')
   redis.call('HINCRBY', h, 'suppressed', suppressed)
   local statuses = {}
   for i, s in ipairs(segments) do statuses[i] = s.status end
@@ -74,6 +75,7 @@ for _, s in ipairs(segments) do
       done = done or string.rep('0', s.n)
       done = string.sub(done, 1, s.low) .. string.rep('1', s.high - s.low + 1) .. string.sub(done, s.high + 2)
       if string.find(done, '0', 1, true) then
+        redis.call('HDEL', prog, '')
         redis.call('HSET', prog, s.id, done)
       else
         redis.call('XACK', stream, group, s.id)

@@ -2,6 +2,7 @@
 -- → 1 when it was made. `before` is what preceded the group: events already trimmed, or whose
 -- payload has been released (see collect.lua), or all of them.
 local stream, meta, h = KEYS[1], KEYS[2], KEYS[3]
+redis.call('HDEL', h, '')  -- so that a server out of memory lets it pass
 if redis.call('EXISTS', stream) == 1 then
   for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
     for i = 1, #info, 2 do

@@ -7,5 +7,6 @@ if ARGV[2] == '0' then
   return 1
 end
 if owner and owner ~= ARGV[1] then return 0 end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])  -- so that a server out of memory lets it pass
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1

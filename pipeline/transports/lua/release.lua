@@ -11,6 +11,7 @@ for i = 4, 3 + n do
     any = true
   end
 end
+redis.call('ZREM', KEYS[2], '')  -- so that a server out of memory lets it pass
 local now = string.format('%.0f', now_ms())
 for i = 4 + n, #ARGV do
   redis.call('ZADD', KEYS[2], 'XX', now, ARGV[i])

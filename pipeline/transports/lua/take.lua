@@ -4,6 +4,7 @@
 -- KEYS: due, bod, takes, h   ARGV: lease ms, most, suspicion (takes that make a suspect), 1 when nothing is in hand
 -- → {{rid, body, times taken}…, hand-backs so far, 1 when a suspect waits for an empty hand, 1 when the group is paused}
 local now = now_ms()
+redis.call('HDEL', KEYS[4], '')  -- a server out of memory lets pass what does not begin with adding something
 redis.call('HSET', KEYS[4], 'seen', string.format('%.0f', now))
 local h = redis.call('HMGET', KEYS[4], 'released', 'paused')
 local released = tonumber(h[1] or '0')
