@@ -14,7 +14,8 @@ import redis
 
 from pipeline import Channel, Event, Message, Pipeline, Reject, RetryPolicy, ServerUnavailable
 from pipeline.server import Server
-from pipeline.transports import CHANCES, SUSPICION
+from pipeline.transports import CHANCES, SUSPICION, Commit, Group, Outgoing, Retried, Segment
+from pipeline.transports.redis import RedisBackend
 
 from .apps import idle, serving, until
 from .workers import Worker
@@ -160,6 +161,73 @@ async def test_a_publisher_waits_while_memory_is_full_and_commits_pass() -> None
                 async with asyncio.timeout(5):
                     await waiting
                 await until(lambda: handled[-1] == 100)
+
+
+async def test_a_backlog_in_frames_drains_while_memory_is_full(own: Server) -> None:
+    """Unread events are what fills it, so reading, retrying and committing parts of frames must go on."""
+    app, handled, full = Pipeline("app", own.url), set(), asyncio.Event()
+
+    @app.subscriber(numbers, group="g", concurrency=8, lease=1.0, retry=RetryPolicy(attempts=3, base=0.01))
+    async def work(message: Message[Number]) -> None:
+        await full.wait()
+        await asyncio.sleep(0.002)
+        if message.event.n % 100 == 0 and message.attempt == 1:
+            raise ValueError("try again")
+        handled.add(message.event.n)
+
+    async with app, serving(app):
+        with redis.Redis.from_url(own.url) as client:
+            await app.publish(numbers, [Number(n=n) for n in range(1024)])
+            client.config_set("maxmemory", "1mb")
+            full.set()
+            ledger = await idle(app, "numbers")
+            with pytest.raises(redis.OutOfMemoryError):
+                client.set("still", "full")
+    assert handled == set(range(1024))
+    assert (ledger.groups["g"].handled, ledger.groups["g"].retried) == (1024, 11)
+
+
+async def test_while_memory_is_full_workers_join_keep_their_leases_hand_back_and_conflict(own: Server) -> None:
+    spread: Channel[Number] = Channel("spread", Number, partitions=2)
+    backend = RedisBackend(own.url, "worker")
+    await backend.open(1.0)
+    transport = backend.durable
+    await transport.publish(spread, 0, [Outgoing(b"two", 2, "s", 1)])
+    with redis.Redis.from_url(own.url) as client:
+        client.config_set("maxmemory", "1mb")
+    async with asyncio.timeout(5):
+        owner = await transport.join(spread, 0, Group("ordered", "a", 1.0, exclusive=True))
+        (entry,) = await owner.read(1, 1.0)
+        one, two = [await transport.join(spread, 0, Group("g", name, 1.0)) for name in "ab"]
+        (entry,) = await one.read(1, 1.0)
+        apart = Commit([Segment(entry.id, 2, 0, 1)], retried=2, retries=[Retried(0.0, b"one"), Retried(0.0, b"other")])
+        assert await one.commit(apart) == []
+        one.settled(entry.id)
+        held = {entry.id for entry in await one.read(2, 1.0)}
+        assert len(held) == 2
+        assert await one.commit(apart) == [""], "settled before"
+        for _ in range(3):
+            assert await two.read(2, 0.4) == [], "its leases are renewed"
+        await one.release(list(held))
+        assert {entry.id for entry in await two.read(2, 0.5)} == held
+    for reader in (owner, one, two):
+        await reader.close()
+    await backend.close()
+
+
+async def test_a_reader_that_is_refused_says_so_once(own: Server, caplog: pytest.LogCaptureFixture) -> None:
+    backend = RedisBackend(own.url, "worker")
+    await backend.open(1.0)
+    reader = await backend.durable.join(numbers, 0, Group("g", "a", 1.0))
+    with redis.Redis.from_url(own.url) as client:
+        client.config_set("min-replicas-to-write", 1)
+        reading = asyncio.create_task(reader.read(1, 0.0))
+        await asyncio.sleep(0.5)
+        client.config_set("min-replicas-to-write", 0)
+        assert await reading == []
+    await reader.close()
+    await backend.close()
+    assert caplog.text.count("is held up: Redis refuses to be read: NOREPLICAS") == 1
 
 
 async def test_work_of_a_killed_worker_is_taken_over_within_its_lease_and_a_second(url: str) -> None:
