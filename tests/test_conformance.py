@@ -366,6 +366,20 @@ async def test_a_rewound_group_reads_again_and_balances(durable: Place) -> None:
     await reader.close()
 
 
+async def test_a_rewind_over_dropped_events_balances(durable: Place) -> None:
+    reader = await durable.join()
+    bounded = Channel("c", bytes, capacity=8, overflow="drop_oldest")
+    for first in range(1, 40, FRAME):
+        await durable.transport.publish(bounded, 0, [Outgoing(b"%d" % first, FRAME, "s", first)])
+    assert (await durable.stats()).dropped == 32
+    (entry,) = await take(reader, 1)
+    await reader.commit(Commit([whole(entry)], handled=3, dead=1))
+    assert await durable.backend.rewind("c", 0, "g", "0-0") == 40
+    stats = await durable.stats()
+    assert (stats.handled, stats.dead, stats.dropped, stats.lag) == (0, 0, 0, 40)
+    await reader.close()
+
+
 async def test_a_tail_can_begin_in_the_past(durable: Place) -> None:
     assert durable.transport.guarantees.replay
     await durable.publish(1)
