@@ -281,6 +281,16 @@ async def test_retries_stay_in_their_group_and_count_as_pending(durable: Place) 
         await reader.close()
 
 
+async def test_retries_due_at_one_time_come_in_their_order(durable: Place) -> None:
+    reader = await durable.join()
+    await durable.publish(1, 12)
+    (entry,) = await take(reader, 1)
+    bodies = [b"%d" % n for n in range(12)]
+    await reader.commit(Commit([whole(entry)], retried=12, retries=[Retried(0.0, body) for body in bodies]))
+    assert [again.body for again in await take(reader, 12)] == bodies
+    await reader.close()
+
+
 async def test_a_group_begins_at_the_oldest_or_the_latest(durable: Place) -> None:
     await durable.publish(1)
     old, new = await durable.join(group="old"), await durable.join(group="new", start="latest")
