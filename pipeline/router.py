@@ -101,7 +101,11 @@ class Router:
         self._wake = asyncio.Event()
         self._draining = asyncio.Event()
         self._gaps = Gaps()
-        self._bounded = [channel for channel in subscriber.publishes if channel.capacity is not None]
+        self._bounded = [
+            channel
+            for channel in subscriber.publishes
+            if channel.capacity is not None and channel.name != subscriber.channel.name  # which only reading empties
+        ]
         self._tensors = [channel for channel in subscriber.publishes if context.codec(channel).tensors]
         self._repeats = 0
         """Retries that happened in place, for the next commit to count."""

@@ -281,6 +281,16 @@ async def test_retries_stay_in_their_group_and_count_as_pending(durable: Place) 
         await reader.close()
 
 
+async def test_retries_due_at_one_time_come_in_their_order(durable: Place) -> None:
+    reader = await durable.join()
+    await durable.publish(1, 12)
+    (entry,) = await take(reader, 1)
+    bodies = [b"%d" % n for n in range(12)]
+    await reader.commit(Commit([whole(entry)], retried=12, retries=[Retried(0.0, body) for body in bodies]))
+    assert [again.body for again in await take(reader, 12)] == bodies
+    await reader.close()
+
+
 async def test_a_group_begins_at_the_oldest_or_the_latest(durable: Place) -> None:
     await durable.publish(1)
     old, new = await durable.join(group="old"), await durable.join(group="new", start="latest")
@@ -363,6 +373,20 @@ async def test_a_rewound_group_reads_again_and_balances(durable: Place) -> None:
     assert (stats.handled, stats.pending, stats.lag) == (4, 0, 8)
     again = await take(reader, 2)
     assert [entry.body for entry in again] == [second.body, third.body]
+    await reader.close()
+
+
+async def test_a_rewind_over_dropped_events_balances(durable: Place) -> None:
+    reader = await durable.join()
+    bounded = Channel("c", bytes, capacity=8, overflow="drop_oldest")
+    for first in range(1, 40, FRAME):
+        await durable.transport.publish(bounded, 0, [Outgoing(b"%d" % first, FRAME, "s", first)])
+    assert (await durable.stats()).dropped == 32
+    (entry,) = await take(reader, 1)
+    await reader.commit(Commit([whole(entry)], handled=3, dead=1))
+    assert await durable.backend.rewind("c", 0, "g", "0-0") == 40
+    stats = await durable.stats()
+    assert (stats.handled, stats.dead, stats.dropped, stats.lag) == (0, 0, 0, 40)
     await reader.close()
 
 

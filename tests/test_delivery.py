@@ -933,6 +933,21 @@ async def test_a_subscriber_waits_while_the_channel_it_publishes_to_is_full(anyw
     assert ledger.groups["g"].handled == 500
 
 
+async def test_a_subscriber_that_publishes_to_its_own_full_channel_goes_on(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
+    round_trip = Channel("round", Number, capacity=10, frame=1)
+
+    @app.subscriber(round_trip, group="g", publishes=round_trip)
+    async def again(event: Number) -> Number | None:
+        return Number(n=event.n - 1) if event.n else None
+
+    async with app:
+        await app.publish(round_trip, [Number(n=2) for _ in range(10)])
+        async with serving(app):
+            ledger = await idle(app, "round")
+    assert ledger.groups["g"].handled == 30
+
+
 @pytest.mark.parametrize("delay", [float("inf"), float("nan"), -1.0, 1e12])
 def test_a_retry_that_would_never_come_is_refused(delay: float) -> None:
     with pytest.raises(ValueError, match="delay"):

@@ -325,7 +325,9 @@ class Partition:
         group.before = min(group.before, target)
         from_handled = min(back, group.handled)
         group.handled -= from_handled
-        group.dead -= back - from_handled
+        from_dead = min(back - from_handled, group.dead)
+        group.dead -= from_dead
+        group.dropped -= back - from_handled - from_dead
         return self.published - target
 
     def trim(self, keep: float) -> int:

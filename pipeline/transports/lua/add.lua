@@ -61,9 +61,10 @@ local function first_readable(stream, meta)
 end
 
 -- Let `count` events wait apart, as one frame: retries, replayed dead letters. The id tells all that others must know:
--- r<number>x<events>@<offset of the frame they came in, which a rewind goes by>.
+-- r<number>x<events>@<offset of the frame they came in, which a rewind goes by>. Digits are filled up: what is due at one
+-- time comes in the order of its name.
 local function set_apart(h, due, bod, takes, delay, count, taken, origin, body)
-  local rid = string.format('r%.0fx%.0f@%.0f', redis.call('HINCRBY', h, 'rid', 1), count, origin)
+  local rid = string.format('r%015.0fx%.0f@%.0f', redis.call('HINCRBY', h, 'rid', 1), count, origin)
   redis.call('ZADD', due, string.format('%.0f', now_ms() + delay), rid)
   redis.call('HSET', bod, rid, body)
   if taken > 0 then redis.call('HSET', takes, rid, taken) end

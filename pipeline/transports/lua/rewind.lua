@@ -58,9 +58,10 @@ local last_kept = redis.call('XREVRANGE', stream, to, '-', 'COUNT', 1)[1]
 redis.call('XGROUP', 'SETID', stream, ARGV[1], last_kept and last_kept[1] or string.format('0-%.0f', target))
 local back = current - math.max(before, target) - undone
 if target < before then redis.call('HSET', h, 'before', target) end
--- Take from `handled` first, then from `dead`: an event that died is tried again too.
-local handled = tonumber(redis.call('HGET', h, 'handled') or '0')
-local from_handled = math.min(back, handled)
-if from_handled > 0 then redis.call('HINCRBY', h, 'handled', -from_handled) end
-if back > from_handled then redis.call('HINCRBY', h, 'dead', from_handled - back) end
+-- Take from `handled` first, then from `dead`, then from `dropped`: an event that died or was dropped is tried again too.
+for _, from in ipairs({'handled', 'dead', 'dropped'}) do
+  local taken = math.min(back, tonumber(redis.call('HGET', h, from) or '0'))
+  if taken > 0 then redis.call('HINCRBY', h, from, -taken) end
+  back = back - taken
+end
 return published - target
