@@ -157,12 +157,17 @@ def _json(body: bytes, model: ModelStatus) -> npt.NDArray[Any]:
     if array.dtype.kind not in "biuf":
         raise BadInput(422, "inputs: expected numbers")
     dtype = np.dtype(model.dtype)
+    inexact = dtype.kind in "fc"
     with np.errstate(invalid="ignore", over="ignore"):
         cast = array.astype(dtype)
-        fits = np.isfinite(array) <= np.isfinite(cast) if dtype.kind in "fc" else cast == array
-    if not fits.all():
-        place = tuple(map(int, np.argwhere(~fits)[0]))
-        raise BadInput(422, f"inputs: {array[place]} at {list(place)}; model {model.model!r} takes {_range(dtype)}")
+        fits = np.isfinite(cast) if inexact else cast == array
+    if fits.all():
+        return cast
+    if inexact:
+        fits |= ~np.isfinite(array)
+    if places := np.argwhere(~fits).tolist():
+        found = array[tuple(places[0])]
+        raise BadInput(422, f"inputs: {found} at {places[0]}; model {model.model!r} takes {_range(dtype)}")
     return cast
 
 

@@ -176,7 +176,7 @@ class Prediction:
             return
         question = self._question
         if isinstance(question, Question) and question.id:
-            self._close(499)
+            self._end(499, answered=False, under_way=True)
             return
         self._end(499, answered=False)
         if question is not None:
@@ -310,16 +310,14 @@ class Prediction:
         logger.error("a prediction failed", exc_info=error)
         return Refusal(500, "the gateway failed on it; its log says why")
 
-    def _end(self, status: int, *, answered: bool) -> None:
-        """Once: nothing is under way any more."""
-        self._close(status)
-        self._leave(answered=answered)
-
-    def _close(self, status: int) -> None:
+    def _end(self, status: int, *, answered: bool, under_way: bool = False) -> None:
+        """Once. `under_way`: it leaves when its question is answered."""
         self.response_complete = True
         self._parts.clear()
         if self._decoding is not None:
             self._decoding.cancel()
+        if not under_way:
+            self._leave(answered=answered)
         self._models.measures.prediction(self.model, status, time.perf_counter() - self._began)
 
     def _leave(self, *, answered: bool) -> None:
