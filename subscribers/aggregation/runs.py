@@ -32,6 +32,8 @@ Output = Admission | Round | State
 
 SHORTEST_DEADLINE = 0.2
 """Seconds that an adaptive deadline leaves at least."""
+REMEMBERED = 64
+"""Closed rounds of which it is known whose contributions came."""
 REPEAT = 0.3
 """Seconds after which a worker that still waits for a closed round is sent it again."""
 
@@ -76,6 +78,8 @@ class Run:
         self._held: dict[int, Contribution] = {}
         self._stale: list[tuple[int, Contribution]] = []
         self._failed: set[int] = set()
+        self._counted: dict[int, set[int]] = {}
+        """Whose contributions to the last few closed rounds are here, by round."""
         self._first = 0.0
         """When the open round's first contribution came."""
         self._gathering = 0.0
@@ -197,7 +201,7 @@ class Run:
         """Nobody is left that has the run's state: whoever comes next begins anew, or from a checkpoint."""
         self.begun = False
         self.round = 0
-        self._held, self._stale, self._failed = {}, [], set()
+        self._held, self._stale, self._failed, self._counted = {}, [], set(), {}
         self._last = None
         for member in self.members.values():
             member.active, member.fed = True, False
@@ -282,6 +286,10 @@ class Run:
             self.late += 1
             if sent.round > self.round or self.plan.late == "drop":
                 return Answer([])
+            counted = self._counted.setdefault(sent.round, set())
+            if member.rank in counted:
+                return Answer([])  # it came twice
+            counted.add(member.rank)
             self._stale.append((self.round - sent.round, sent))
             member.active = True
             return Answer([])
@@ -345,6 +353,9 @@ class Run:
             state_from=self._source() if self._wanted else None,
         )  # fmt: skip
         self._wanted = False
+        self._counted[self.round] = {*ranks, *self._failed}
+        while len(self._counted) > REMEMBERED:
+            del self._counted[min(self._counted)]
         self._held, self._stale, self._failed = {}, [], set()
         self.round += 1
         return closed, [(weight / total, sent) for weight, sent in weights]
