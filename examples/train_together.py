@@ -33,7 +33,7 @@ async def main() -> None:
     async with testing.serving(app):
         first, second = await asyncio.gather(*(asyncio.to_thread(work, rank, 2) for rank in range(2)))
     print("the same weights:", all(map(torch.equal, first.parameters(), second.parameters())))
-    print(f"accuracy: {(first(unseen.float() / 16).argmax(1) == truth).float().mean():.2f}")
+    print("nine of ten are right:", bool((first(unseen.float() / 16).argmax(1) == truth).float().mean() > 0.9))
 
 
 asyncio.run(main())

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -183,5 +186,40 @@ def _wide(matrices: torch.Tensor) -> torch.Tensor:
     return matrices.double()
 
 
+class _Allocations(dict[object, object]):
+    """A block's shared arrays in Numba's simulator, which looks for one and makes it with no lock in between: two
+    threads could get an array each, and on a busy machine a block of the product was wrong now and then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._making = threading.Lock()
+
+    def get(self, key: object, default: object = None) -> object:
+        """Whoever finds none goes on to make it; the others wait."""
+        self._making.acquire()
+        found = super().get(key, default)
+        if found is not None:
+            self._making.release()
+        return found
+
+    def __setitem__(self, key: object, made: object) -> None:
+        super().__setitem__(key, made)
+        self._making.release()
+
+
+def _share_once() -> None:
+    from numba.cuda.simulator.kernelapi import FakeCUDAShared
+
+    begin = FakeCUDAShared.__init__
+
+    def initialize(self: Any, size: int) -> None:
+        begin(self, size)
+        self._allocations = _Allocations()
+
+    FakeCUDAShared.__init__ = initialize
+
+
 if __name__ == "__main__":
+    if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
+        _share_once()
     main(sys.argv[1])

@@ -34,6 +34,12 @@ readings = Channel("readings", Reading)
 alerts = Channel("alerts", Reading, durable=False)
 
 
+@pytest.fixture
+def url(valkey_url: str) -> str:
+    """What the commands say does not depend on the server."""
+    return valkey_url
+
+
 def pipeline(url: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pipeline", "--url", url, *arguments],
