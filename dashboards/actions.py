@@ -329,7 +329,10 @@ class _Actions:
             await self._record(wanted.channel)
             ids = set(wanted.ids) if wanted.ids is not None else None
             letters = await self.app.dead_letters(wanted.channel, wanted.group, ids=ids, reason=wanted.reason)
-            settled = await self.app.settle_dead(letters, replay=replay)
+            try:
+                settled = await self.app.settle_dead(letters, replay=replay)
+            except ConfigurationError as error:
+                raise Refused(422, str(error)) from None
         gone = len(ids) - settled if ids is not None else len(letters) - settled
         return Done({"settled": settled, "gone": gone}, f"{'replayed' if replay else 'dropped'} {settled}")
 

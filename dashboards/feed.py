@@ -86,7 +86,8 @@ class Feed:
         handler = once(lambda message: pictures.on_inputs(message.id, message.event))
         self._followed[channel] = [Subscription(channel, handler, HISTORY)]
         if self._group is not None:
-            self._group.create_task(self._follow(self.app, channel, self._followed[channel]))
+            following = self._follow(self.app, channel, self._followed[channel])
+            self._group.create_task(following, name=f"follow {channel.name}")
 
     def _on_ledger(self, message: Message[Any]) -> None:
         self.state.on_ledger(message.event)

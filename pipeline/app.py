@@ -447,6 +447,21 @@ class Pipeline:
 
         return Watch(channel, codec, transport, self.payloads, begin)
 
+    async def kept(self, channel: Channel[T]) -> AsyncIterator[Message[T]]:
+        """What a durable channel holds at this moment, partition after partition, the oldest first; then it ends."""
+        codec = self.codec(channel)
+        for partition in range(channel.partitions):
+            async for entry in self._held(channel, partition):
+                try:
+                    beside = await self.payloads.open(channel, partition, entry.body)
+                    frame = codec.decode(entry.body, count=entry.count, position=entry.position, beside=beside)
+                except FrameError as error:
+                    logger.warning("channel %r: a frame cannot be read and is left out: %s", channel.name, error)
+                    continue
+                for index in range(len(frame.events)):
+                    if index not in frame.invalid:
+                        yield frame.message(index)
+
     # -- serve ---------------------------------------------------------------------------------------------------
 
     async def serve(self, stop: asyncio.Event | None = None) -> None:
@@ -553,7 +568,7 @@ class Pipeline:
         with one of `ids`, with `reason` in their own."""
         found: list[Message[DeadLetter]] = []
         settled: dict[tuple[int, str], set[str]] = {}
-        async for message in self._letters(channel):
+        async for message in self.kept(dead_channel(channel)):
             if not fits(message, group, ids, reason):
                 continue
             where = (message.event.partition, message.event.group)
@@ -562,19 +577,6 @@ class Pipeline:
             if message.id not in settled[where]:
                 found.append(message)
         return found
-
-    async def _letters(self, channel: str) -> AsyncIterator[Message[DeadLetter]]:
-        letters = dead_channel(channel)
-        codec = self.codec(letters)
-        async for entry in self._held(letters, 0):
-            try:
-                frame = codec.decode(entry.body, count=entry.count, position=entry.position)
-            except FrameError as error:
-                logger.warning("channel %r: a frame cannot be read and is left out: %s", letters.name, error)
-                continue
-            for index in range(len(frame.events)):
-                if index not in frame.invalid:
-                    yield frame.message(index)
 
     async def settle_dead(self, letters: Iterable[Message[DeadLetter]], *, replay: bool) -> int:
         """Replay dead letters (to their own group alone, with their own ids) or drop them. Each once, however often
@@ -633,18 +635,16 @@ class Pipeline:
         if not record.durable:
             raise UnknownChannel(f"channel {channel!r} is live: it keeps nothing to replay")
         at = position(since)
-        channel_ = record.channel()
-        positions = [at] * channel_.partitions if at else await self._before_message(channel_, str(since))
+        view = record.channel()
+        positions = [at] * view.partitions if at else await self._before_message(view, str(since))
         if positions is None:
             raise ConfigurationError(
-                f"channel {channel!r} keeps no message {since!r} (it keeps them for {channel_.keep:g} s); give a time"
+                f"channel {channel!r} keeps no message {since!r} (it keeps them for {view.keep:g} s); give a time"
             )
-        return sum(
-            [
-                await self._need_backend().rewind(channel, partition, group, start)
-                for partition, start in enumerate(positions)
-            ]
-        )
+        unread = 0
+        for partition, start in enumerate(positions):
+            unread += await self._need_backend().rewind(channel, partition, group, start)
+        return unread
 
     async def _before_message(self, channel: Channel[Any], id_: str) -> list[str] | None:
         """The position in each partition before the frame that holds a message, or before its time; None: not kept."""

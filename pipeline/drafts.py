@@ -63,7 +63,9 @@ class Sources:
 
 def open_indexes(entry: Entry, size: int) -> list[int]:
     """Events, of the `size` of a frame, that were not committed when it was read."""
-    return [index for index in range(size) if not entry.done or entry.done[index] == "0"]
+    if not entry.done:
+        return list(range(size))
+    return [index for index, mark in enumerate(entry.done) if mark == "0"]
 
 
 def segments(entry: str, size: int, indexes: list[int]) -> list[Segment]:

@@ -23,9 +23,7 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from pipeline import Batch, Message, Pipeline, Tensor, catalog
-from pipeline.app import until_quiet
 from pipeline.catalog import Answer, Inputs, LoadModel, ModelStatus
-from pipeline.errors import FrameError
 from pipeline.settings import Settings, settings
 
 from .predictors import BadModel, ModelSpec, OutOfMemory, Predictor, load, read_spec
@@ -200,7 +198,7 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
         """The newest version that can be loaded serves from the first request on, as it does at the workers that were
         there when it was asked for; what was declared, where there is none."""
         keep_freed_memory()
-        loads = await kept_loads(app)
+        loads = [message async for message in app.kept(catalog.model_loads)]
         for name, served in models.items():
             await replace(served, [message for message in loads if message.event.model == name])
             if served.current is None:
@@ -238,26 +236,6 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
                     await replace(models[name], loads)
 
     return app
-
-
-async def kept_loads(app: Pipeline) -> list[Message[LoadModel]]:
-    """Those that the channel holds at this moment, the oldest first."""
-    channel, found = catalog.model_loads, list[Message[LoadModel]]()
-    _, counts = await app.backend.ledger({channel.name: (True, channel.partitions)})
-    [here] = counts[channel.name]
-    if not here.entries:
-        return found
-    codec, tail = app.codec(channel), await app.backend.durable.tail(channel, 0, "0-0")
-    try:
-        async for entry in until_quiet(tail):
-            with contextlib.suppress(FrameError):  # told where they are watched
-                frame = codec.decode(entry.body, count=entry.count, position=entry.position)
-                found += [frame.message(index) for index in range(len(frame.events)) if index not in frame.invalid]
-            if (entry.position or 0) >= here.published:
-                break
-    finally:
-        await tail.close()
-    return found
 
 
 def _handler(served: Served) -> Any:

@@ -29,6 +29,7 @@ class Reading(Event):
 
 
 readings = Channel("readings", Reading)
+shouts = Channel("shouts", Reading, durable=False)
 notes = Channel("notes", str, durable=False)
 
 
@@ -87,6 +88,10 @@ async def test_dead_letters_are_seen_replayed_dropped_once_each_and_written_down
             raise Reject("too hot" if event.value > 100 else "no calibration")
         seen.append(event.sensor)
 
+    @app.subscriber(shouts, group="g")
+    async def listen(event: Reading) -> None:
+        raise Reject("too loud")
+
     with dashboard(valkey_url) as address:
         async with app, serving(app), Page(address) as page:
             await app.publish(readings, [Reading(sensor=str(n), value=n * 30) for n in range(6)])
@@ -117,6 +122,10 @@ async def test_dead_letters_are_seen_replayed_dropped_once_each_and_written_down
             ]  # fmt: skip
             assert audit[0]["outcome"] == "refused"
             assert {(one["who"], one["address"]) for one in audit} == {("local", "127.0.0.1")}
+            await app.publish(shouts, Reading(sensor="6", value=180))
+            await page.until("/api/dead", lambda found: "shouts" in found["channels"])
+            error = await page.post("/api/dead/replay", 422, channel="shouts", all=True)
+            assert "publish their events again, or drop them" in error["error"]
 
 
 async def test_groups_are_paused_and_resumed_and_marked(valkey_url: str) -> None:

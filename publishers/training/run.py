@@ -87,7 +87,8 @@ def join(
     shards       slices of the parameters, which several aggregators share
     steps, outer (local) steps between rounds; the outer optimizer's rate and Nesterov momentum
     server_optimizer, rate (async, dogwild) sgd, momentum, adagrad or adam, and its learning rate
-    push_every, fetch_every, in_flight (async, dogwild) steps between pushes, and fetches; most pushes not yet applied
+    push_every, fetch_every (async, dogwild) steps between pushes, and fetches
+    in_flight    (async) pushes at most that the server has not applied yet
     checkpoint   rounds between checkpoints, which the aggregator keeps and a run of that name goes on from; 0: none
     record       (sync, local; one shard) a folder for every round's gradients; see `replay`
     plane        how vectors travel. redis: through the aggregator, in shared memory on one host, as blobs across hosts.
