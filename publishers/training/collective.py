@@ -89,6 +89,7 @@ class Collective(Sync):
         """Sign, wait for the others' signatures, connect. What fails here shows as a sum that fails."""
         run, store = self.run, self._store
         run.exchange.takes_part(run.round)
+        run.exchange.wait(lambda: run.exchange.awaited, run.plan.lease)  # else a sum with it could close without it
         signatures = [f"{run.round}/{rank}" for rank in self._members]
         try:
             store.set(f"{run.round}/{run.rank}", "here")

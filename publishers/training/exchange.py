@@ -74,6 +74,8 @@ class Exchange:
         self._weights: dict[int, Round] = {}
         """Server modes: the newest weights by shard."""
         self._pushed: list[Contribution] = []
+        self.awaited = False
+        """The aggregator knows that this worker takes part, and closes no round without it."""
         self._waiting = -1
         self._attempt = 0
         self._wake = asyncio.Event()
@@ -154,6 +156,7 @@ class Exchange:
         told = False
         self._attempt += 1
         self._waiting = -1
+        self.awaited = False
         while True:
             admissions = [self._ask("join", shard, round_=-1 if again else 0) for shard in range(len(self._plans))]
             found = [admission for admission in admissions if admission is not None]
@@ -214,6 +217,8 @@ class Exchange:
     async def _signs_of_life(self) -> None:
         """Three a lease. The answers say what the aggregator misses."""
         while True:
+            self._wake.clear()  # before they are written: what is woken for meanwhile is in the next ones
+            attempt, takes_part = self._attempt, self._waiting >= 0
             for shard in range(len(self._plans)):
                 weights = self._weights.get(shard)
                 base = 0 if weights is None else weights.round
@@ -228,6 +233,9 @@ class Exchange:
                     self.rank = answer.rank  # another one, where ours was given away while we were thought dead
                 if shard == 0 and answer.settled:
                     self.members, self.newcomers = answer.members, answer.newcomers
+                if shard == 0 and takes_part and not self.awaited and attempt == self._attempt:
+                    self.awaited = True
+                    self._notify()
                 if answer.state_wanted:
                     self.state_wanted.set()
                     self._notify()
@@ -236,7 +244,6 @@ class Exchange:
                         if pushed.shard == shard and pushed.round == self._waiting:
                             with contextlib.suppress(PipelineError):
                                 await self._app.publish(catalog.contributions, pushed, key=self._key(shard))
-            self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self._plans[0].lease / 3)
 
