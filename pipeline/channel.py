@@ -85,6 +85,11 @@ class Channel(Generic[T]):
         """True for live `str` and `bytes` channels: the payload travels alone, as any Redis client writes it."""
         return not self.durable and self.type in (str, bytes)
 
+    @property
+    def drops_oldest(self) -> bool:
+        """True when a full channel makes room by itself, and so nobody waits for it."""
+        return self.capacity is not None and self.overflow == "drop_oldest"
+
     def partition(self, key: str | None, turn: int = 0) -> int:
         """The partition of a key; events without one go round by `turn`."""
         if self.partitions == 1:

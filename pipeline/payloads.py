@@ -108,16 +108,16 @@ class Flight:
         return placed
 
     async def upload(self) -> None:
-        """What lies in Redis must be there before the frame that refers to it."""
+        """What lies in Redis must be there before the frame that refers to it; once more, should it have expired."""
         for (channel, partition), name, chunks in self._blobs:
             await self._payloads.store.upload(channel, partition, name, chunks)
-        self._blobs.clear()
 
     def landed(self) -> None:
         """It is written, or never will be: from now on Redis knows which payloads are needed."""
         for where, segment in self._segments:
             self._payloads.landed(where, segment)
         self._segments.clear()
+        self._blobs.clear()
 
 
 def too_large(channel: str, nbytes: int, limit: int) -> PayloadTooLarge:

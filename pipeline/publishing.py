@@ -15,7 +15,7 @@ from .frame import Codec
 from .message import Receipt
 from .payloads import FRAME_BYTES as PAYLOAD_BYTES
 from .payloads import Flight, Oversized, Payloads, too_large
-from .transports import Outgoing, Transport
+from .transports import Outgoing, PayloadExpired, Transport
 
 __all__ = ["Outbox", "Waiter"]
 
@@ -231,9 +231,7 @@ class Outbox:
         try:
             for group in _alike(parcels) if len(parcels) > 1 else (parcels,):
                 frames.extend(self._frames(group, flight))
-            if flight is not None:
-                await flight.upload()
-            await self._send(frames)
+            await self._send(frames, flight)
         except BaseException as error:
             # Nothing was written, or it is unknown how much; a sequence that is reused would be taken for a repeat.
             if isinstance(error, (PayloadTooLarge, TypeError)):
@@ -243,15 +241,24 @@ class Outbox:
             if flight is not None:
                 flight.landed()
 
-    async def _send(self, frames: list[Outgoing]) -> None:
-        for index in range(0, len(frames), MOST_FRAMES):
-            part = frames[index : index + MOST_FRAMES]
+    async def _send(self, frames: list[Outgoing], flight: Flight | None) -> None:
+        if flight is not None:
+            await flight.upload()
+        at = 0
+        while at < len(frames):
+            part = frames[at : at + MOST_FRAMES]
             try:
                 await self._transport.publish(self.channel, self._partition, part)
-            except ChannelFull:
-                self._count([frame for frame in part if frame.taken])
-                raise
-            self._count(part)
+            except (ChannelFull, PayloadExpired) as error:
+                taken = [frame for frame in part if frame.taken]
+                self._count(taken)
+                if flight is None or isinstance(error, ChannelFull):
+                    raise
+                at += len(taken)
+                await flight.upload()  # it waited longer than what it had uploaded lived
+            else:
+                self._count(part)
+                at += len(part)
 
     def _count(self, taken: list[Outgoing]) -> None:
         if taken:

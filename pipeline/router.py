@@ -31,7 +31,19 @@ from .metrics import GroupMetrics
 from .middleware import Middleware
 from .payloads import Flight, Payloads
 from .subscriber import Subscriber
-from .transports import CHANCES, SUSPICION, Commit, Entry, Group, Holding, Reader, Retried, Segment, Transport
+from .transports import (
+    CHANCES,
+    SUSPICION,
+    Commit,
+    Entry,
+    Group,
+    Holding,
+    PayloadExpired,
+    Reader,
+    Retried,
+    Segment,
+    Transport,
+)
 from .transports.client import ReplyError
 
 __all__ = ["Router"]
@@ -104,7 +116,9 @@ class Router:
         self._bounded = [
             channel
             for channel in subscriber.publishes
-            if channel.capacity is not None and channel.name != subscriber.channel.name  # which only reading empties
+            if channel.capacity is not None
+            and not channel.drops_oldest
+            and channel.name != subscriber.channel.name  # which only reading empties
         ]
         self._tensors = [channel for channel in subscriber.publishes if context.codec(channel).tensors]
         self._repeats = 0
@@ -500,11 +514,9 @@ class Router:
                 except PipelineError as error:
                     items = self._blame(items, error)
                     continue
-                if flight is not None:
-                    await flight.upload()
                 repeats, self._repeats = self._repeats, 0
                 commit.retried += repeats
-                statuses = await reader.commit(commit)
+                statuses = await self._write(reader, commit, flight)
             finally:
                 if flight is not None:
                     flight.landed()
@@ -520,6 +532,16 @@ class Router:
             held.settle()
         for held in {id(item[0][0]): item[0][0] for item in everything}.values():
             self._forget(held, held.take_settled())
+
+    async def _write(self, reader: Reader, commit: Commit, flight: Flight | None) -> list[str | None]:
+        while True:
+            if flight is not None:
+                await flight.upload()
+            try:
+                return await reader.commit(commit)
+            except PayloadExpired:  # it waited for Redis longer than what it had uploaded lived
+                if flight is None:
+                    raise
 
     async def _prepare(self) -> None:
         for channel in self._tensors:

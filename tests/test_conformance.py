@@ -390,6 +390,22 @@ async def test_a_rewind_over_dropped_events_balances(durable: Place) -> None:
     await reader.close()
 
 
+async def test_outputs_make_room_where_a_channel_drops_its_oldest(durable: Place) -> None:
+    bounded = Channel("out", bytes, capacity=2 * FRAME, overflow="drop_oldest")
+    behind = await durable.transport.join(bounded, 0, Group("g", "slow", 5.0))
+    reader = await durable.join()
+    await durable.publish(1)
+    (entry,) = await take(reader, 1)
+    outputs = [Output(bounded, 0, b"%d" % n, FRAME) for n in range(5)]
+    assert await reader.commit(Commit([whole(entry)], handled=FRAME, outputs=outputs)) == []
+    assert [found.body for found in await take(behind, 2)] == [b"3", b"4"]
+    _, ledger = await durable.backend.ledger({"out": (True, 1)})
+    stats = ledger["out"][0]
+    assert (stats.published, stats.groups["g"].dropped, stats.groups["g"].pending) == (5 * FRAME, 3 * FRAME, 2 * FRAME)
+    await behind.close()
+    await reader.close()
+
+
 async def test_a_tail_can_begin_in_the_past(durable: Place) -> None:
     assert durable.transport.guarantees.replay
     await durable.publish(1)

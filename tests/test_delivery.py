@@ -696,6 +696,33 @@ async def test_a_full_channel_makes_publishers_wait_or_tells_them_or_drops_the_o
     assert seen[-9:] == list(range(16, 25)), "the newest stay; what a worker holds is its own"
 
 
+async def test_outputs_to_a_channel_that_drops_its_oldest_hold_nobody_up(anywhere: str) -> None:
+    latest = Channel("latest", Number, capacity=10, overflow="drop_oldest", frame=1)
+    app, go, seen = Pipeline("app", anywhere), asyncio.Event(), []
+
+    @app.subscriber(numbers, group="g", publishes=latest)
+    async def forward(event: Number) -> Number:
+        return event
+
+    @app.subscriber(latest, group="slow")
+    async def late(event: Number) -> None:
+        await go.wait()
+        seen.append(event.n)
+
+    async with app, serving(app):
+        for first in range(0, 60, 20):
+            await app.publish(numbers, [Number(n=n) for n in range(first, first + 20)])
+        upstream = (await idle(app, "numbers")).groups["g"]
+        held = (await app.stats()).channels["latest"].groups["slow"]
+        go.set()
+        after = (await idle(app, "latest")).groups["slow"]
+    assert upstream.handled == 60, "nobody waits for who is slow"
+    assert held.lag <= 10
+    assert after.dropped == held.dropped >= 40
+    assert after.dropped + after.handled == 60
+    assert seen[-9:] == list(range(51, 60)), "the newest stay"
+
+
 async def test_who_is_told_that_a_channel_is_full_knows_what_was_taken(anywhere: str) -> None:
     full = Channel("full", Number, capacity=10, overflow="raise", frame=1)
     async with Pipeline("app", anywhere) as app:

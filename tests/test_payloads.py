@@ -17,6 +17,7 @@ from pipeline.errors import PayloadTooLarge
 from pipeline.segments import Gone, Mappings, Owner, orphans, sweep
 from pipeline.server import Server
 from pipeline.settings import settings
+from pipeline.transports.payload_store import RedisPayloadStore
 
 from .apps import idle, serving, until
 from .workers import Worker, images
@@ -95,6 +96,40 @@ async def test_tensors_arrive_whole_through_handlers_and_outputs(mode: str, url:
     assert files(url) == [], "everything was settled, so nothing stays"
     await asyncio.sleep(2.1 if mode == "blobs" else 0)
     assert payload_keys(url) == []
+
+
+@pytest.mark.parametrize("mode", ["blobs"], indirect=True)
+async def test_a_blob_that_expires_before_its_frame_is_written_is_uploaded_again(
+    mode: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a full channel or a long outage makes a publish, or a commit, wait for more than a minute."""
+    upload, expired = RedisPayloadStore.upload, set[str]()
+
+    async def too_early(store: RedisPayloadStore, channel: str, partition: int, name: str, chunks: Any) -> None:
+        await upload(store, channel, partition, name, chunks)
+        if channel not in expired:
+            expired.add(channel)
+            with redis.Redis.from_url(url) as client:
+                assert client.delete(f"pipeline:{{{channel}}}:b:{name}:1") == 1
+
+    monkeypatch.setattr(RedisPayloadStore, "upload", too_early)
+    app, seen = Pipeline("app", url), []
+
+    @app.subscriber(pictures, group="g", publishes=copies)
+    async def copy(picture: Image) -> Image:
+        return picture
+
+    @app.subscriber(copies, group="h")
+    async def look(picture: Image) -> None:
+        seen.append((picture.n, int(np.asarray(picture.pixels).sum())))
+
+    async with app, serving(app):
+        await app.publish(pictures, [image(n, 100_000) for n in range(3)])
+        await idle(app, "pictures")
+        stats = await idle(app, "copies")
+    assert expired == {"pictures", "copies"}
+    assert sorted(seen) == [(n, n * 100_000) for n in range(3)]
+    assert (stats.published, stats.groups["h"].dead) == (3, 0)
 
 
 @pytest.mark.parametrize("mode", ["auto", "blobs", "inline"], indirect=True)

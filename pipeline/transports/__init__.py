@@ -27,6 +27,7 @@ __all__ = [
     "Outgoing",
     "Output",
     "PartitionStats",
+    "PayloadExpired",
     "Reader",
     "Reply",
     "Retried",
@@ -44,6 +45,10 @@ alone, to a reader that holds nothing else, so that no other event is blamed for
 CHANCES = 3
 """How often it is handed out alone before it is buried: where workers are killed all the time, or a busy machine lets
 leases end, bad luck alone must not make a dead letter."""
+
+
+class PayloadExpired(Exception):
+    """A blob that a frame refers to is gone, so the frame was not written. Upload it again, and repeat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +199,9 @@ class Reader(Protocol):
 
     async def commit(self, commit: Commit) -> list[str | None]:
         """Apply `commit`, once. Returns [] when it was applied. Otherwise nothing was written, and there is one item a
-        segment: None for one that stands, else the progress ("0"/"1" an event; "" when the whole entry is settled)."""
+        segment: None for one that stands, else the progress ("0"/"1" an event; "" when the whole entry is settled).
+
+        Outputs to a channel that drops its oldest events make room for themselves. Raises PayloadExpired."""
         ...
 
     def settled(self, entry: str) -> None:
@@ -244,7 +251,7 @@ class Transport(Protocol):
     async def publish(self, channel: Channel[Any], partition: int, frames: Sequence[Outgoing]) -> None:
         """Resolves when all frames are taken, in order, each once.
 
-        Raises ChannelFull, PublishUncertain, ServerUnavailable."""
+        Raises ChannelFull, PayloadExpired, PublishUncertain, ServerUnavailable."""
         ...
 
     async def outstanding(self, channel: Channel[Any], partition: int) -> int:

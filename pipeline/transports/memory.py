@@ -173,6 +173,8 @@ class _Durable:
         for output in commit.outputs:
             place = self._store.partition(output.channel.name, output.partition)
             if output.channel.durable:
+                if output.channel.drops_oldest:
+                    place.drop_oldest((output.channel.capacity or 0) - output.count)
                 place.add(output.count, output.body)
             else:
                 place.published += output.count

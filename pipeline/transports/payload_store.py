@@ -19,7 +19,7 @@ from .streams import Streams
 __all__ = ["RedisPayloadStore"]
 
 UPLOAD_TTL = 60
-"""Seconds a blob lives without a frame that refers to it (publishing makes it permanent, see add.lua)."""
+"""Seconds a blob lives without a frame that refers to it. Publishing makes it permanent, or says that it is gone: add.lua."""
 PRESENCE = 60.0
 """Seconds for which a reader's announcement of its host holds."""
 PATIENCE = 30.0
@@ -90,8 +90,9 @@ class RedisPayloadStore:
         with self._connection() as connection:
             for number, parts in enumerate(chunks, 1):
                 key, size = f"{prefix}:{number}".encode(), sum(map(len, parts))
-                head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(key), key, size)
-                tail = b"\r\n$2\r\nEX\r\n$%d\r\n%d\r\n" % (len(str(UPLOAD_TTL)), UPLOAD_TTL)
+                # NX: what a frame refers to already, and so has no end, stays as it is.
+                head = b"*6\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(key), key, size)
+                tail = b"\r\n$2\r\nNX\r\n$2\r\nEX\r\n$%d\r\n%d\r\n" % (len(str(UPLOAD_TTL)), UPLOAD_TTL)
                 connection.send_packed_command([head, *parts, tail])
                 connection.read_response()
 

@@ -132,8 +132,7 @@ class Partition:
             return True
         if capacity is not None:
             if overflow == "drop_oldest":
-                for group in self.groups.values():
-                    self._drop_oldest(group, capacity - frame.count)
+                self.drop_oldest(capacity - frame.count)
             elif (held := self.outstanding()) and held + frame.count > capacity:
                 if overflow == "raise":
                     raise ChannelFull(f"the channel holds {held} unhandled events, its capacity is {capacity}")
@@ -145,13 +144,15 @@ class Partition:
     def outstanding(self) -> int:
         return max((group.behind(self.published) for group in self.groups.values()), default=self.published)
 
-    def _drop_oldest(self, group: _Group, room: int) -> None:
-        for position, count, _ in self.entries:
-            if group.behind(self.published) <= room:
-                return
-            if position > group.last:
-                group.last = position
-                group.dropped += count
+    def drop_oldest(self, most: int) -> None:
+        """Skip the oldest unread frames of groups that have more than `most` events before them. See add.lua."""
+        for group in self.groups.values():
+            for position, count, _ in self.entries:
+                if group.behind(self.published) <= most:
+                    break
+                if position > group.last:
+                    group.last = position
+                    group.dropped += count
 
     # -- groups --------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..channel import Channel
 from ..errors import ChannelFull, ConfigurationError, PublishUncertain, ServerUnavailable
-from . import SUSPICION, Commit, Entry, Group, Guarantees, Holding, Outgoing, Retried
+from . import SUSPICION, Commit, Entry, Group, Guarantees, Holding, Outgoing, PayloadExpired, Retried
 from .client import Argument, Client, Link, LinkLost, ReplyError, transient
 from .partitions import Share
 from .renewal import Renewer
@@ -132,9 +132,14 @@ class Streams:
         for output in commit.outputs:
             if output.channel.durable:
                 self._know(output.channel, output.partition)
-        statuses = await self.client.persist(
-            lambda: self.run("commit", names, *arguments), patience=None, what=f"commit of {group}"
-        )
+        try:
+            statuses = await self.client.persist(
+                lambda: self.run("commit", names, *arguments), patience=None, what=f"commit of {group}"
+            )
+        except ReplyError as error:
+            if str(error).startswith("EXPIRED"):
+                raise PayloadExpired(str(error)) from None
+            raise
         return [None if status == b"ok" else "" if status == b"gone" else str(status, "ascii") for status in statuses]
 
     # -- looking after -------------------------------------------------------------------------------------------
@@ -223,7 +228,7 @@ class _Publication:
         self._script = streams.scripts["publish"]
         self._names: list[str] = []
         self._source = ""
-        self._rest = (channel.capacity, int(channel.overflow == "drop_oldest")) if channel.capacity else ()
+        self._rest = (channel.capacity, int(channel.drops_oldest)) if channel.capacity else ()
 
     async def write(self, frames: Sequence[Outgoing]) -> None:
         results: list[Any] = []
@@ -297,6 +302,8 @@ class _Publication:
                 # The server knows less than it acknowledged (flushed, or restarted without its newest data), or has
                 # forgotten an idle source. Frames are written in order, so none of these events can be there.
                 force = True
+            elif status == -3:
+                raise PayloadExpired(f"a blob of channel {self.channel.name!r}")
             else:
                 if self.channel.overflow == "raise":
                     raise ChannelFull(
@@ -648,12 +655,18 @@ def commit_arguments(keys: Keys, group: str, commit: Commit, token: str) -> tupl
         arguments += (int(retry.delay * 1000), retry.count, retry.deliveries, retry.origin, retry.body)
     for output in commit.outputs:
         where = Keys.of(output.channel.name, output.partition)
-        kind = "s" if output.channel.durable else "p"
+        kind = output_kind(output.channel)
         names += (where.stream if output.channel.durable else output.channel.name, where.meta)
         arguments += (kind, output.count, output.body)
     for reply in commit.replies:
         arguments += (reply.address, reply.body)
     return names, arguments
+
+
+def output_kind(channel: Channel[Any]) -> str:
+    if not channel.durable:
+        return "p"
+    return f"d{channel.capacity}" if channel.drops_oldest else "s"
 
 
 def _entry(id_: bytes, count: int, body: bytes, done: str = "", deliveries: int = 1) -> Entry:

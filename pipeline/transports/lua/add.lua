@@ -9,9 +9,33 @@ local function offset_of(id)
   return tonumber(string.match(id, '%-(%d+)$'))
 end
 
+-- Where the tensors of a frame ("\0PLR") lie that are beside it, which is what it ends with: "shm <owner> …" in shared memory,
+-- "blob <name> <chunks>" in keys of their own. nil for other frames.
+local function beside(body)
+  if string.byte(body, 1) ~= 0 or string.byte(body, 4) ~= 82 then return nil end
+  local _, length = struct.unpack('<I4I4', string.sub(body, 5, 12))
+  return string.sub(body, 21 + length)
+end
+
+-- The keys of a blob's chunks; none for other references.
+local function chunks_of(stream, reference)
+  local keys = {}
+  local name, chunks = string.match(reference, '^blob (%x+) (%d+)$')
+  for i = 1, tonumber(chunks or '0') do keys[i] = string.sub(stream, 1, -2) .. 'b:' .. name .. ':' .. i end
+  return keys
+end
+
+-- Whether a blob's chunks have not expired: they do while a publisher waits for long.
+local function is_there(stream, reference)
+  for _, key in ipairs(chunks_of(stream, reference)) do
+    if redis.call('EXISTS', key) == 0 then return false end
+  end
+  return true
+end
+
 -- Append a frame under the id ms-OFFSET, where OFFSET counts the channel's events up to and including it. Acknowledged
--- positions thereby tell how many events lie before them, without a look-up.
-local function add(stream, meta, n, body)
+-- positions thereby tell how many events lie before them, without a look-up. `reference`: what `beside` says of its body.
+local function add(stream, meta, n, body, reference)
   local offset = redis.call('HINCRBY', meta, 'published', n)
   local t = redis.call('TIME')
   local id = t[1] .. string.sub('00000' .. t[2], -6, -4) .. string.format('-%d', offset)
@@ -30,16 +54,10 @@ local function add(stream, meta, n, body)
     id = string.format('%s-%d', string.match(last, '^(%d+)'), offset)
     redis.call('XADD', stream, id, 'n', n, 'b', body)
   end
-  if string.byte(body, 1) == 0 and string.byte(body, 4) == 82 then
-    -- A frame ("\0PLR") whose tensors lie beside it ends with where: "shm <owner> …" in shared memory, "blob <name> <chunks>"
-    -- in keys of their own. Until every group has settled it, that is remembered by its position; see collect.lua.
-    local base = string.sub(stream, 1, -2)
-    local _, length = struct.unpack('<I4I4', string.sub(body, 5, 12))
-    local reference = string.sub(body, 21 + length)
-    local owner = string.match(reference, '^shm (%x+) ')
-    redis.call('ZADD', base .. 'p:' .. (owner or 'blobs'), offset, reference)
-    local name, chunks = string.match(reference, '^blob (%x+) (%d+)$')
-    for i = 1, tonumber(chunks or '0') do redis.call('PERSIST', base .. 'b:' .. name .. ':' .. i) end
+  if reference then
+    -- Until every group has settled it, that is remembered by its position; see collect.lua.
+    redis.call('ZADD', string.sub(stream, 1, -2) .. 'p:' .. (string.match(reference, '^shm (%x+) ') or 'blobs'), offset, reference)
+    for _, key in ipairs(chunks_of(stream, reference)) do redis.call('PERSIST', key) end
   end
   return id
 end
@@ -96,3 +114,30 @@ local function outstanding(meta, groups)
   return most
 end
 
+-- Make room for `n` more events: skip the oldest unread frames of groups that are too far behind. What workers already hold
+-- is theirs.
+local function drop_oldest(stream, meta, groups, n, capacity)
+  if redis.call('EXISTS', stream) == 0 then return end
+  local positions = {}
+  for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    local name, id
+    for i = 1, #info, 2 do
+      if info[i] == 'name' then name = info[i + 1] end
+      if info[i] == 'last-delivered-id' then id = info[i + 1] end
+    end
+    positions[name] = id
+  end
+  for _, group in ipairs(redis.call('SMEMBERS', groups)) do
+    local h = groups .. ':' .. group .. ':h'
+    local counts = redis.call('HMGET', h, 'before', 'handled', 'dead', 'dropped')
+    local left = tonumber(redis.call('HGET', meta, 'published') or '0') + tonumber(n)
+    for i = 1, 4 do left = left - tonumber(counts[i] or '0') end
+    while left > capacity and positions[group] do
+      local entry = redis.call('XRANGE', stream, '(' .. positions[group], '+', 'COUNT', 1)[1]
+      if not entry then break end
+      redis.call('XGROUP', 'SETID', stream, group, entry[1])
+      redis.call('HINCRBY', h, 'dropped', entry[2][2])
+      positions[group], left = entry[1], left - tonumber(entry[2][2])
+    end
+  end
+end

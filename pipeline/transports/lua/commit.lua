@@ -4,9 +4,10 @@
 --       seven packed numbers: segments, handled, dead, retried, retries, outputs, replies
 --       (id, packed n, low, high)… a segment    an id of an entry apart begins with r
 --       (delay ms, count, times taken, origin, body)… a retry
---       (kind, n, body)… an output              kind: s stream · p Pub/Sub
+--       (kind, n, body)… an output              kind: s stream · d<capacity> stream that drops its oldest · p Pub/Sub
 --       (address, body)… a reply
--- → {} when applied, else {status a segment}: 'ok', 'gone', or the progress string. Scripts do not roll back, so every
+-- → {} when applied, else {status a segment}: 'ok', 'gone', or the progress string; an error when an output's blob has
+-- expired. Scripts do not roll back, so every
 -- check comes before the first write; what only removes comes first, so that a server out of memory lets commits pass.
 local stream, h, group = KEYS[1], KEYS[2], ARGV[1]
 local keys = string.sub(h, 1, -2)
@@ -16,11 +17,15 @@ local retries_at = 4 + 2 * n_segments
 local outputs_at = retries_at + 5 * n_retries
 local replies_at = outputs_at + 3 * n_outputs
 
+local references = {}
 for i = 0, n_outputs - 1 do
-  if ARGV[outputs_at + 3 * i] == 's' then
+  if ARGV[outputs_at + 3 * i] ~= 'p' then
     local key = KEYS[3 + 2 * i]
     local t = redis.call('TYPE', key).ok
     if t ~= 'stream' and t ~= 'none' then return redis.error_reply('WRONGTYPE ' .. key .. ' is a ' .. t) end
+    local reference = beside(ARGV[outputs_at + 3 * i + 2])
+    if reference and not is_there(key, reference) then return redis.error_reply('EXPIRED a blob of ' .. key) end
+    references[i] = reference
   end
 end
 
@@ -94,13 +99,14 @@ for at = retries_at, outputs_at - 1, 5 do
 end
 for i = 0, n_outputs - 1 do
   local at = outputs_at + 3 * i
-  local key, meta, n, body = KEYS[3 + 2 * i], KEYS[4 + 2 * i], ARGV[at + 1], ARGV[at + 2]
-  if ARGV[at] == 's' then
-    local id = add(key, meta, n, body)
-    if type(id) == 'table' then redis.log(redis.LOG_WARNING, id.err) end
-  else
+  local key, meta, kind, n, body = KEYS[3 + 2 * i], KEYS[4 + 2 * i], ARGV[at], ARGV[at + 1], ARGV[at + 2]
+  if kind == 'p' then
     redis.call('PUBLISH', key, body)
     redis.call('HINCRBY', meta, 'published', n)
+  else
+    if kind ~= 's' then drop_oldest(key, meta, string.sub(key, 1, -2) .. 'g', n, tonumber(string.sub(kind, 2))) end
+    local id = add(key, meta, n, body, references[i])
+    if type(id) == 'table' then redis.log(redis.LOG_WARNING, id.err) end
   end
 end
 for at = replies_at, replies_at + 2 * n_replies - 1, 2 do
