@@ -36,8 +36,8 @@ __all__ = ["Gone", "Mappings", "Owner", "Segment", "host_token", "orphans", "swe
 PAGE = 4096
 MAGIC = b"PLSEGM01"
 SMALLEST = 64 << 10
-FORGOTTEN = 24 * 3600.0
-"""Seconds after which a dead owner's files go, whatever deployment they were of."""
+FORGOTTEN = 7 * 86400.0
+"""Seconds after which a dead owner's files go without asking their deployment's Redis, which may be gone for good."""
 
 _HEADER = struct.Struct("<8sQI")
 _NAME = re.compile(r"pipeline-(?P<deployment>[0-9a-f]{16})-(?P<owner>[0-9a-f]{16})(?:-(?P<number>\d+)|\.lock)")
@@ -119,6 +119,7 @@ class Owner:
         for part in parts:
             segment.map[at : at + len(part)] = part
             at += len(part)
+        os.utime(segment.descriptor)  # which writing through a mapping does not set
         fcntl.flock(segment.descriptor, fcntl.LOCK_UN)
         return segment
 
@@ -307,7 +308,7 @@ def orphans(deployment: str, folder: Path) -> list[Orphan]:
 
 
 def sweep(paths: Iterable[Path], deployment: str, folder: Path) -> None:
-    """Unlink these segments of the dead, lock files without segments, and whatever was forgotten long ago.
+    """Unlink these segments of the dead, lock files without segments, and what another deployment forgot long ago.
 
     Who has mapped a segment keeps it.
     """
@@ -317,8 +318,11 @@ def sweep(paths: Iterable[Path], deployment: str, folder: Path) -> None:
     owners = {match["owner"] for _, match in files if match["number"]}
     for path, match in files:
         with contextlib.suppress(OSError):
-            ours = match["deployment"] == deployment and not match["number"] and match["owner"] not in owners
-            if (ours or time.time() - path.stat().st_mtime > FORGOTTEN) and not _alive(folder, match):
+            if match["deployment"] == deployment:
+                needless = not match["number"] and match["owner"] not in owners
+            else:
+                needless = time.time() - path.stat().st_mtime > FORGOTTEN
+            if needless and not _alive(folder, match):
                 path.unlink()
 
 

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import redis
 
-from pipeline import Channel, Event, Message, Pipeline, Reject, RetryPolicy, ServerUnavailable
+from pipeline import Channel, Event, Message, Pipeline, Reject, RetryPolicy, ServerUnavailable, Tensor
 from pipeline.server import Server
 from pipeline.transports import CHANCES, SUSPICION, Commit, Group, Outgoing, Retried, Segment
 from pipeline.transports.redis import RedisBackend
@@ -23,6 +24,11 @@ from .workers import Worker
 
 class Number(Event):
     n: int
+
+
+class Picture(Event):
+    n: int
+    pixels: Tensor
 
 
 numbers = Channel("numbers", Number)
@@ -185,6 +191,27 @@ async def test_a_backlog_in_frames_drains_while_memory_is_full(own: Server) -> N
                 client.set("still", "full")
     assert handled == set(range(1024))
     assert (ledger.groups["g"].handled, ledger.groups["g"].retried) == (1024, 11)
+
+
+async def test_a_worker_that_starts_while_memory_is_full_drains_it(own: Server) -> None:
+    """The one that could make room must not be kept out: with its channels' registry, tensors and partitions."""
+    pictures = Channel("pictures", Picture, partitions=2)
+    async with Pipeline("before", own.url) as publisher:
+        await publisher.publish(pictures, [Picture(n=n, pixels=np.full(100_000, n, np.uint8)) for n in range(20)])
+    app, seen = Pipeline("app", own.url), []
+
+    @app.subscriber(pictures, group="g", ordered=True, publishes=numbers)
+    async def look(picture: Picture) -> None:
+        seen.append((picture.n, int(np.asarray(picture.pixels)[-1])))
+
+    with redis.Redis.from_url(own.url) as client:
+        client.config_set("maxmemory", "1mb")
+        async with app, serving(app):
+            ledger = await idle(app, "pictures")
+            with pytest.raises(redis.OutOfMemoryError):
+                client.set("still", "full")
+    assert ledger.groups["g"].handled == 20
+    assert sorted(seen) == [(n, n) for n in range(20)]
 
 
 async def test_while_memory_is_full_workers_join_keep_their_leases_hand_back_and_conflict(own: Server) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from pipeline.transports.payload_store import RedisPayloadStore
 from .apps import idle, serving, until
 from .workers import Worker, images
 
-DEPLOYMENT = "0123456789abcdef"
+DEPLOYMENT, OTHER = "0123456789abcdef", "fedcba9876543210"
 
 
 class Image(Event):
@@ -383,3 +385,23 @@ def test_the_quota_holds_and_the_living_are_not_swept(tmp_path: Path) -> None:
     sweep([orphan.path for orphan in found], DEPLOYMENT, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert bytes(pinned) == bytes(50_000), "who has it keeps it"
+
+
+def test_what_the_dead_left_goes_by_age_only_where_no_redis_can_be_asked(tmp_path: Path) -> None:
+    """A backlog may be older than any age: its own deployment knows what is still needed."""
+    owner, written_at = Owner(DEPLOYMENT, 1 << 20, tmp_path), time.time()
+    segment = owner.write([memoryview(b"a" * 100)], 100, {})
+    assert segment is not None
+    os.utime(segment.path, (0, 0))
+    owner.free(segment, 0.0)
+    assert owner.write([memoryview(b"b" * 100)], 100, {}) is segment
+    assert segment.path.stat().st_mtime >= written_at - 1, "written again is not forgotten"
+    owner.close([segment])
+    sweep([], OTHER, tmp_path)
+    assert segment.path.exists(), "it may be needed, and is not old"
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    sweep([], DEPLOYMENT, tmp_path)
+    assert segment.path.exists(), "nobody said that it is not needed"
+    sweep([], OTHER, tmp_path)
+    assert list(tmp_path.iterdir()) == []

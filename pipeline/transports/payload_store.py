@@ -19,7 +19,7 @@ from .streams import Streams
 __all__ = ["RedisPayloadStore"]
 
 UPLOAD_TTL = 60
-"""Seconds a blob lives without a frame that refers to it. Publishing makes it permanent, or says that it is gone: add.lua."""
+"""Seconds a blob lives without a frame that refers to it. Publishing makes it permanent, or says that it is gone."""
 PRESENCE = 60.0
 """Seconds for which a reader's announcement of its host holds."""
 PATIENCE = 30.0
@@ -42,17 +42,16 @@ class RedisPayloadStore:
         fresh = secrets.token_hex(8)
 
         async def ask() -> str:
-            reply = await self._streams.client.call("SET", "pipeline:deployment", fresh, "NX", "GET")
+            reply = await self._streams.client.call("GET", "pipeline:deployment")  # passes where memory is used up
+            if reply is None:
+                reply = await self._streams.client.call("SET", "pipeline:deployment", fresh, "NX", "GET")
             return fresh if reply is None else reply.decode()
 
         return await self._streams.client.persist(ask, patience=PATIENCE, what="payloads")
 
     async def announce(self, channel: str, host: str) -> None:
-        key, now = f"{Keys.of(channel).base}:hosts", time.time()
-        link = await self._streams.client.link()
-        await asyncio.gather(
-            link.call("ZADD", key, now + PRESENCE, host), link.call("ZREMRANGEBYSCORE", key, "-inf", now)
-        )
+        now = time.time()
+        await self._streams.run("announce", [f"{Keys.of(channel).base}:hosts"], now, now + PRESENCE, host)
 
     async def hosts(self, channel: str) -> set[str]:
         reply = await self._streams.client.call("ZRANGEBYSCORE", f"{Keys.of(channel).base}:hosts", time.time(), "+inf")

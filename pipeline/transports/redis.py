@@ -50,15 +50,10 @@ class RedisBackend:
         return list(reply[1]) if reply else []
 
     async def register(self, name: str, record: bytes) -> bytes | None:
-        async def write() -> bytes | None:
-            link = await self._client.link()
-            before, _ = await asyncio.gather(
-                link.call("HGET", CHANNELS, name),
-                link.call("HSET", CHANNELS, name, record),
-            )
-            return bytes(before) if before is not None else None
-
-        return await self._client.persist(write, patience=30.0, what=f"channel {name!r}")
+        before = await self._client.persist(
+            lambda: self._streams.run("register", [CHANNELS], name, record), patience=30.0, what=f"channel {name!r}"
+        )
+        return bytes(before) if before is not None else None
 
     async def registered(self) -> dict[str, bytes]:
         reply = await self._client.call("HGETALL", CHANNELS)
