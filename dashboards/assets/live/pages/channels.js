@@ -72,7 +72,7 @@ async function showEvents(quiet = false) {
   try {
     const found = await get(`/api/channels/${encodeURIComponent(channel)}?count=20`);
     if (view.channel !== channel || !byId("events")) return;
-    if (quiet && box.contains(document.activeElement)) return;   // somebody is reading
+    if (box.contains(document.activeElement)) return;   // somebody is reading
     const open = new Set([...box.querySelectorAll("details[open]")].map((one) => one.dataset.id));
     const rows = found.events.map((event) => {
       const row = element("details", { class: "event", "data-id": event.id, open: open.has(event.id) },
