@@ -43,9 +43,11 @@ def _functions(text: str) -> dict[str, str]:
 
 
 def _with_shared(script: str, shared: dict[str, str]) -> str:
-    text = script
+    placed = re.compile(r"^ *-- here: (.*)\n", re.M)
+    chosen = {name for names in placed.findall(script) for name in names.split(", ")}
+    text = placed.sub(lambda match: "".join(shared[name] for name in match[1].split(", ")), script)
     for name, function in reversed(shared.items()):  # a function names only those above it
-        if re.search(rf"\b{name}\(", text):
+        if name not in chosen and re.search(rf"\b{name}\(", text):
             text = function + text
     return text
 

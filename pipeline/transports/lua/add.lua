@@ -1,5 +1,6 @@
--- What scripts share. A script gets what it names: functions are made anew at each call, which is not for nothing. Nor are
--- other things (instructions, of some 15,000 for XADD): an argument 1,200, tonumber 1,600, a table returned 6,000, '%.0f' 3,000.
+-- What scripts share. A script gets what it names, at its top or where it says "-- here: name, name": functions are made anew
+-- at each call, which is not for nothing. Nor are other things (instructions, of some 15,000 for XADD): an argument 1,200,
+-- tonumber 1,600, a table returned 6,000, '%.0f' 3,000.
 local function now_ms()
   local t = redis.call('TIME')
   return t[1] * 1000 + math.floor(t[2] / 1000)
@@ -9,10 +10,10 @@ local function offset_of(id)
   return tonumber(string.match(id, '%-(%d+)$'))
 end
 
--- Where the tensors of a frame ("\0PLR") lie that are beside it, which is what it ends with: "shm <owner> …" in shared memory,
--- "blob <name> <chunks>" in keys of their own. nil for other frames.
+-- Where the tensors of a frame lie that are beside it, which is what it ends with: "shm <owner> …" in shared memory, "blob
+-- <name> <chunks>" in keys of their own. nil for other frames than those, "\0PLR".
 local function beside(body)
-  if string.byte(body, 1) ~= 0 or string.byte(body, 4) ~= 82 then return nil end
+  if string.byte(body, 4) ~= 82 then return nil end
   local _, length = struct.unpack('<I4I4', string.sub(body, 5, 12))
   return string.sub(body, 21 + length)
 end
@@ -33,9 +34,16 @@ local function is_there(stream, reference)
   return true
 end
 
+-- Until every group has settled the frame, what lies beside it is remembered by its position; see collect.lua.
+local function refer(stream, id, reference)
+  redis.call('ZADD', string.sub(stream, 1, -2) .. 'p:' .. (string.match(reference, '^shm (%x+) ') or 'blobs'),
+    string.match(id, '%-(%d+)$'), reference)
+  for _, key in ipairs(chunks_of(stream, reference)) do redis.call('PERSIST', key) end
+end
+
 -- Append a frame under the id ms-OFFSET, where OFFSET counts the channel's events up to and including it. Acknowledged
--- positions thereby tell how many events lie before them, without a look-up. `reference`: what `beside` says of its body.
-local function add(stream, meta, n, body, reference)
+-- positions thereby tell how many events lie before them, without a look-up.
+local function add(stream, meta, n, body)
   local offset = redis.call('HINCRBY', meta, 'published', n)
   local t = redis.call('TIME')
   local id = t[1] .. string.sub('00000' .. t[2], -6, -4) .. string.format('-%d', offset)
@@ -53,11 +61,6 @@ local function add(stream, meta, n, body, reference)
     end
     id = string.format('%s-%d', string.match(last, '^(%d+)'), offset)
     redis.call('XADD', stream, id, 'n', n, 'b', body)
-  end
-  if reference then
-    -- Until every group has settled it, that is remembered by its position; see collect.lua.
-    redis.call('ZADD', string.sub(stream, 1, -2) .. 'p:' .. (string.match(reference, '^shm (%x+) ') or 'blobs'), offset, reference)
-    for _, key in ipairs(chunks_of(stream, reference)) do redis.call('PERSIST', key) end
   end
   return id
 end

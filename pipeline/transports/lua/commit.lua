@@ -23,9 +23,12 @@ for i = 0, n_outputs - 1 do
     local key = KEYS[3 + 2 * i]
     local t = redis.call('TYPE', key).ok
     if t ~= 'stream' and t ~= 'none' then return redis.error_reply('WRONGTYPE ' .. key .. ' is a ' .. t) end
-    local reference = beside(ARGV[outputs_at + 3 * i + 2])
-    if reference and not is_there(key, reference) then return redis.error_reply('EXPIRED a blob of ' .. key) end
-    references[i] = reference
+    local body = ARGV[outputs_at + 3 * i + 2]
+    if string.byte(body, 1) == 0 then
+      -- here: beside, chunks_of, is_there
+      references[i] = beside(body)
+      if references[i] and not is_there(key, references[i]) then return redis.error_reply('EXPIRED a blob of ' .. key) end
+    end
   end
 end
 
@@ -104,9 +107,17 @@ for i = 0, n_outputs - 1 do
     redis.call('PUBLISH', key, body)
     redis.call('HINCRBY', meta, 'published', n)
   else
-    if kind ~= 's' then drop_oldest(key, meta, string.sub(key, 1, -2) .. 'g', n, tonumber(string.sub(kind, 2))) end
-    local id = add(key, meta, n, body, references[i])
-    if type(id) == 'table' then redis.log(redis.LOG_WARNING, id.err) end
+    if kind ~= 's' then
+      -- here: drop_oldest
+      drop_oldest(key, meta, string.sub(key, 1, -2) .. 'g', n, tonumber(string.sub(kind, 2)))
+    end
+    local id = add(key, meta, n, body)
+    if type(id) == 'table' then
+      redis.log(redis.LOG_WARNING, id.err)
+    elseif references[i] then
+      -- here: chunks_of, refer
+      refer(key, id, references[i])
+    end
   end
 end
 for at = replies_at, replies_at + 2 * n_replies - 1, 2 do

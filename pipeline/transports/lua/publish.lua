@@ -21,22 +21,37 @@ if (before or '0') ~= ARGV[1] then
     return {-1, last}
   end
 end
-local reference = beside(ARGV[4])
+local reference
+if string.byte(ARGV[4], 1) == 0 then
+  -- here: beside
+  reference = beside(ARGV[4])
+end
 if ARGV[6] and ARGV[7] ~= '1' then
+  -- here: outstanding
   local held = outstanding(meta, KEYS[4])
   if held > 0 and held + tonumber(n) > tonumber(ARGV[6]) then
     put_back()
     return {-2, held}
   end
 end
-if reference and not is_there(stream, reference) then
-  put_back()
-  return {-3, 0}
+if reference then
+  -- here: chunks_of, is_there
+  if not is_there(stream, reference) then
+    put_back()
+    return {-3, 0}
+  end
 end
-if ARGV[7] == '1' then drop_oldest(stream, meta, KEYS[4], n, tonumber(ARGV[6])) end
-local id = add(stream, meta, n, ARGV[4], reference)
+if ARGV[7] == '1' then
+  -- here: drop_oldest
+  drop_oldest(stream, meta, KEYS[4], n, tonumber(ARGV[6]))
+end
+local id = add(stream, meta, n, ARGV[4])
 if type(id) == 'table' then
   put_back()
   return id
+end
+if reference then
+  -- here: chunks_of, refer
+  refer(stream, id, reference)
 end
 return 1
