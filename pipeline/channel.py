@@ -15,6 +15,8 @@ __all__ = ["Channel", "Overflow", "check_name"]
 T = TypeVar("T")
 Overflow = Literal["wait", "raise", "drop_oldest"]
 
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-/]{0,199}")
 
 
@@ -38,8 +40,9 @@ class Channel(Generic[T]):
     reply       the type of the answers to `request` on this channel
     frame       at most this many events travel in one stream entry; 1 spreads slow work evenly
     partitions  >1 splits a durable channel by key; with `ordered=True` each part goes to one worker at a time
-    capacity    at most this many unhandled events (in each partition); then `overflow` says what happens: publishers
-                "wait", "raise" ChannelFull, or the oldest events are dropped and counted ("drop_oldest")
+    capacity    at most this many unhandled events (in each partition), or bytes of them, tensors included: "64 MB" (by
+                the mean size of the latest events); then `overflow` says what happens: publishers "wait", "raise"
+                ChannelFull, or the oldest events are dropped and counted ("drop_oldest")
     keep        seconds that handled events stay readable for `since=`, replay and late viewers
     fsync       True: `publish` resolves once the server has the events on disk
     """
@@ -50,7 +53,7 @@ class Channel(Generic[T]):
     reply: Any = field(default=None, kw_only=True)
     frame: int = field(default=256, kw_only=True)
     partitions: int = field(default=1, kw_only=True)
-    capacity: int | None = field(default=None, kw_only=True)
+    capacity: int | str | None = field(default=None, kw_only=True)
     overflow: Overflow = field(default="wait", kw_only=True)
     keep: float = field(default=600.0, kw_only=True)
     fsync: bool = field(default=False, kw_only=True)
@@ -69,8 +72,10 @@ class Channel(Generic[T]):
             raise ConfigurationError(f"{where}: partitions must be between 1 and 1024, not {self.partitions!r}")
         if self.overflow not in get_args(Overflow):
             raise ConfigurationError(f"{where}: overflow must be one of {get_args(Overflow)}, not {self.overflow!r}")
-        if self.capacity is not None and self.capacity < 1:
-            raise ConfigurationError(f"{where}: capacity must be at least 1 event, not {self.capacity!r}")
+        if self.capacity is not None and not _is_capacity(self.capacity):
+            raise ConfigurationError(
+                f"{where}: capacity is a number of events, at least 1, or of bytes, like '64 MB', not {self.capacity!r}"
+            )
         if not self.keep >= 0:
             raise ConfigurationError(f"{where}: keep is in seconds and not negative, not {self.keep!r}")
         if not self.durable and (self.capacity is not None or self.partitions != 1 or self.fsync):
@@ -86,6 +91,13 @@ class Channel(Generic[T]):
         return not self.durable and self.type in (str, bytes)
 
     @property
+    def limit(self) -> int | str:
+        """The capacity as transports take it: events, or "<n>B", bytes; 0 without one."""
+        if not isinstance(self.capacity, str):
+            return self.capacity or 0
+        return f"{_bytes(self.capacity)}B"
+
+    @property
     def drops_oldest(self) -> bool:
         """True when a full channel makes room by itself, and so nobody waits for it."""
         return self.capacity is not None and self.overflow == "drop_oldest"
@@ -99,3 +111,15 @@ class Channel(Generic[T]):
     def __repr__(self) -> str:
         kind = "durable" if self.durable else "live"
         return f"<Channel {self.name} of {self.type.__name__}, {kind}>"
+
+
+def _bytes(size: str) -> int:
+    """ "1.5 GB" → 1500000000; 0 for what is none."""
+    found = _SIZE.fullmatch(size)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+
+
+def _is_capacity(value: object) -> bool:
+    if isinstance(value, str):
+        return _bytes(value) > 0
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -256,10 +256,9 @@ class Router:
         for channel in self._bounded:
             for partition in range(channel.partitions):
                 try:
-                    held = await self._context.transport(channel).outstanding(channel, partition)
+                    if await self._context.transport(channel).full(channel, partition):
+                        return True
                 except (PipelineError, OSError, ReplyError):
-                    return True
-                if held >= (channel.capacity or 0):
                     return True
         return False
 

@@ -696,6 +696,62 @@ async def test_a_full_channel_makes_publishers_wait_or_tells_them_or_drops_the_o
     assert seen[-9:] == list(range(16, 25)), "the newest stay; what a worker holds is its own"
 
 
+class Blob(Event):
+    n: int
+    values: Tensor
+
+
+async def test_a_channel_may_be_bounded_in_bytes(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
+    raises = Channel("raises", Blob, capacity="1 MB", overflow="raise", frame=1)
+    drops = Channel("drops", Blob, capacity="0.5 MiB", overflow="drop_oldest", frame=1)
+    outputs = Channel("outputs", Blob, capacity="400 kB", frame=1)
+    go = asyncio.Event()
+
+    @app.subscriber(outputs, group="g", batch=Batch(1))
+    async def slow(batch: list[Blob]) -> None:
+        await go.wait()
+
+    @app.subscriber(numbers, group="g", publishes=outputs, batch=Batch(1))
+    def grow(batch: list[Number]) -> list[Blob]:
+        return [blob(event.n) for event in batch]
+
+    def blob(n: int) -> Blob:
+        return Blob(n=n, values=np.zeros(100_000, np.uint8))
+
+    @app.subscriber(drops, group="g")
+    async def late(event: Blob) -> None:
+        await go.wait()
+
+    async with app:
+        with pytest.raises(ChannelFull, match="unhandled events, its capacity is") as full:
+            await app.publish(raises, [blob(n) for n in range(20)])
+        assert full.value.published == 9
+        await app.publish(drops, blob(0))
+        async with serving(app):
+            await app.publish(drops, [blob(n) for n in range(1, 20)])
+            for n in range(64):
+                await app.publish(numbers, Number(n=n))
+                await asyncio.sleep(0.01)
+            held = (await app.stats()).channels
+            go.set()
+            await idle(app, "numbers")
+            after = await idle(app, "outputs")
+            dropped = (await idle(app, "drops")).groups["g"]
+    assert 3 <= held["outputs"].published < 64, "who fills it takes nothing new"
+    assert after.groups["g"].handled == 64
+    assert dropped.dropped + dropped.handled == 20
+    assert 4 <= dropped.handled <= 9
+
+
+@pytest.mark.parametrize("capacity", [0, -1, True, "", "0 MB", "64", "64 mb", "-1 MB", "1e3 MB", 1.5])
+def test_a_capacity_that_is_none_is_refused(capacity: Any) -> None:
+    with pytest.raises(
+        ConfigurationError, match="capacity is a number of events, at least 1, or of bytes, like '64 MB'"
+    ):
+        Channel("bounded", Number, capacity=capacity)
+
+
 async def test_outputs_to_a_channel_that_drops_its_oldest_hold_nobody_up(anywhere: str) -> None:
     latest = Channel("latest", Number, capacity=10, overflow="drop_oldest", frame=1)
     app, go, seen = Pipeline("app", anywhere), asyncio.Event(), []

@@ -254,8 +254,9 @@ class Transport(Protocol):
         Raises ChannelFull, PayloadExpired, PublishUncertain, ServerUnavailable."""
         ...
 
-    async def outstanding(self, channel: Channel[Any], partition: int) -> int:
-        """Events that the group furthest behind has not settled; a subscriber whose outputs fill a channel waits."""
+    async def full(self, channel: Channel[Any], partition: int) -> bool:
+        """Whether the group furthest behind has not settled as much as the capacity; who publishes there takes nothing
+        new then."""
         ...
 
     async def join(self, channel: Channel[Any], partition: int, group: Group) -> Reader:

@@ -129,7 +129,7 @@ class _Durable:
 
     async def _publish_one(self, channel: Channel[Any], place: Partition, frame: Outgoing) -> None:
         def work() -> bool:
-            return place.publish(frame, channel.capacity, channel.overflow)
+            return place.publish(frame, channel.limit, channel.overflow)
 
         while True:
             if await self._insist(work, "publish"):
@@ -146,9 +146,10 @@ class _Durable:
             except LinkLost:
                 await asyncio.sleep(STEP * random.random())
 
-    async def outstanding(self, channel: Channel[Any], partition: int) -> int:
+    async def full(self, channel: Channel[Any], partition: int) -> bool:
         with self._store.lock:
-            return self._store.partition(channel.name, partition).outstanding()
+            place = self._store.partition(channel.name, partition)
+            return place.outstanding() >= place.in_events(channel.limit)
 
     async def join(self, channel: Channel[Any], partition: int, group: Group) -> _Reader:
         with self._store.lock:
@@ -174,7 +175,7 @@ class _Durable:
             place = self._store.partition(output.channel.name, output.partition)
             if output.channel.durable:
                 if output.channel.drops_oldest:
-                    place.drop_oldest((output.channel.capacity or 0) - output.count)
+                    place.drop_oldest(output.channel.limit, output.count)
                 place.add(output.count, output.body)
             else:
                 place.published += output.count
@@ -328,8 +329,8 @@ class _Live:
                 self._store.partition(channel.name).published += frame.count
                 self._store.tell(channel.name, frame.body)
 
-    async def outstanding(self, channel: Channel[Any], partition: int) -> int:
-        return 0
+    async def full(self, channel: Channel[Any], partition: int) -> bool:
+        return False
 
     async def join(self, channel: Channel[Any], partition: int, group: Group) -> _LiveReader:
         with self._store.lock:

@@ -206,8 +206,8 @@ class PubSub:
 
         await self.streams.client.persist(write, patience=PATIENCE, what=f"publish to {channel.name!r}")
 
-    async def outstanding(self, channel: Channel[Any], partition: int) -> int:
-        return 0  # a live channel keeps nothing
+    async def full(self, channel: Channel[Any], partition: int) -> bool:
+        return False  # a live channel keeps nothing
 
     async def join(self, channel: Channel[Any], partition: int, group: Group) -> LiveReader:
         keys = Keys.of(channel.name)

@@ -116,26 +116,30 @@ class Partition:
         self._clock = clock
         self._sources: dict[str, int] = {}
         self._newest: Position = (0, 0)
+        self._size = 0.0
+        """Mean bytes of an event of late."""
 
     # -- writing -------------------------------------------------------------------------------------------------
 
     def add(self, count: int, body: bytes) -> None:
         self.published += count
+        size = len(body) / count
+        self._size += (size - self._size) / 16 if self._size else size
         self._newest = (max(int(self._clock.now() * 1000), self._newest[0]), self.published)
         self.entries.append((self._newest, count, body))
 
-    def publish(self, frame: Outgoing, capacity: int | None, overflow: str) -> bool:
+    def publish(self, frame: Outgoing, limit: int | str, overflow: str) -> bool:
         """False when the channel is full and the publisher is to wait. Raises ChannelFull."""
         last = self._sources.get(frame.source, 0)
         if last >= frame.first + frame.count - 1:
             self.duplicates += frame.count
             return True
-        if capacity is not None:
+        if limit:
             if overflow == "drop_oldest":
-                self.drop_oldest(capacity - frame.count)
-            elif (held := self.outstanding()) and held + frame.count > capacity:
+                self.drop_oldest(limit, frame.count)
+            elif (held := self.outstanding()) and held + frame.count > self.in_events(limit):
                 if overflow == "raise":
-                    raise ChannelFull(f"the channel holds {held} unhandled events, its capacity is {capacity}")
+                    raise ChannelFull(f"the channel holds {held} unhandled events, its capacity is {limit}")
                 return False
         self.add(frame.count, frame.body)
         self._sources[frame.source] = frame.first + frame.count - 1
@@ -144,15 +148,20 @@ class Partition:
     def outstanding(self) -> int:
         return max((group.behind(self.published) for group in self.groups.values()), default=self.published)
 
-    def drop_oldest(self, most: int) -> None:
-        """Skip the oldest unread frames of groups that have more than `most` events before them. See add.lua."""
+    def in_events(self, limit: int | str) -> int:
+        """See add.lua."""
+        return limit if isinstance(limit, int) else max(1, int(int(limit.removesuffix("B")) / (self._size or 1)))
+
+    def drop_oldest(self, limit: int | str, count: int) -> None:
+        """Make room for `count` more events: skip the oldest unread frames of groups too far behind. See add.lua."""
+        most = self.in_events(limit) - count
         for group in self.groups.values():
-            for position, count, _ in self.entries:
+            for position, events, _ in self.entries:
                 if group.behind(self.published) <= most:
                     break
                 if position > group.last:
                     group.last = position
-                    group.dropped += count
+                    group.dropped += events
 
     # -- groups --------------------------------------------------------------------------------------------------
 

@@ -197,9 +197,9 @@ class Streams:
                 "GROUP_EXPIRES sets the time", group.decode(), keys.base, self.group_expires, unsettled,
             )  # fmt: skip
 
-    async def outstanding(self, channel: Channel[Any], partition: int) -> int:
+    async def full(self, channel: Channel[Any], partition: int) -> bool:
         keys = Keys.of(channel.name, partition)
-        return int(await self.run("outstanding", [keys.meta, keys.groups]))
+        return bool(await self.run("full", [keys.meta, keys.groups], channel.limit))
 
     def forget(self, reader: StreamReader) -> None:
         self._readers.discard(reader)
@@ -228,7 +228,7 @@ class _Publication:
         self._script = streams.scripts["publish"]
         self._names: list[str] = []
         self._source = ""
-        self._rest = (channel.capacity, int(channel.drops_oldest)) if channel.capacity else ()
+        self._rest = (channel.limit, int(channel.drops_oldest)) if channel.capacity else ()
 
     async def write(self, frames: Sequence[Outgoing]) -> None:
         results: list[Any] = []
@@ -666,7 +666,9 @@ def commit_arguments(keys: Keys, group: str, commit: Commit, token: str) -> tupl
 def output_kind(channel: Channel[Any]) -> str:
     if not channel.durable:
         return "p"
-    return f"d{channel.capacity}" if channel.drops_oldest else "s"
+    if channel.capacity is None:
+        return "s"
+    return f"{'d' if channel.drops_oldest else 'w'}{channel.limit}"
 
 
 def _entry(id_: bytes, count: int, body: bytes, done: str = "", deliveries: int = 1) -> Entry:

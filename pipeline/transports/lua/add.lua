@@ -144,3 +144,21 @@ local function drop_oldest(stream, meta, groups, n, capacity)
     end
   end
 end
+
+-- A capacity in events: as it is, or of "<n>B", bytes, by the mean size of the latest events.
+local function in_events(meta, capacity)
+  local bytes = string.match(capacity, '^(%d+)B$')
+  if not bytes then return tonumber(capacity) end
+  return math.max(1, math.floor(bytes / tonumber(redis.call('HGET', meta, 'size') or '1')))
+end
+
+-- Remember that size, where it matters: with what lies beside the frame.
+local function weigh(meta, capacity, n, body)
+  if not string.find(capacity, 'B', 1, true) then return end
+  local nbytes = #body
+  if string.byte(body, 1) == 0 and string.byte(body, 4) == 82 then
+    nbytes = nbytes + struct.unpack('<I8', string.sub(body, 13, 20))
+  end
+  local size, mean = nbytes / tonumber(n), redis.call('HGET', meta, 'size')
+  redis.call('HSET', meta, 'size', string.format('%.3f', mean and mean + (size - mean) / 16 or size))
+end

@@ -4,7 +4,8 @@
 --       seven packed numbers: segments, handled, dead, retried, retries, outputs, replies
 --       (id, packed n, low, high)… a segment    an id of an entry apart begins with r
 --       (delay ms, count, times taken, origin, body)… a retry
---       (kind, n, body)… an output              kind: s stream · d<capacity> stream that drops its oldest · p Pub/Sub
+--       (kind, n, body)… an output              kind: s stream · w<capacity> of one that is bounded · d<capacity> that drops
+--                                               its oldest · p Pub/Sub
 --       (address, body)… a reply
 -- → {} when applied, else {status a segment}: 'ok', 'gone', or the progress string; an error when an output's blob has
 -- expired. Scripts do not roll back, so every
@@ -108,8 +109,10 @@ for i = 0, n_outputs - 1 do
     redis.call('HINCRBY', meta, 'published', n)
   else
     if kind ~= 's' then
-      -- here: drop_oldest
-      drop_oldest(key, meta, string.sub(key, 1, -2) .. 'g', n, tonumber(string.sub(kind, 2)))
+      -- here: drop_oldest, in_events, weigh
+      local capacity = string.sub(kind, 2)
+      if string.byte(kind) == 100 then drop_oldest(key, meta, string.sub(key, 1, -2) .. 'g', n, in_events(meta, capacity)) end
+      weigh(meta, capacity, n, body)
     end
     local id = add(key, meta, n, body)
     if type(id) == 'table' then

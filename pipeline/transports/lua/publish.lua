@@ -27,9 +27,9 @@ if string.byte(ARGV[4], 1) == 0 then
   reference = beside(ARGV[4])
 end
 if ARGV[6] and ARGV[7] ~= '1' then
-  -- here: outstanding
+  -- here: outstanding, in_events
   local held = outstanding(meta, KEYS[4])
-  if held > 0 and held + tonumber(n) > tonumber(ARGV[6]) then
+  if held > 0 and held + tonumber(n) > in_events(meta, ARGV[6]) then
     put_back()
     return {-2, held}
   end
@@ -42,13 +42,17 @@ if reference then
   end
 end
 if ARGV[7] == '1' then
-  -- here: drop_oldest
-  drop_oldest(stream, meta, KEYS[4], n, tonumber(ARGV[6]))
+  -- here: drop_oldest, in_events
+  drop_oldest(stream, meta, KEYS[4], n, in_events(meta, ARGV[6]))
 end
 local id = add(stream, meta, n, ARGV[4])
 if type(id) == 'table' then
   put_back()
   return id
+end
+if ARGV[6] then
+  -- here: weigh
+  weigh(meta, ARGV[6], n, ARGV[4])
 end
 if reference then
   -- here: chunks_of, refer
