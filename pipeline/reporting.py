@@ -64,6 +64,7 @@ def _channel(durable: bool, parts: list[PartitionStats]) -> ChannelLedger:
     groups: dict[str, GroupLedger] = {}
     for name in sorted({name for part in parts for name in part.groups}):
         stats = [part.groups[name] for part in parts if name in part.groups]
+        unjoined = sum(part.published for part in parts if name not in part.groups)  # it is about to begin there
         groups[name] = GroupLedger(
             before=sum(one.before for one in stats),
             handled=sum(one.handled for one in stats),
@@ -72,7 +73,7 @@ def _channel(durable: bool, parts: list[PartitionStats]) -> ChannelLedger:
             duplicates_suppressed=sum(one.suppressed for one in stats),
             dropped=sum(one.dropped for one in stats),
             pending=sum(one.pending for one in stats),
-            lag=sum(one.lag for one in stats) if durable else 0,
+            lag=sum(one.lag for one in stats) + unjoined if durable else 0,
             consumers=max(one.consumers for one in stats),
             oldest=max(one.oldest for one in stats),
             paused=any(one.paused for one in stats),

@@ -129,14 +129,15 @@ class Router:
         self._settling: asyncio.Task[None] | None = None
         self._finishing = False
         """No handler runs any more: settling ends with what there is."""
+        self._exclusive = subscriber.ordered and subscriber.channel.partitions > 1
         self._argument: Callable[[Unit], Any] = _message if subscriber.messages else _event
 
     # -- start and stop ------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         subscriber, channel = self.subscriber, self.subscriber.channel
-        exclusive = subscriber.ordered and channel.partitions > 1
-        group = Group(subscriber.group, self._context.consumer, subscriber.lease, subscriber.start, exclusive)
+        consumer, lease = self._context.consumer, subscriber.lease
+        group = Group(subscriber.group, consumer, lease, subscriber.start, self._exclusive)
         transport = self._context.transport(channel)
         if self._codec.tensors:
             await self._context.payloads.announce(channel)
@@ -194,7 +195,8 @@ class Router:
             async with asyncio.timeout(READER_PATIENCE):
                 for units in unstarted.values():
                     if units[0][0].open:
-                        await self._set_apart(units[0][0], 0.0, [index for _, index in units])
+                        held = units[0][0]
+                        await self._set_apart(held, 0.0, [index for _, index in units], held.entry.deliveries - 1)
 
     async def finish(self, deadline: float) -> None:
         """Let running handlers end and commit, until `deadline` (loop time); then hand back the rest and close."""
@@ -246,8 +248,11 @@ class Router:
             entries = await reader.read(self.flow.frames(), 1.0)
             for id_ in reader.lost():
                 self._lose(reader, id_)
+            suspect = False
             for entry in entries:
-                await self._accept(entry, reader, partition)
+                # Where order holds across processes, what follows a suspect waits behind it.
+                suspect = (suspect and self._exclusive) or (not entry.apart and entry.deliveries > SUSPICION)
+                await self._accept(entry, reader, partition, suspect)
             self._count_overwritten(reader)
             await asyncio.sleep(0)  # handlers begin before the next read is written
 
@@ -262,7 +267,7 @@ class Router:
                     return True
         return False
 
-    async def _accept(self, entry: Entry, reader: Reader, partition: int) -> None:
+    async def _accept(self, entry: Entry, reader: Reader, partition: int, suspect: bool) -> None:
         codec, durable = self._codec, self.subscriber.channel.durable
         try:
             if durable or entry.apart:
@@ -277,19 +282,19 @@ class Router:
         held = Held(entry, frame, reader, partition)
         self._held[id(reader), entry.id] = held
         self.flow.take(held.open, frame.nbytes)
-        await self._queue(held)
+        await self._queue(held, suspect)
 
-    async def _queue(self, held: Held) -> None:
+    async def _queue(self, held: Held, suspect: bool) -> None:
         entry, header = held.entry, held.frame.header
-        if (entry.apart and entry.count > 1) or (not entry.apart and entry.deliveries > SUSPICION):
-            await self._set_apart(held, 0.0, held.indexes())
+        if (entry.apart and entry.count > 1) or suspect:
+            await self._set_apart(held, 0.0, held.indexes(), max(SUSPICION, entry.deliveries - 1))
             return
         if entry.apart and entry.deliveries > SUSPICION + CHANCES:
             error = HandlerError(f"its worker died or lost its lease {entry.deliveries - 1} times while handling it")
             self._finish_unit((held, 0), error, final=True)
             return
         if header.due is not None and not entry.apart and (delay := header.due - time.time()) > 0:
-            await self._set_apart(held, delay, held.indexes())
+            await self._set_apart(held, delay, held.indexes(), 0)
             return
         for index in held.frame.invalid:
             if not entry.done or entry.done[index] == "0":
@@ -306,10 +311,9 @@ class Router:
             lane.units.append(unit)
             lane.arrived.set()
 
-    async def _set_apart(self, held: Held, delay: float, indexes: list[int]) -> None:
+    async def _set_apart(self, held: Held, delay: float, indexes: list[int], deliveries: int) -> None:
         """Move open events of a frame to the retries, each by itself: nothing was tried, nothing is counted."""
         bodies = [self._codec.reencode(held.frame, index, attempt=held.frame.header.attempt) for index in indexes]
-        deliveries = 0 if delay else held.entry.deliveries - 1
         retries = [Retried(delay, body, deliveries=deliveries, origin=held.entry.origin) for body in bodies]
         commit = Commit(segments=held.segments(indexes), retries=retries)
         if await self._insist(lambda: held.reader.commit(commit), len(indexes), while_draining=False):

@@ -19,7 +19,7 @@ from pipeline.transports import CHANCES, SUSPICION, Commit, Group, Outgoing, Ret
 from pipeline.transports.redis import RedisBackend
 
 from .apps import idle, serving, until
-from .workers import Worker
+from .workers import Worker, ended_or
 
 
 class Number(Event):
@@ -310,7 +310,7 @@ async def test_an_event_that_kills_its_workers_ends_as_a_dead_letter(url: str) -
         while ledger is None and deaths < 20:
             with Worker("deadly", url) as worker:
                 waiting = asyncio.create_task(idle(app, "deadly", 30))
-                code = await asyncio.to_thread(_ended_or, worker, waiting)
+                code = await asyncio.to_thread(ended_or, worker, waiting)
                 if code is None:
                     ledger = await waiting
                 else:
@@ -322,14 +322,6 @@ async def test_an_event_that_kills_its_workers_ends_as_a_dead_letter(url: str) -
     assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (19, 1)
     assert "its worker died" in letter.event.reason
     assert deaths == SUSPICION + CHANCES
-
-
-def _ended_or(worker: Worker, done: asyncio.Task[Any]) -> int | None:
-    """The worker's exit status, or None when it lived until the task was done."""
-    code = None
-    while code is None and not done.done():
-        code = worker.wait(0.1)
-    return code
 
 
 async def test_a_worker_outlives_a_redis_that_is_absent_at_its_start(own: Server) -> None:

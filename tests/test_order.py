@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 
 from pipeline import Channel, Message, Pipeline, RetryPolicy
+from pipeline.transports import CHANCES, SUSPICION, Group
+from pipeline.transports.redis import RedisBackend
 
 from .apps import idle, serving
-from .workers import Number, Worker, ordered
+from .workers import Number, Worker, ended_or, ordered
 
 KEYS = "abcdefghijkl"
 
@@ -69,3 +71,47 @@ async def test_partitions_of_a_killed_worker_move_and_order_holds(url: str) -> N
                     if sum(map(len, seen.values())) == 150 * len(KEYS):
                         break
     assert seen == {key: list(range(150)) for key in KEYS}
+
+
+async def test_the_ledger_balances_while_a_group_joins_partition_after_partition(url: str) -> None:
+    backend, app = RedisBackend(url, "joins"), Pipeline("app", url)
+    await backend.open(1.0)
+    async with app:
+        await feed(app, 2, 0.0)
+        for partition in range(ordered.partitions):
+            await backend.durable.join(ordered, partition, Group("g", "a", 1.0))
+            ledger = (await app.stats()).channels["ordered"]
+            assert (ledger.groups["g"].lag, ledger.groups["g"].difference(ledger.published)) == (2 * len(KEYS), 0)
+    await backend.close()
+
+
+async def test_nothing_overtakes_an_event_that_kills_its_workers(valkey_url: str) -> None:
+    """From its third death on it is handed out alone; what came after it, and what comes meanwhile, waits behind it."""
+    app = Pipeline("app", valkey_url)
+    written: Channel[Number] = Channel("written", Number)
+    async with app:
+        for n in range(30):
+            await app.publish(ordered, Number(n=n), key="a")
+        deaths = 0
+        while True:
+            # Later ones take more ahead: what follows it has been delivered less often.
+            with Worker(f"ordered-deadly-{1 if deaths < 2 else 8}", valkey_url) as worker:
+                waiting = asyncio.create_task(idle(app, "ordered", 30))
+                code = await asyncio.to_thread(ended_or, worker, waiting)
+                if code is None:
+                    ledger = await waiting
+                    break
+                waiting.cancel()
+                await asyncio.gather(waiting, return_exceptions=True)
+                deaths += 1
+                await app.publish(ordered, Number(n=29 + deaths), key="a")
+        seen = []
+        async with app.watch(written, since="1h") as stream:
+            async with asyncio.timeout(10):
+                async for message in stream:
+                    seen.append(message.event.n)
+                    if len(seen) == ledger.published - 1:
+                        break
+    assert deaths == SUSPICION + CHANCES
+    assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (29 + deaths, 1)
+    assert seen == [n for n in range(30 + deaths) if n != 13]

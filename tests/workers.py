@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -86,6 +87,14 @@ class Worker:
             self._process.stdout.close()
 
 
+def ended_or(worker: Worker, done: asyncio.Task[Any]) -> int | None:
+    """The worker's exit status, or None when it lived until the task was done."""
+    code = None
+    while code is None and not done.done():
+        code = worker.wait(0.1)
+    return code
+
+
 def holds(app: Pipeline) -> None:
     @app.subscriber(jobs, group="g", lease=1.0)
     async def hold(event: Number) -> None:
@@ -125,6 +134,20 @@ def in_order(app: Pipeline) -> None:
     async def write(event: Number) -> Number:
         await asyncio.sleep(0.001)
         return event
+
+
+def in_order_until_13(concurrency: int) -> Callable[[Pipeline], None]:
+    """It takes so many events ahead, at least."""
+
+    def declare(app: Pipeline) -> None:
+        @app.subscriber(ordered, group="g", publishes=written, lease=0.4, ordered=True, concurrency=concurrency)
+        async def write(event: Number) -> Number:
+            if event.n == 13:
+                await asyncio.sleep(0.1)  # what it follows is committed, and what follows it read
+                os.kill(os.getpid(), signal.SIGKILL)
+            return event
+
+    return declare
 
 
 def holds_the_gil(lease: float, seconds: float) -> Callable[[Pipeline], None]:
@@ -189,6 +212,8 @@ APPS = {
     "deadly": kills_itself,
     "square": square,
     "ordered": in_order,
+    "ordered-deadly-1": in_order_until_13(1),
+    "ordered-deadly-8": in_order_until_13(8),
     "hogs": holds_the_gil(1.5, 6.0),
     "hogs-long": holds_the_gil(6.0, 60.0),
 }
