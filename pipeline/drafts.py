@@ -19,9 +19,23 @@ from .payloads import Flight, Oversized, too_large
 from .subscriber import Subscriber
 from .transports import Commit, Entry, Output, Reader, Reply, Retried, Segment
 
-__all__ = ["Draft", "Failure", "Gaps", "Held", "Sources", "Unit", "failures", "open_indexes", "reply_codec", "segments"]
+__all__ = [
+    "Draft",
+    "Failure",
+    "Held",
+    "Sequences",
+    "Sources",
+    "Unit",
+    "failures",
+    "open_indexes",
+    "reply_codec",
+    "segments",
+]
 
 FRAME_BYTES = 256 * 1024
+MOST_SOURCES = 10_000
+MOST_REPEATED = 64
+"""Frames that a publisher may repeat together; see publishing.MOST_FRAMES."""
 
 
 class Failure(Event):
@@ -358,19 +372,29 @@ class Draft:
             metrics.latency.add(max(0.0, now - held.frame.time(low)), high - low + 1)
 
 
-class Gaps:
-    """Counts what a live listener missed, by the sequences of each source."""
+class Sequences:
+    """What a live listener missed, and what it got twice, by the sequences of each source."""
 
     def __init__(self) -> None:
         self._last: dict[str, int] = {}
+        self._recent: dict[str, dict[int, float]] = {}
+        """Of each source's latest frames, by their first event: when they were written."""
 
-    def note(self, frame: Frame[Any]) -> int:
-        """Events missed between this frame and its source's last one."""
-        if frame.header.sequence is None:
+    def missed(self, frame: Frame[Any]) -> int | None:
+        """Events missed between this frame and its source's last one; None when it has come before, because its
+        publisher had no answer and repeated it."""
+        header, first = frame.header, frame.sequence
+        if header.sequence is None:
             return 0
-        source, first = frame.header.source, frame.sequence
-        last = self._last.get(source)
-        if last is None and len(self._last) > 10_000:
+        last = self._last.get(header.source)
+        if last is None and len(self._last) > MOST_SOURCES:
             self._last.clear()
-        self._last[source] = max(last or 0, first + len(frame.events) - 1)
+            self._recent.clear()
+        recent = self._recent.setdefault(header.source, {})
+        if recent.get(first) == header.time:
+            return None
+        recent[first] = header.time
+        if len(recent) > MOST_REPEATED:
+            del recent[next(iter(recent))]
+        self._last[header.source] = max(last or 0, first + len(frame.events) - 1)
         return 0 if last is None else max(0, first - last - 1)

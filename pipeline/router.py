@@ -22,7 +22,7 @@ from typing import Any
 
 from .batching import columns
 from .channel import Channel
-from .drafts import Draft, Gaps, Held, Sources, Unit, open_indexes, segments
+from .drafts import Draft, Held, Sequences, Sources, Unit, open_indexes, segments
 from .errors import FrameError, HandlerError, PipelineError, Reject, Retry
 from .executors import Executor, make
 from .flow import Flow
@@ -112,7 +112,7 @@ class Router:
         self._done: list[tuple[Unit, Any]] = []
         self._wake = asyncio.Event()
         self._draining = asyncio.Event()
-        self._gaps = Gaps()
+        self._sequences = Sequences()
         self._bounded = [
             channel
             for channel in subscriber.publishes
@@ -275,7 +275,11 @@ class Router:
                 frame = codec.decode(entry.body, count=entry.count, position=entry.position, beside=beside)
             else:
                 frame = codec.decode_live(entry.body)
-                self._context.metrics.dropped += self._gaps.note(frame)
+                missed = self._sequences.missed(frame)
+                if missed is None:
+                    reader.settled(entry.id)
+                    return
+                self._context.metrics.dropped += missed
         except FrameError as error:
             await self._bury_frame(entry, reader, partition, error)
             return

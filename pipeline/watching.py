@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Generic, TypeVar
 
 from .channel import Channel
-from .drafts import Gaps
+from .drafts import Sequences
 from .errors import ConfigurationError, FrameError, PayloadGone
 from .frame import Codec, Frame
 from .message import Message
@@ -104,7 +104,7 @@ class Watch(Generic[T]):
         self._begin = begin
         self._message: str | None = None
         self._tails: list[Tail] = []
-        self._gaps = Gaps()
+        self._sequences = Sequences()
         self._missed = 0
         self._messages: AsyncIterator[Message[T]] | None = None
 
@@ -157,7 +157,10 @@ class Watch(Generic[T]):
         except FrameError as error:
             logger.warning("channel %r: a frame cannot be read and is left out: %s", self._channel.name, error)
             return None
-        self._missed += self._gaps.note(frame)
+        missed = self._sequences.missed(frame)
+        if missed is None:
+            return None
+        self._missed += missed
         return frame
 
     def _first(self, frame: Frame[T]) -> int:

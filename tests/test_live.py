@@ -87,6 +87,31 @@ async def test_an_event_comes_out_as_json_and_plain_json_goes_in(url: str, live_
     assert np.asarray(heard[3].picture).tolist() == [[1, 2], [3, 4]]
 
 
+async def test_what_a_publisher_repeats_because_it_had_no_answer_is_heard_once(url: str) -> None:
+    app, heard = Pipeline("listener", url), []
+
+    @app.subscriber(alerts, group="g")
+    async def listen(alert: Alert) -> None:
+        heard.append(alert.sensor)
+
+    with redis.Redis.from_url(url) as bare, bare.pubsub(ignore_subscribe_messages=True) as pubsub:
+        pubsub.subscribe("alerts")
+        pubsub.get_message(timeout=1)
+        async with app, serving(app), app.watch(alerts) as stream:
+            written = []
+            for sensors in ("ab", "c"):
+                await app.publish(alerts, [Alert(sensor=sensor) for sensor in sensors])
+                written.append(await asyncio.to_thread(_next, pubsub))
+            for frame in written:  # in the order in which a connection was lost with them
+                await asyncio.to_thread(bare.publish, "alerts", frame)
+            await app.publish(alerts, [Alert(sensor="d")])
+            await until(lambda: len(heard) >= 4)
+            watched = [(await first(stream)).event.sensor for _ in range(4)]
+            ledger = await app.stats()
+    assert heard == watched == ["a", "b", "c", "d"]
+    assert (stream.dropped, ledger.channels["alerts"].groups["g"].dropped) == (0, 0)
+
+
 async def test_nonsense_on_a_live_channel_becomes_a_dead_letter(url: str) -> None:
     app, heard = Pipeline("listener", url), []
 
