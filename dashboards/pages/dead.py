@@ -11,7 +11,7 @@ from ..components import aria, button, grid, number, page, panel, text
 __all__ = ["layout"]
 
 COLUMNS = [
-    number("time", "when", "ago", minWidth=110, checkboxSelection=False),
+    number("time", "when", "ago", minWidth=110),
     text("channel", "channel"),
     text("group", "group"),
     text("reason", "reason", flex=5, minWidth=220),

@@ -62,6 +62,29 @@ class Work:
         return [a.mT if self.job.transpose_a else a, b.mT if self.job.transpose_b else b, *c]
 
 
+class Room:
+    """Memory for one product at a time, kept from one to the next."""
+
+    def __init__(self) -> None:
+        self._bytes: torch.Tensor | None = None
+        self._used = False
+
+    def of(self, shapes: Shapes) -> torch.Tensor:
+        """[..., m, n], of undefined values."""
+        self._used = True
+        if self._bytes is None or self._bytes.nbytes < shapes.out_nbytes:
+            self._bytes = None  # before, not after: both would not fit
+            self._bytes = torch.empty(shapes.out_nbytes, dtype=torch.uint8)
+        flat = self._bytes[: shapes.out_nbytes].view(getattr(torch, shapes.out_dtype))
+        return flat.view(shapes.product)
+
+    def tidy(self) -> None:
+        """Give back what was not used since the last time."""
+        if not self._used:
+            self._bytes = None
+        self._used = False
+
+
 class Worker:
     """Raises Reject, from whatever it is asked to do, for jobs that cannot be."""
 
@@ -70,6 +93,7 @@ class Worker:
         self.memory = options.matmul_memory or psutil.virtual_memory().available // FREE_SHARE
         self.stopping = False
         self._limit = options.max_frame_bytes
+        self._room = Room()
         self._shared: SharedProduct | None = None
         self._shared_job = ""
         threads = options.matmul_threads
@@ -100,8 +124,10 @@ class Worker:
             kernel = choose(job.device, shapes.dtype, shapes.m, shapes.k, shapes.n, name=job.kernel)
             a, b, *c = (tensor.to(kernel.device) for tensor in work.operands())
             kernel.wait()
+            # What goes to a file is computed into memory that is used again: fresh pages cost a tenth of their product.
+            out = self._room.of(shapes) if job.result == "file" and kernel.device == "cpu" else None
             began = time.perf_counter()
-            product = kernel.multiply(a, b, alpha=job.alpha, beta=job.beta, c=c[0] if c else None)
+            product = kernel.multiply(a, b, alpha=job.alpha, beta=job.beta, c=c[0] if c else None, out=out)
             kernel.wait()
             seconds = time.perf_counter() - began
         file = ""
@@ -180,6 +206,7 @@ class Worker:
         """Let go of a job that is over, and of files that are too old."""
         if self._shared is not None and not (self._shared.where / PLAN).exists():
             self.close_shared()
+        self._room.tidy()
         self.folder.close_gone()
         self.folder.sweep(keep)
 
