@@ -19,6 +19,7 @@ import pytest
 import redis
 
 from pipeline.server import Server
+from pipeline.settings import settings
 
 SHARED = tempfile.mkdtemp(prefix="pipeline-tests-", dir="/dev/shm")
 os.environ["PIPELINE_SHM_DIR"] = SHARED
@@ -75,6 +76,21 @@ def anywhere(request: pytest.FixtureRequest) -> str:
 def valkey_url(valkey: Server) -> str:
     """An empty database on the embedded Valkey alone, for what does not depend on the server."""
     return _empty_database(valkey)
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Of kernels nothing is known yet, and to measure them takes no time. Where what is measured is kept."""
+    from subscribers.kernels import tuning
+
+    monkeypatch.setenv("PIPELINE_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "PATIENCE", 0.001)
+    monkeypatch.setitem(tuning.PEAK_SIZES, "cpu", (64, 128))
+    monkeypatch.setitem(tuning.PEAK_SIZES_OF_INTEGERS, "cpu", (64, 128))
+    monkeypatch.setattr(tuning, "_memory", {})
+    settings.cache_clear()
+    yield tmp_path / "kernels.json"
+    settings.cache_clear()
 
 
 def _empty_database(server: Server) -> str:
