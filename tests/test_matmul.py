@@ -149,8 +149,10 @@ async def _some(stream: Any, count: int) -> AsyncIterator[Any]:
 
 
 async def test_tiles_that_went_to_a_worker_without_the_jobs_folder_are_asked_for_again(
-    valkey_url: str, options: Settings, tmp_path: Path
+    valkey_url: str, options: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each time half of them come to the right one, so it takes several turns."""
+    monkeypatch.setattr(matmul, "STALLED", 1)
     here = options.model_copy(update={"matmul_lease": 0.3})
     elsewhere = here.model_copy(update={"matmul_dir": tmp_path / "elsewhere"})
     a = numbers(600, 600)
