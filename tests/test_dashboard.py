@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytest_asyncio
 import websockets
 from axe_playwright_python.async_playwright import Axe
 from PIL import Image
@@ -43,7 +44,7 @@ from pipeline.server import Server
 from .apps import serving
 from .processes import line_with
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="module")]
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 QUIET = (
@@ -84,8 +85,9 @@ def server() -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
+    """One for all, because to start it takes long; a page has a profile of its own."""
     binary = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
     assert binary is not None, "no chromium on PATH; install it: `apt-get install chromium`"
     async with async_playwright() as playwright:
@@ -94,7 +96,7 @@ async def browser() -> AsyncIterator[Browser]:
         await browser.close()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def page(browser: Browser) -> AsyncIterator[Page]:
     """A page that fails the test on console errors and on requests to anywhere else."""
     wrong: list[str] = []
@@ -104,6 +106,7 @@ async def page(browser: Browser) -> AsyncIterator[Page]:
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("request", lambda request: None if _local(request.url) else wrong.append(f"external: {request.url}"))
     yield page
+    await page.close()
     expected = ("ERR_CONNECTION_REFUSED", "WebSocket connection", "503 (Service Unavailable)")
     assert [text for text in wrong if not any(part in text for part in expected)] == []
 
@@ -557,10 +560,11 @@ async def test_foreign_pages_and_strangers_are_refused(server: Server) -> None:
                 )
 
 
-def test_a_taken_port_is_one_clear_line(server: Server) -> None:
+async def test_a_taken_port_is_one_clear_line(server: Server) -> None:
     with dashboard(server.url) as address:
         port = address.rpartition(":")[2]
-        second = subprocess.run(
+        second = await asyncio.to_thread(
+            subprocess.run,
             [sys.executable, "-m", "dashboards", "--port", port],
             capture_output=True,
             text=True,
