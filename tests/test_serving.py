@@ -503,16 +503,16 @@ async def test_a_body_of_a_gigabyte_is_refused_unread(running: str, client: http
         assert (answer.status_code, "x-deadline" in answer.json()["error"]) == (400, True)
 
 
-async def test_who_trickles_is_shown_the_door(valkey_url: str) -> None:
+async def test_who_trickles_is_shown_the_door(tmp_path: Path, valkey_url: str) -> None:
     with gateway(valkey_url, PIPELINE_GATEWAY_PATIENCE="0.5") as base:
         host, port = base.removeprefix("http://").split(":")
         beginnings = (
             b"POST /pred",
             b"POST /predict HTTP/1.1\r\nhost: x\r\nx-slow: ",
-            b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: 100000\r\n\r\nabc",
+            b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100000\r\n\r\n[1,",
         )
-        with workers(valkey_url):
-            await served(base)
+        async with serving(make(options(exported(tmp_path)), valkey_url)):
+            await served(base, "toy")
             for beginning in beginnings:
                 reader, writer = await asyncio.open_connection(host, int(port))
                 began = time.monotonic()
@@ -733,9 +733,8 @@ async def _overloaded(client: httpx.AsyncClient, body: bytes) -> AsyncIterator[h
 
 async def test_gateways_share_a_port_and_each_answers_its_own(tmp_path: Path, valkey_url: str) -> None:
     source = exported(tmp_path)
-    with gateway(valkey_url, shared=True) as base:
-        port = base.rpartition(":")[2]
-        with gateway(valkey_url, port, shared=True), workers(valkey_url, PIPELINE_MODELS=str(source)):
+    with gateway(valkey_url, shared=True) as base, gateway(valkey_url, base.rpartition(":")[2], shared=True):
+        async with serving(make(options(source), valkey_url)):
             answered = []
             for _ in range(16):  # a connection each: the kernel deals them out
                 await served(base, "toy")
