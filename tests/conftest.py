@@ -28,7 +28,7 @@ atexit.register(shutil.rmtree, SHARED, ignore_errors=True)
 _DATABASES = 16
 _turns = itertools.count()
 _LONG = (
-    "test_chaos test_dashboard test_runs test_serving test_training test_kernels_cuda test_examples test_faults "
+    "test_chaos test_runs test_dashboard test_serving test_training test_kernels_cuda test_examples test_faults "
     "test_matmul_shared test_leases test_delivery test_control test_cli test_supervisor test_matmul test_kernels "
     "test_order test_gateway"
 ).split()
