@@ -330,7 +330,13 @@ def running(valkey: Any) -> Iterator[str]:
 
 async def served(base: str, model: str = "imagenet", number: int = 1) -> None:
     """Wait until so many workers serve a model."""
-    async with httpx.AsyncClient(base_url=base) as client, asyncio.timeout(60):
+    async with httpx.AsyncClient(base_url=base) as client:
+        await known(client, model, number)
+
+
+async def known(client: httpx.AsyncClient, model: str, number: int = 1) -> None:
+    """The same, of the gateway at the other end of the client's connection."""
+    async with asyncio.timeout(60):
         while True:
             found = await client.get("/models")
             if found.status_code == 200 and len(found.json().get(model, {}).get("workers", {})) >= number:
@@ -737,8 +743,8 @@ async def test_gateways_share_a_port_and_each_answers_its_own(tmp_path: Path, va
         async with serving(make(options(source), valkey_url)):
             answered = []
             for _ in range(16):  # a connection each: the kernel deals them out
-                await served(base, "toy")
                 async with httpx.AsyncClient(base_url=base) as client:
+                    await known(client, "toy")
                     answer = await client.post("/predict?top=1", json={"inputs": [1, 2, 3, 4]})
                     answered.append(answer.json()["predictions"][0]["label"])
             async with Pipeline("t", valkey_url) as app:
