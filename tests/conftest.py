@@ -19,6 +19,7 @@ import pytest
 import redis
 
 from pipeline.server import Server
+from pipeline.settings import settings
 
 SHARED = tempfile.mkdtemp(prefix="pipeline-tests-", dir="/dev/shm")
 os.environ["PIPELINE_SHM_DIR"] = SHARED
@@ -26,6 +27,23 @@ atexit.register(shutil.rmtree, SHARED, ignore_errors=True)
 """What processes that the tests kill leave behind goes with the tests, and with nobody else's."""
 _DATABASES = 16
 _turns = itertools.count()
+_LONG = (
+    "test_chaos test_runs test_dashboard test_serving test_training test_kernels_cuda test_examples test_faults "
+    "test_matmul_shared test_leases test_delivery test_control test_cli test_supervisor test_matmul test_kernels "
+    "test_order test_gateway"
+).split()
+"""Modules from the one that takes longest to those of ten seconds."""
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are processors: a third of the time a test waits, for a lease, a process, a browser."""
+    return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest modules begin, so that in the end no worker waits for another: a module is one worker's."""
+    places = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(_LONG)))
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +93,21 @@ def anywhere(request: pytest.FixtureRequest) -> str:
 def valkey_url(valkey: Server) -> str:
     """An empty database on the embedded Valkey alone, for what does not depend on the server."""
     return _empty_database(valkey)
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Of kernels nothing is known yet, and to measure them takes no time. Where what is measured is kept."""
+    from subscribers.kernels import tuning
+
+    monkeypatch.setenv("PIPELINE_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "PATIENCE", 0.001)
+    monkeypatch.setitem(tuning.PEAK_SIZES, "cpu", (64, 128))
+    monkeypatch.setitem(tuning.PEAK_SIZES_OF_INTEGERS, "cpu", (64, 128))
+    monkeypatch.setattr(tuning, "_memory", {})
+    settings.cache_clear()
+    yield tmp_path / "kernels.json"
+    settings.cache_clear()
 
 
 def _empty_database(server: Server) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from subscribers import kernels
@@ -129,7 +130,6 @@ def killing(mutation: str) -> list[Case]:
 
 
 def main(family: str) -> None:
-    sys.setswitchinterval(1e-5)  # the simulator's threads wait for each other all the time
     names, mutations = FAMILIES[family]
     dtypes = {name: tuple(one for one in KERNELS[name].dtypes if one != "bfloat16") for name in names}
     # Triton's interpreter takes bfloat16's words for integers: that dtype is compiled here, and run on a GPU.
@@ -207,6 +207,48 @@ class _Allocations(dict[object, object]):
         self._making.release()
 
 
+def _wait_for_each_other() -> None:
+    """The simulator looks all the time whether a block's threads are at the barrier, in turn with these threads
+    themselves: on a busy machine that took longer than all they compute. Here who arrives tells."""
+    from numba.cuda.simulator.kernel import BlockManager, BlockThread
+
+    begin = BlockThread.run
+
+    def run(self: Any) -> None:
+        try:
+            begin(self)
+        finally:
+            self._manager.arrived.release()
+
+    def syncthreads(self: Any) -> None:
+        self.syncthreads_blocked = True
+        self._manager.arrived.release()
+        self.syncthreads_event.wait()
+        self.syncthreads_event.clear()
+        if self.abort:
+            raise RuntimeError("another thread of the block failed")
+
+    def run_block(self: Any, place: Any, *args: Any) -> None:
+        self.arrived = threading.Semaphore(0)
+        points = np.ndindex(*self._block_dim)
+        threads = [BlockThread(lambda: self._f(*args), self, place, point, self._debug) for point in points]
+        for thread in threads:
+            thread.start()
+        running = threads
+        while running:
+            for _ in running:
+                self.arrived.acquire()
+            failed = next((thread.exception for thread in running if thread.exception), None)
+            running = [thread for thread in running if thread.syncthreads_blocked]
+            for thread in running:
+                thread.abort, thread.syncthreads_blocked = failed is not None, False
+                thread.syncthreads_event.set()
+            if failed is not None:
+                raise failed[0].with_traceback(failed[1])
+
+    BlockThread.run, BlockThread.syncthreads, BlockManager.run = run, syncthreads, run_block
+
+
 def _share_once() -> None:
     from numba.cuda.simulator.kernelapi import FakeCUDAShared
 
@@ -222,4 +264,5 @@ def _share_once() -> None:
 if __name__ == "__main__":
     if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
         _share_once()
+        _wait_for_each_other()
     main(sys.argv[1])

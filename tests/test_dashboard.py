@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytest_asyncio
 import websockets
 from axe_playwright_python.async_playwright import Axe
 from PIL import Image
@@ -43,7 +44,7 @@ from pipeline.server import Server
 from .apps import serving
 from .processes import line_with
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="module")]
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 QUIET = (
@@ -52,6 +53,7 @@ QUIET = (
 ).split()
 PATIENCE = 30_000
 """ms to wait for what a loaded machine may take long for."""
+expect.set_options(timeout=PATIENCE)
 PAGES = ("/", "/channels", "/training", "/serving", "/matmul", "/workers", "/dead")
 
 
@@ -84,8 +86,9 @@ def server() -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
+    """One for all, because to start it takes long; a page has a profile of its own."""
     binary = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
     assert binary is not None, "no chromium on PATH; install it: `apt-get install chromium`"
     async with async_playwright() as playwright:
@@ -94,7 +97,7 @@ async def browser() -> AsyncIterator[Browser]:
         await browser.close()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def page(browser: Browser) -> AsyncIterator[Page]:
     """A page that fails the test on console errors and on requests to anywhere else."""
     wrong: list[str] = []
@@ -104,6 +107,7 @@ async def page(browser: Browser) -> AsyncIterator[Page]:
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("request", lambda request: None if _local(request.url) else wrong.append(f"external: {request.url}"))
     yield page
+    await page.close()
     expected = ("ERR_CONNECTION_REFUSED", "WebSocket connection", "503 (Service Unavailable)")
     assert [text for text in wrong if not any(part in text for part in expected)] == []
 
@@ -158,7 +162,7 @@ async def test_what_is_drawn_is_what_was_published_in_numbers_and_pixels_also_fo
             assert published == 30 * 137
             await late.goto(f"{address}/channels")
             row = late.locator("#grid-channels .ag-center-cols-container [row-id^=readings]")
-            await expect(row).to_contain_text("balances", timeout=PATIENCE)
+            await expect(row).to_contain_text("balances")
             await late.close()
 
 
@@ -192,12 +196,12 @@ async def test_the_page_tells_when_redis_is_gone_and_recovers_with_exact_counts(
             await page.goto(address)
             await holds(page, "readings", 500)
             server.kill()
-            await expect(page.locator("#banner")).to_contain_text("pipeline server", timeout=PATIENCE)
+            await expect(page.locator("#banner")).to_contain_text("pipeline server")
             await expect(page.locator("#state")).to_have_text("stale")
             assert (await page.title()).startswith("⚠")
             await asyncio.to_thread(server.start)
             await app.publish(readings, [Reading(n=n) for n in range(250)])
-            await expect(page.locator("#banner")).to_be_hidden(timeout=PATIENCE)
+            await expect(page.locator("#banner")).to_be_hidden()
             await holds(page, "readings", 750)
             assert "events/s" in await page.title()
 
@@ -219,7 +223,7 @@ async def test_runs_are_compared_by_step_and_by_time_and_a_zoom_asks_for_finer_b
                 )
             await app.publish(training_metrics, TrainingMetrics(run="lone", step=5, values={"loss": 0.5}))
             await page.goto(f"{address}/training")
-            await expect(page.locator("#runs tbody tr")).to_have_count(4, timeout=PATIENCE)
+            await expect(page.locator("#runs tbody tr")).to_have_count(4)
             await page.wait_for_function("window.pipelineCharts.loss?.one?.x.at(-1) === 2999", timeout=PATIENCE)
             assert await page.evaluate("window.pipelineCharts.loss.one.x.length") <= 600
             await page.wait_for_function(
@@ -270,7 +274,7 @@ async def test_time_stands_still_goes_back_and_is_kept_in_the_address(server: Se
             await asyncio.sleep(2.5)  # more than two buckets, of which none may come
             assert await page.evaluate("window.pipelineCharts.rate.readings.x.length") == held
             await page.reload()
-            await expect(page.locator("#state")).to_have_text("paused", timeout=PATIENCE)
+            await expect(page.locator("#state")).to_have_text("paused")
             assert "end=" in page.url
             await page.click("#pause")
             await holds(page, "readings", 301)
@@ -282,7 +286,7 @@ async def test_time_stands_still_goes_back_and_is_kept_in_the_address(server: Se
             toggle = page.locator("#legend-rate .toggle", has_text="readings")
             await toggle.click()
             await page.reload()
-            await expect(toggle).to_have_attribute("aria-pressed", "false", timeout=PATIENCE)
+            await expect(toggle).to_have_attribute("aria-pressed", "false")
             await toggle.click()
             assert "hide=" not in page.url
             async with page.expect_download() as download:
@@ -348,7 +352,7 @@ async def test_a_dead_letter_is_replayed_a_group_paused_and_an_event_published_f
             await app.publish(readings, [Reading(n=n) for n in range(3)])
             await page.goto(f"{address}/dead")
             rows = page.locator("#grid-dead .ag-center-cols-container .ag-row")
-            await expect(rows).to_have_count(3, timeout=PATIENCE)
+            await expect(rows).to_have_count(3)
             await expect(rows.first.locator("[col-id=time]")).to_have_text(re.compile(r"^[\d.]+ (ms|s|min)$"))
             await rows.first.locator("[col-id=reason]").click()
             await expect(page.locator("#letter")).to_contain_text("the sensor is off")
@@ -360,24 +364,33 @@ async def test_a_dead_letter_is_replayed_a_group_paused_and_an_event_published_f
             await page.locator("#dialog button[type=submit]").click()
             await expect(page.locator(".toast.good")).to_contain_text("replayed 1")
             await until(lambda: len(handled) == 1)
-            await expect(rows).to_have_count(2, timeout=PATIENCE)
+            await expect(rows).to_have_count(2)
             await page.click("#replay-all")
             await page.locator("#dialog button[type=submit]").click()
             await until(lambda: sorted(handled) == [0, 1, 2])
             await page.goto(f"{address}/channels?channel=readings")
             await page.get_by_role("button", name="Pause g").click()
             await page.locator("#dialog button[type=submit]").click()
-            await expect(page.get_by_role("button", name="Resume g")).to_be_visible(timeout=PATIENCE)
+            await expect(page.get_by_role("button", name="Resume g")).to_be_visible()
+            slow: list[Route] = []
+
+            async def first_is_slow(route: Route) -> None:
+                if slow:
+                    await route.continue_()
+                slow.append(route)
+
             await page.click("#publish")
             await page.fill("#field-n", "41")
+            await page.route("**/api/channels/**", first_is_slow)
             await page.locator("#dialog button[type=submit]").click()
             await expect(page.locator("#dialog")).to_be_hidden()
             assert 41 not in handled
             await page.get_by_role("button", name="Resume g").click()
             await until(lambda: 41 in handled)
-            await expect(page.locator("#events")).to_contain_text('{"n":41}', timeout=PATIENCE)
+            await expect(page.locator("#events")).to_contain_text('{"n":41}')
             await page.locator("#events summary").first.focus()
-            for _ in range(2):  # the list is read again every few seconds
+            await slow[0].continue_()
+            for _ in range(2):  # the slow one, and the list is read again every few seconds
                 await page.wait_for_event("response", lambda response: "/api/channels/" in response.url)
             await expect(page.locator("#events summary").first).to_be_focused()
         audit = await asyncio.to_thread(_json, f"{address}/api/audit")
@@ -406,10 +419,10 @@ async def test_what_is_done_is_done_to_the_channel_that_is_shown(server: Server,
             await page.get_by_role("button", name="Pause g").click()
             await expect(page.locator("#dialog")).to_contain_text("from others")
             await page.locator("#dialog button[type=submit]").click()
-            await expect(page.get_by_role("button", name="Resume g")).to_be_visible(timeout=PATIENCE)
+            await expect(page.get_by_role("button", name="Resume g")).to_be_visible()
             await page.goto(f"{address}/dead?channel=readings")
             rows = page.locator("#grid-dead .ag-center-cols-container .ag-row")
-            await expect(rows).to_have_count(3, timeout=PATIENCE)
+            await expect(rows).to_have_count(3)
             asked, goes_on = asyncio.Event(), asyncio.Event()
 
             async def held(route: Route) -> None:
@@ -425,12 +438,12 @@ async def test_what_is_done_is_done_to_the_channel_that_is_shown(server: Server,
             await expect(page.locator("#dialog h2")).to_have_text("Drop 3 dead letters of readings?")
             await page.get_by_role("button", name="Cancel").click()
             goes_on.set()
-            await expect(rows).to_have_count(2, timeout=PATIENCE)
+            await expect(rows).to_have_count(2)
             await page.get_by_role("searchbox").fill("1 is odd")
-            await expect(rows).to_have_count(1, timeout=PATIENCE)
+            await expect(rows).to_have_count(1)
             await page.locator("#dead-group").select_option("g")
             await page.reload()
-            await expect(rows).to_have_count(1, timeout=PATIENCE)
+            await expect(rows).to_have_count(1)
             await page.click("#drop-all")
             await expect(page.locator("#dialog h2")).to_have_text("Drop 1 dead letter of others in g with “1 is odd”?")
             await page.locator("#dialog button[type=submit]").click()
@@ -448,14 +461,14 @@ async def test_a_silence_between_answers_is_drawn_as_one_and_what_was_asked_is_s
         async with app:
             await page.set_viewport_size({"width": 1300, "height": 300})
             await page.goto(f"{address}/serving?window=60")
-            await expect(page.locator("#state")).to_have_text("live", timeout=PATIENCE)
+            await expect(page.locator("#state")).to_have_text("live")
             await page.evaluate("pipelineCharts.inference = {old: {x: [0, 1], columns: [[1, 1]], width: 1}}")
             await page.wait_for_function("!pipelineCharts.inference.old")  # also of a chart that is not in sight
             await page.set_viewport_size({"width": 1300, "height": 1400})
             for _ in range(2):
                 await app.publish(answers, [Answer(model="m", version=1)] * 6)
-                await expect(page.locator("#tile-asked")).to_have_text(re.compile("[1-9]"), timeout=PATIENCE)
-                await expect(page.locator("#tile-asked")).to_have_text("0", timeout=PATIENCE)
+                await expect(page.locator("#tile-asked")).to_have_text(re.compile("[1-9]"))
+                await expect(page.locator("#tile-asked")).to_have_text("0")
             await page.wait_for_function(f"{drawn}?.y.includes(0) && {drawn}.x.at(-1) + 3 < pipelineNow()")
             end = "document.getElementById('chart-answers').layout.xaxis.range[1]"
             await page.wait_for_function(f"{end} > {await page.evaluate(end)}")
@@ -516,11 +529,11 @@ async def test_an_outage_is_told_with_its_cure(server: Server, page: Page) -> No
     banner = page.locator("#banner")
     with dashboard(server.url) as address:
         await page.goto(address)
-        await expect(page.locator("#state")).to_have_text("live", timeout=PATIENCE)
+        await expect(page.locator("#state")).to_have_text("live")
         await expect(banner).to_be_hidden()
-    await expect(banner).to_contain_text("python -m dashboards", timeout=PATIENCE)
+    await expect(banner).to_contain_text("python -m dashboards")
     with dashboard(server.url, address.rpartition(":")[2], PIPELINE_TOKEN="s3cret"):
-        await expect(banner).to_contain_text("token", timeout=PATIENCE)
+        await expect(banner).to_contain_text("token")
 
 
 async def test_foreign_pages_and_strangers_are_refused(server: Server) -> None:
@@ -548,10 +561,11 @@ async def test_foreign_pages_and_strangers_are_refused(server: Server) -> None:
                 )
 
 
-def test_a_taken_port_is_one_clear_line(server: Server) -> None:
+async def test_a_taken_port_is_one_clear_line(server: Server) -> None:
     with dashboard(server.url) as address:
         port = address.rpartition(":")[2]
-        second = subprocess.run(
+        second = await asyncio.to_thread(
+            subprocess.run,
             [sys.executable, "-m", "dashboards", "--port", port],
             capture_output=True,
             text=True,

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,6 @@ from .programs import ROOT
 
 CPU = [name for name, kernel in KERNELS.items() if kernel.device == "cpu"]
 HAS_CUDA = torch.cuda.is_available()
-
-
-@pytest.fixture
-def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Nothing is known yet. Where what is measured is kept."""
-    monkeypatch.setenv("PIPELINE_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(tuning, "PATIENCE", 0.001)
-    monkeypatch.setattr(tuning, "PEAK_SIZES", {"cpu": (64, 128)})
-    monkeypatch.setattr(tuning, "_memory", {})
-    pipeline_settings.cache_clear()
-    yield tmp_path / "kernels.json"
-    pipeline_settings.cache_clear()
 
 
 @pytest.mark.parametrize("name", CPU)

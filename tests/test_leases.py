@@ -32,7 +32,7 @@ async def streams(url: str) -> AsyncIterator[Streams]:
 
 
 async def test_a_long_handler_that_holds_the_gil_is_delivered_once(url: str) -> None:
-    """Six leases long; C code keeps the interpreter for more than a quarter of a lease at a time."""
+    """Four leases long; C code keeps the interpreter for more than a quarter of a lease at a time."""
     await _delivered_once(url, "hogs", stretch=0.4)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import Pipeline, Reject, RequestFailed, Retry, Tensor, catalog
 from pipeline.catalog import MatmulJob, MatmulResult, ProductOf, SystolicCycle, TensorFile
-from pipeline.settings import Settings, settings
+from pipeline.settings import Settings
 from subscribers import matmul
 from subscribers.kernels import DTYPES, result_dtype
 from subscribers.matmul.files import Folder, open_tensor, save
@@ -45,12 +45,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def options(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+def options(folder: Path, measured: Path) -> Settings:
     """A worker that holds one MiB at most: products above it are computed in tiles."""
-    monkeypatch.setenv("PIPELINE_DATA_DIR", str(tmp_path / "data"))  # where kernels note what they measured
-    settings.cache_clear()
-    yield Settings(matmul_dir=folder, matmul_memory=1 << 20)
-    settings.cache_clear()
+    return Settings(matmul_dir=folder, matmul_memory=1 << 20)
 
 
 @pytest.fixture
@@ -152,8 +149,10 @@ async def _some(stream: Any, count: int) -> AsyncIterator[Any]:
 
 
 async def test_tiles_that_went_to_a_worker_without_the_jobs_folder_are_asked_for_again(
-    valkey_url: str, options: Settings, tmp_path: Path
+    valkey_url: str, options: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each time half of them come to the right one, so it takes several turns."""
+    monkeypatch.setattr(matmul, "STALLED", 1)
     here = options.model_copy(update={"matmul_lease": 0.3})
     elsewhere = here.model_copy(update={"matmul_dir": tmp_path / "elsewhere"})
     a = numbers(600, 600)

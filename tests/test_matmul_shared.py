@@ -30,11 +30,17 @@ from .programs import ROOT, app_program, program
 LEASE = "1"
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where workers note how fast this machine is: the first one measures, the others know."""
+    return tmp_path_factory.mktemp("data")
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What workers and this process share."""
     monkeypatch.setenv("PIPELINE_MATMUL_DIR", str(tmp_path / "shared"))
-    monkeypatch.setenv("PIPELINE_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("PIPELINE_DATA_DIR", str(data))
     monkeypatch.setenv("PIPELINE_MATMUL_LEASE", LEASE)
     settings.cache_clear()
     yield tmp_path / "shared"

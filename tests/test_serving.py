@@ -330,7 +330,13 @@ def running(valkey: Any) -> Iterator[str]:
 
 async def served(base: str, model: str = "imagenet", number: int = 1) -> None:
     """Wait until so many workers serve a model."""
-    async with httpx.AsyncClient(base_url=base) as client, asyncio.timeout(60):
+    async with httpx.AsyncClient(base_url=base) as client:
+        await known(client, model, number)
+
+
+async def known(client: httpx.AsyncClient, model: str, number: int = 1) -> None:
+    """The same, of the gateway at the other end of the client's connection."""
+    async with asyncio.timeout(60):
         while True:
             found = await client.get("/models")
             if found.status_code == 200 and len(found.json().get(model, {}).get("workers", {})) >= number:
@@ -503,16 +509,16 @@ async def test_a_body_of_a_gigabyte_is_refused_unread(running: str, client: http
         assert (answer.status_code, "x-deadline" in answer.json()["error"]) == (400, True)
 
 
-async def test_who_trickles_is_shown_the_door(valkey_url: str) -> None:
+async def test_who_trickles_is_shown_the_door(tmp_path: Path, valkey_url: str) -> None:
     with gateway(valkey_url, PIPELINE_GATEWAY_PATIENCE="0.5") as base:
         host, port = base.removeprefix("http://").split(":")
         beginnings = (
             b"POST /pred",
             b"POST /predict HTTP/1.1\r\nhost: x\r\nx-slow: ",
-            b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: 100000\r\n\r\nabc",
+            b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100000\r\n\r\n[1,",
         )
-        with workers(valkey_url):
-            await served(base)
+        async with serving(make(options(exported(tmp_path)), valkey_url)):
+            await served(base, "toy")
             for beginning in beginnings:
                 reader, writer = await asyncio.open_connection(host, int(port))
                 began = time.monotonic()
@@ -733,13 +739,12 @@ async def _overloaded(client: httpx.AsyncClient, body: bytes) -> AsyncIterator[h
 
 async def test_gateways_share_a_port_and_each_answers_its_own(tmp_path: Path, valkey_url: str) -> None:
     source = exported(tmp_path)
-    with gateway(valkey_url, shared=True) as base:
-        port = base.rpartition(":")[2]
-        with gateway(valkey_url, port, shared=True), workers(valkey_url, PIPELINE_MODELS=str(source)):
+    with gateway(valkey_url, shared=True) as base, gateway(valkey_url, base.rpartition(":")[2], shared=True):
+        async with serving(make(options(source), valkey_url)):
             answered = []
             for _ in range(16):  # a connection each: the kernel deals them out
-                await served(base, "toy")
                 async with httpx.AsyncClient(base_url=base) as client:
+                    await known(client, "toy")
                     answer = await client.post("/predict?top=1", json={"inputs": [1, 2, 3, 4]})
                     answered.append(answer.json()["predictions"][0]["label"])
             async with Pipeline("t", valkey_url) as app:

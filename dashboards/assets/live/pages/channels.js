@@ -104,7 +104,7 @@ async function publish() {
       for (const name of Object.keys(event)) if (event[name] === undefined || (event[name] === null && !fields.find((f) => f.name === name)?.required)) delete event[name];
       const done = await post("/api/events", { channel, event: raw ? event.text : event, ...(key ? { key } : {}) });
       toast(`published ${done.id}`, "good");
-      setTimeout(() => showEvents(), 300);
+      setTimeout(() => showEvents(true), 300);
       return done;
     },
   });
