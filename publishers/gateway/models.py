@@ -90,7 +90,10 @@ class Models:
         if admission is None:
             options = self.options
             admission = self.admissions[model] = Admission(
-                options.gateway_inflight, options.gateway_inflight_bytes, options.gateway_wait
+                options.gateway_inflight,
+                options.gateway_inflight_bytes,
+                options.gateway_wait,
+                options.gateway_slowdown,
             )
         return admission
 
