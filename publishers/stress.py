@@ -140,8 +140,9 @@ async def stress_test(
     seconds: float | None = None,
     deadline: float | None = None,
 ) -> Outcome:
-    """Ask `url` with (content type, body) in turn: `requests` of them by so many `clients`, who after a 429 ask again when
-    they may, or with `rate` (per second, open loop: a slow answer holds up no other request) for `seconds`."""
+    """Ask `url` with (content type, body) in turn: `requests` of them by so many `clients`, who ask again when
+    a 429 says that they may, or with `rate` (per second, open loop: a slow answer holds up no other request) for
+    `seconds`."""
     connections, outcome = _Connections(url), Outcome()
     turn = itertools.cycle(bodies)
 

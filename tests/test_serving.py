@@ -818,3 +818,39 @@ async def test_what_clients_hung_up_on_counts_as_under_way_until_it_is_answered(
                 await idle(app, "models.toy")
             assert await status() == 200
             assert 'gateway_inflight{model="toy"} 0.0' in (await client.get("/metrics")).text
+
+
+async def test_what_clients_hung_up_on_is_not_computed(tmp_path: Path, valkey_url: str) -> None:
+    with gateway(valkey_url) as base:
+        async with (
+            serving(make(options(exported(tmp_path)), valkey_url)),
+            httpx.AsyncClient(base_url=base) as client,
+            Pipeline("t", valkey_url) as app,
+        ):
+            await served(base, "toy")
+            assert (await client.post("/predict", json={"inputs": [1, 2, 3, 4]})).status_code == 200
+            await app.pause("models.toy", "serving")
+            await asyncio.sleep(0.2)
+            async with app.watch(catalog.cancellations) as cancellations, app.watch(catalog.answers) as answers:
+                patient = asyncio.create_task(client.post("/predict", json={"inputs": [4, 3, 2, 1]}))
+                with pytest.raises(httpx.ReadTimeout):
+                    await client.post("/predict", json={"inputs": [1, 2, 3, 4]}, timeout=0.3)
+                cancelled = (await first(cancellations)).event
+                await asyncio.sleep(0.1)  # the worker has it too
+                await app.resume("models.toy", "serving")
+                said = {answer.request: answer for answer in [(await first(answers)).event for _ in range(2)]}
+            assert (await patient).json()["predictions"][0]["label"] == "a"
+            assert said[cancelled.request].expired
+            assert "client has gone" in said[cancelled.request].error
+            async with asyncio.timeout(5):
+                while 'gateway_spared_predictions_total{model="toy"} 1.0' not in (await client.get("/metrics")).text:
+                    await asyncio.sleep(0.05)
+
+
+def test_cancellations_are_forgotten_in_time() -> None:
+    served, engine = counted()
+    for number in range(5000):
+        served.cancel(f"t:{number}")
+    answers = served.answer([ask(1, 2, 3, 4)] * 3, ["t:1", "t:4999", "t:5000"])
+    assert [answer.expired for answer in answers] == [False, True, False]
+    assert engine.sizes == [2]

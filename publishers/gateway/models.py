@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline import Pipeline, catalog
+from pipeline import Pipeline, PipelineError, catalog
 from pipeline.catalog import ModelStatus
 from pipeline.metrics import metrics_channel
 from pipeline.settings import Settings
@@ -96,6 +97,14 @@ class Models:
                 options.gateway_slowdown,
             )
         return admission
+
+    def cancel(self, model: str, request: str) -> None:
+        """Nobody waits for it any more. That workers are told is worth no more than one attempt."""
+        self.pipeline.spawn(self._cancel(catalog.Cancellation(model=model, request=request)), name="cancellation")
+
+    async def _cancel(self, cancellation: catalog.Cancellation) -> None:
+        with contextlib.suppress(PipelineError):
+            await self.pipeline.publish(catalog.cancellations, cancellation)
 
     def close(self) -> None:
         self.decoders.shutdown(wait=False, cancel_futures=True)

@@ -171,13 +171,15 @@ class Prediction:
         return Refusal(504, f"{self._seconds:g} s had passed before a worker could be asked", close=close)
 
     def gone(self) -> None:
-        """The client has hung up. What is on its way to a worker counts as under way until it is answered."""
+        """The client has hung up. Workers are told of what is on its way to them; until they have answered it counts as
+        under way."""
         self.disconnected = True
         if self.response_complete:
             return
         question = self._question
         if isinstance(question, Question) and question.id:
             self._end(499, answered=False, under_way=True)
+            self._models.cancel(self.model, question.event)
             return
         self._end(499, answered=False)
         if question is not None:
@@ -269,7 +271,11 @@ class Prediction:
 
     def _heard(self, question: asyncio.Future[Any]) -> None:
         if self.response_complete:
-            self._leave(answered=not question.cancelled() and question.exception() is None)
+            answered = not question.cancelled() and question.exception() is None
+            spared = answered and question.result().expired
+            self._leave(answered=answered and not spared)
+            if spared:
+                self._models.measures.spared(self.model)
             return
         try:
             answer: Answer = question.result()
