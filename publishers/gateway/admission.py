@@ -24,15 +24,16 @@ ENOUGH = 16
 """…with so many answers in it…"""
 PATIENCE = 5.0
 """…unless it has become so long: a worker that starts or dies is not a model that is slow."""
-SMOOTHING = 0.5
+SMOOTHING = 0.2
+"""Of a rate that falls: that is soon so on a busy machine. One that rises, with bigger batches, counts at once."""
 
-CROWD = 72
-"""Predictions under way that are no overload…"""
-BRIEF = 0.2
-"""…if they take less than so many seconds…"""
 KNEE = 2.0
-"""…or less than the slowdown by this again…"""
-SEEN = 0.3
+"""Predictions that take less than the slowdown by this again are no overload…"""
+BRIEF = 0.2
+"""…nor those that take less than so many seconds…"""
+CROWD, QUICK = 72, 0.01
+"""…nor so many of a model that takes less than so many seconds alone: clients that wait for their answers…"""
+SEEN = 0.45
 """…or if the oldest has not been there for this part of it: the rate may be of a time with smaller batches."""
 CALM = 1.0
 STUCK = 0.1
@@ -116,7 +117,8 @@ class Admission:
         if now - self._refused_at < CALM:
             overloaded = wait > self._slowdown * self.alone
         else:
-            limit = max(KNEE * self._slowdown * self.alone, min(BRIEF, CROWD / self._rate))
+            crowd = CROWD / self._rate if self.alone < QUICK else BRIEF
+            limit = max(KNEE * self._slowdown * self.alone, crowd)
             overloaded = wait > limit and age > SEEN * limit
         if overloaded:
             self._refused_at = now
@@ -155,7 +157,7 @@ class Admission:
         self._since = now
         if (self._busy >= WINDOW and self._done >= ENOUGH) or self._busy >= PATIENCE:
             rate = self._done / self._busy
-            self._rate = rate if not self._rate else self._rate + SMOOTHING * (rate - self._rate)
+            self._rate = rate if rate > self._rate else self._rate + SMOOTHING * (rate - self._rate)
             self._done, self._busy = 0, 0.0
 
     def _learn(self, seconds: float, *, lonely: bool) -> None:
