@@ -33,7 +33,7 @@ BRIEF = 0.2
 """…nor those that take less than so many seconds…"""
 CROWD, QUICK = 72, 0.01
 """…nor so many of a model that takes less than so many seconds alone: clients that wait for their answers…"""
-SEEN = 0.45
+SEEN = 0.3
 """…or if the oldest has not been there for this part of it: the rate may be of a time with smaller batches."""
 CALM = 1.0
 STUCK = 0.1
@@ -70,7 +70,7 @@ class Admission:
         self._under_way: dict[int, float] = {}
         """Ticket → when it entered, the first first."""
         self._lonely = 0
-        """The ticket that found nobody else."""
+        """The ticket that found nobody else; it was alone if there is no later one."""
         self._newest = 0.0
         """When the newest of those that are answered had entered."""
         self._moved = 0.0
@@ -151,7 +151,7 @@ class Admission:
             self._moved = now
             self._newest = max(self._newest, entered)
         if computed:
-            self._learn(now - entered, lonely=ticket == self._lonely)
+            self._learn(now - entered, lonely=ticket == self._lonely == self._ticket)
         self._done += answered
         self._busy += now - self._since
         self._since = now
