@@ -722,7 +722,7 @@ async def overloaded(
 ) -> tuple[Outcome, Outcome]:
     """What one client sees, and what comes of three times of what the workers can do; then nothing is left of it."""
     target = f"{base}/models/{model}/predict"
-    calm = await stress_test(target, [body], requests=50)
+    calm = await stress_test(target, [body], requests=50 if seconds < 10 else 200)
     capacity = await stress_test(target, [body], requests=80, clients=4)
     rate = capacity.statuses[200] / capacity.seconds
     flood = await stress_test(target, [body], rate=3 * rate, seconds=seconds)
@@ -754,10 +754,10 @@ async def test_admitted_predictions_take_three_times_what_one_alone_takes(tmp_pa
     with gateway(valkey_url) as base, workers(valkey_url):
         await served(base)
         calm, flood = await overloaded(base, valkey_url, ("image/jpeg", picture("coffee", "JPEG")), "imagenet", 30.0)
-    ratio = flood.quantile(0.99) / calm.quantile(0.99)
-    print(f"p99 {1000 * flood.quantile(0.99):.0f} ms, {ratio:.2f} times that of one client")
-    assert ratio < 3.0
-    assert sorted(flood.refusals)[int(0.99 * len(flood.refusals))] < calm.quantile(0.99)
+    unloaded = calm.quantile(0.99)
+    print(f"p99 {1000 * flood.quantile(0.99):.0f} ms, of one client {1000 * unloaded:.0f} ms")
+    assert flood.quantile(0.99) < 3 * unloaded
+    assert sorted(flood.refusals)[int(0.99 * len(flood.refusals))] < unloaded
 
 
 async def test_gateways_share_a_port_and_each_answers_its_own(tmp_path: Path, valkey_url: str) -> None:
