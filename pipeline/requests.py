@@ -63,6 +63,11 @@ class Question(asyncio.Future[Any]):
         self._timeout = timeout
         self._timer = loop.call_later(timeout, self._expire)
 
+    @property
+    def event(self) -> str:
+        """Id of the event that asks; "" while it is not on its way."""
+        return self.id.removeprefix(f"{self.channel.name}/")
+
     def numbered(self, source: str, sequence: int) -> None:
         self._waiting.pop(self.id, None)
         if not self.done():

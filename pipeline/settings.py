@@ -125,6 +125,10 @@ class Settings(BaseSettings):
     gateway_wait: float = Field(default=5.0, gt=0)
     """Seconds a prediction may be expected to wait for its turn; beyond that new ones are answered 429."""
 
+    gateway_slowdown: float = Field(default=2.0, ge=0)
+    """In an overload new predictions are answered 429 unless they will take at most so many times what one takes alone;
+    0: only gateway_wait bounds how long they wait."""
+
     gateway_patience: float = Field(default=10.0, gt=0)
     """Seconds a client may take over the head of a request, and over a prediction's body."""
 

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import math
+import random
 import statistics
 import time
 from collections import Counter
@@ -44,7 +45,7 @@ class Outcome:
     latencies: list[float] = field(default_factory=list)
     labels: Counter[str] = field(default_factory=Counter)
     refusals: list[float] = field(default_factory=list)
-    """Latencies of 429s."""
+    """Latencies of 429s; in a closed loop their requests are asked again."""
     batches: list[int] = field(default_factory=list)
     """Size of the batch each answer was computed in."""
     lost: int = 0
@@ -59,6 +60,7 @@ class Outcome:
         """For `--json`."""
         return {
             "requests": self.statuses.total() + self.lost,
+            "refusals": len(self.refusals),
             "statuses": {str(status): count for status, count in sorted(self.statuses.items())},
             "lost": self.lost,
             "seconds": round(self.seconds, 3),
@@ -82,9 +84,9 @@ class _Connections:
         self.path = parts.path or "/predict"
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def ask(self, kind: str, body: bytes, deadline: float | None) -> tuple[int, bytes]:
-        """Status and body. A gateway may close what was idle: then it is asked on a new connection. Raises OSError,
-        EOFError."""
+    async def ask(self, kind: str, body: bytes, deadline: float | None) -> tuple[int, bytes, float]:
+        """Status, body, and seconds after which to ask again. A gateway may close what was idle: then it is asked on a
+        new connection. Raises OSError, EOFError."""
         while self._idle:
             reader, writer = self._idle.pop()
             if reader.at_eof() or writer.is_closing():
@@ -98,7 +100,7 @@ class _Connections:
 
     async def _ask(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kind: str, body: bytes, deadline: float | None
-    ) -> tuple[int, bytes]:
+    ) -> tuple[int, bytes, float]:
         try:
             extra = f"x-deadline: {deadline:g}\r\n" if deadline is not None else ""
             token = settings().token
@@ -111,16 +113,16 @@ class _Connections:
             )
             head = await reader.readuntil(b"\r\n\r\n")
             lines = head.decode("latin-1").lower().split("\r\n")
-            length = next(int(line.partition(":")[2]) for line in lines if line.startswith("content-length:"))
-            answer = await reader.readexactly(length)
+            fields = dict(line.split(": ", 1) for line in lines[1:-2])
+            answer = await reader.readexactly(int(fields["content-length"]))
         except BaseException:
             writer.close()
             raise
-        if "connection: close" in lines:
+        if fields.get("connection") == "close":
             writer.close()
         else:
             self._idle.append((reader, writer))
-        return int(lines[0].split()[1]), answer
+        return int(lines[0].split()[1]), answer, float(fields.get("retry-after", 1))
 
     async def close(self) -> None:
         for _, writer in self._idle:
@@ -138,15 +140,21 @@ async def stress_test(
     seconds: float | None = None,
     deadline: float | None = None,
 ) -> Outcome:
-    """Ask `url` with (content type, body) in turn: `requests` of them by so many `clients`, or with `rate` (per second,
-    open loop: a slow answer holds up no other request) for `seconds`."""
+    """Ask `url` with (content type, body) in turn: `requests` of them by so many `clients`, who ask again when
+    a 429 says that they may, or with `rate` (per second, open loop: a slow answer holds up no other request) for
+    `seconds`."""
     connections, outcome = _Connections(url), Outcome()
     turn = itertools.cycle(bodies)
 
     async def one(began: float) -> None:
         kind, body = next(turn)
         try:
-            status, answer = await connections.ask(kind, body, deadline)
+            status, answer, after = await connections.ask(kind, body, deadline)
+            while status == 429 and rate is None:
+                outcome.refusals.append(time.perf_counter() - began)
+                await asyncio.sleep(after * random.uniform(1.0, 2.0))  # not all at once, as they were refused
+                began = time.perf_counter()
+                status, answer, after = await connections.ask(kind, body, deadline)
         except (OSError, EOFError):
             outcome.lost += 1
             return

@@ -36,6 +36,9 @@ QUICK = 0.001
 """Seconds for a batch of eight, below which a model is called in the event loop itself."""
 
 Item = npt.NDArray[Any]
+MOST_CANCELLED = 4096
+"""Cancellations that are remembered: of what is queued, and what other workers answered."""
+
 Fields = dict[str, Any]
 """Of an Answer: validating a whole batch of them at once takes half the time."""
 
@@ -51,6 +54,8 @@ class Served:
         self.spec = spec
         self.refused = 0
         """Loads that failed."""
+        self._cancelled: dict[str, None] = {}
+        """Requests that nobody waits for, the first first."""
         self._folder = folder
         self._options = options
 
@@ -99,6 +104,12 @@ class Served:
 
     # -- a batch -------------------------------------------------------------------------------------------------
 
+    def cancel(self, request: str) -> None:
+        """Do not compute it, if it is not begun."""
+        self._cancelled[request] = None
+        if len(self._cancelled) > MOST_CANCELLED:
+            del self._cancelled[next(iter(self._cancelled))]
+
     def answer_all(self, messages: list[Message[Inputs]]) -> list[Answer]:
         """As `answer`; each names its request."""
         return self.answer([message.event for message in messages], [message.id for message in messages])
@@ -111,10 +122,13 @@ class Served:
         answers: list[Fields] = [{**common, "request": id_} for id_ in ids] or [{**common} for _ in batch]
         buckets: dict[tuple[int, ...], list[int]] = {}
         now = time.time()
+        cancelled = self._cancelled.keys() & ids if self._cancelled else ()
         for index, request in enumerate(batch):
             tensor = request.data
             if request.deadline is not None and now > request.deadline:
                 answers[index].update(expired=True, error="its deadline has passed")
+            elif cancelled and ids[index] in cancelled:
+                answers[index].update(expired=True, error="its client has gone")
             elif problem := predictor.spec.check(tensor.shape, tensor.dtype):
                 answers[index].update(error=problem)
             else:
@@ -204,6 +218,7 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
             if served.current is None:
                 await asyncio.to_thread(served.open)
                 await tell(served.status())
+        app.spawn(follow_cancellations(), name="cancellations")
         app.spawn(follow(loads[-1].id if loads else catalog.model_loads.keep), name="model loads")
 
     async def replace(served: Served, loads: list[Message[LoadModel]]) -> None:
@@ -213,6 +228,12 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
             await tell(status.model_copy(update={"load": message.id}))
             if status.state == "serving":
                 return
+
+    async def follow_cancellations() -> None:
+        async with app.watch(catalog.cancellations) as stream:
+            async for message in stream:
+                if (served := models.get(message.event.model)) is not None:
+                    served.cancel(message.event.request)
 
     async def follow(since: str | float) -> None:
         wanted: dict[str, list[Message[LoadModel]]] = {}

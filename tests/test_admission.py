@@ -1,6 +1,8 @@
-"""Admission: bounded by count, bytes and expected wait; a cold start or a stall is no overload."""
+"""Admission: bounded by count, bytes and expected wait; crowds, a cold start or a stall are no overload, a flood is."""
 
 from __future__ import annotations
+
+from collections import deque
 
 import pytest
 
@@ -23,20 +25,63 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+def made(most: int = 1000, most_bytes: int = 1000, wait: float = 5.0, slowdown: float = 2.0) -> Admission:
+    return Admission(most, most_bytes, wait, slowdown)
+
+
 def run(admission: Admission, clock: Clock, count: int, seconds: float) -> None:
     """So many predictions one after the other."""
     for _ in range(count):
-        admission.enter(1)
+        ticket = admission.enter(1)
         clock.now += seconds
-        admission.leave(1, answered=True)
+        admission.leave(ticket, 1, answered=True, computed=True)
+
+
+class Worker:
+    """Takes what is queued, and `seconds` an item; `ask` says whether one more was admitted."""
+
+    def __init__(self, admission: Admission, clock: Clock, seconds: float) -> None:
+        self.latencies: list[float] = []
+        self._admission = admission
+        self._clock = clock
+        self._seconds = seconds
+        self._queue: deque[tuple[int, float]] = deque()
+        self._batch: list[tuple[int, float]] = []
+        self._until = 0.0
+
+    def ask(self) -> bool:
+        try:
+            self._queue.append((self._admission.enter(1), self._clock.now))
+        except Overloaded:
+            return False
+        return True
+
+    def go_on(self, seconds: float) -> int:
+        """How many were answered meanwhile."""
+        answered = 0
+        until = self._clock.now + seconds
+        while self._batch or self._queue:
+            if not self._batch:
+                self._batch = [self._queue.popleft() for _ in range(min(32, len(self._queue)))]
+                self._until = self._clock.now + len(self._batch) * self._seconds
+            if self._until > until:
+                break
+            self._clock.now = max(self._clock.now, self._until)
+            for ticket, entered in self._batch:
+                self.latencies.append(self._clock.now - entered)
+                self._admission.leave(ticket, 1, answered=True, computed=True)
+            answered += len(self._batch)
+            self._batch = []
+        self._clock.now = until
+        return answered
 
 
 def test_bounds_by_count_and_bytes(clock: Clock) -> None:
-    admission = Admission(2, 100, 5.0)
-    admission.enter(200)  # one may always be under way
+    admission = made(2, 100)
+    ticket = admission.enter(200)  # one may always be under way
     with pytest.raises(Overloaded, match="200 bytes"):
         admission.enter(1)
-    admission.leave(200, answered=True)
+    admission.leave(ticket, 200, answered=True)
     admission.enter(1)
     admission.enter(1)
     with pytest.raises(Overloaded, match="2 predictions"):
@@ -45,10 +90,10 @@ def test_bounds_by_count_and_bytes(clock: Clock) -> None:
 
 
 def test_what_turns_out_bigger_than_it_said_is_counted(clock: Clock) -> None:
-    admission = Admission(10, 100, 5.0)
-    admission.enter(0)
+    admission = made(10, 100)
+    ticket = admission.enter(0)
     admission.grow(150)  # one may always be under way
-    admission.leave(150, answered=True)
+    admission.leave(ticket, 150, answered=True)
     admission.enter(0)
     admission.enter(0)
     admission.grow(60)
@@ -58,27 +103,25 @@ def test_what_turns_out_bigger_than_it_said_is_counted(clock: Clock) -> None:
 
 
 def test_a_wait_beyond_the_limit_is_refused_with_when_to_come_again(clock: Clock) -> None:
-    admission = Admission(1000, 1000, 5.0)
+    admission = made()
     run(admission, clock, 60, 0.1)
-    for _ in range(51):
-        admission.enter(1)
+    tickets = [admission.enter(1) for _ in range(51)]
     with pytest.raises(Overloaded, match="would wait 5") as refused:
         admission.enter(1)
     assert refused.value.after == 6
-    for _ in range(51):
+    for ticket in tickets:
         clock.now += 0.1
-        admission.leave(1, answered=True)
+        admission.leave(ticket, 1, answered=True, computed=True)
     admission.enter(1)
 
 
 def test_a_slow_start_and_a_stall_refuse_nobody(clock: Clock) -> None:
-    admission = Admission(1000, 1000, 5.0)
+    admission = made()
     run(admission, clock, 1, 3.0)  # a worker that is still loading
-    for _ in range(64):
-        admission.enter(1)
+    tickets = [admission.enter(1) for _ in range(64)]
     clock.now += 1.5  # another one died with its batch
-    for _ in range(64):
-        admission.leave(1, answered=True)
+    for ticket in tickets:
+        admission.leave(ticket, 1, answered=True, computed=True)
     run(admission, clock, 50, 0.02)
     assert admission.drain_seconds == 0
     for _ in range(64):
@@ -86,10 +129,61 @@ def test_a_slow_start_and_a_stall_refuse_nobody(clock: Clock) -> None:
 
 
 def test_idle_time_does_not_count(clock: Clock) -> None:
-    admission = Admission(1000, 1000, 5.0)
+    admission = made()
     for _ in range(40):
         run(admission, clock, 1, 0.05)
         clock.now += 60
     for _ in range(64):
         admission.enter(1)
     assert admission.drain_seconds == pytest.approx(64 * 0.05)
+
+
+@pytest.mark.parametrize("seconds", [0.002, 0.03, 0.2])
+def test_a_flood_is_refused_before_predictions_take_far_longer_than_one_alone(clock: Clock, seconds: float) -> None:
+    admission = made()
+    run(admission, clock, 200, seconds)
+    worker, accepted = Worker(admission, clock, seconds), 0
+    count = int(30 / seconds)
+    for _ in range(3 * count):  # three times what it can do, for 30 s
+        accepted += worker.ask()
+        worker.go_on(seconds / 3)
+    worker.go_on(10.0)
+    latencies = sorted(worker.latencies)
+    assert accepted > 0.9 * count, "the worker is kept busy"
+    late = (
+        sum(latency > 3 * seconds + 0.001 for latency in latencies) - 3
+    )  # the few before it is seen, where few is all
+    assert late <= 0.01 * accepted
+    assert admission.inflight == 0
+    clock.now += 2.0
+    assert all(worker.ask() for _ in range(16)), "it is over"
+
+
+@pytest.mark.parametrize(("clients", "seconds"), [(64, 0.0007), (64, 0.0015), (64, 0.004), (6, 0.03), (8, 0.02)])
+def test_clients_that_wait_for_their_answers_are_not_refused(clock: Clock, clients: int, seconds: float) -> None:
+    admission = made()
+    run(admission, clock, 30, 0.005)  # one alone takes longer: the way to the worker and back
+    worker = Worker(admission, clock, seconds)
+    assert all(worker.ask() for _ in range(clients))
+    for _ in range(3000):
+        assert all(worker.ask() for _ in range(worker.go_on(0.003)))
+
+
+def test_what_a_dead_worker_holds_is_not_ahead_of_others(clock: Clock) -> None:
+    admission = made()
+    run(admission, clock, 60, 0.03)
+    held = [admission.enter(1) for _ in range(8)]
+    worker = Worker(admission, clock, 0.03)
+    admitted = [worker.ask() for _ in range(900) if worker.go_on(0.033) >= 0]  # what the other worker can do
+    assert admitted.count(False) < 5, "until others have overtaken what it holds"
+    for ticket in held:
+        admission.leave(ticket, 1, answered=True, computed=True)
+
+
+def test_predictions_may_wait_where_that_is_asked_for(clock: Clock) -> None:
+    admission = made(slowdown=0.0)
+    run(admission, clock, 60, 0.03)
+    worker = Worker(admission, clock, 0.03)
+    for _ in range(100):
+        assert worker.ask()
+        worker.go_on(0.01)

@@ -13,11 +13,13 @@ from ..tensors import Tensor
 
 __all__ = [
     "Answer",
+    "Cancellation",
     "Inputs",
     "LoadModel",
     "ModelStatus",
     "Score",
     "answers",
+    "cancellations",
     "model_loads",
     "model_status",
     "requests_of",
@@ -54,11 +56,19 @@ class Answer(Event):
     error: str = ""
     """Why there is neither."""
     expired: bool = False
-    """The deadline had passed before it was its turn."""
+    """Before it was its turn the deadline had passed, or nobody waited any more: it was not computed."""
     batch: int = 0
     """Size of the batch it was computed in."""
     seconds: float = 0.0
     """What the batch took."""
+
+
+class Cancellation(Event):
+    """Nobody waits for an answer any more: what no worker has begun need not be computed."""
+
+    model: str
+    request: str
+    """Id of the Inputs event."""
 
 
 class LoadModel(Event):
@@ -93,6 +103,9 @@ class ModelStatus(Event):
 
 
 answers: Channel[Answer] = Channel("models.answers", Answer, durable=False)
+
+
+cancellations: Channel[Cancellation] = Channel("models.cancelled", Cancellation, durable=False)
 
 
 model_loads: Channel[LoadModel] = Channel("models.loads", LoadModel, keep=7 * 86400.0)

@@ -27,6 +27,7 @@ class _Predictions:
         self._statuses: dict[tuple[str, int], int] = {}
         self._bins: dict[str, list[int]] = {}
         self._sums: dict[str, float] = {}
+        self.spared: dict[str, int] = {}
 
     def note(self, model: str, status: int, seconds: float) -> None:
         """One prediction, answered or refused."""
@@ -47,6 +48,12 @@ class _Predictions:
         )
         for (model, status), count in self._statuses.items():
             counter.add_metric([model, str(status)], count)
+        yield counter
+        counter = CounterMetricFamily(
+            "gateway_spared_predictions", "Predictions not computed, as their clients had gone.", None, ["model"]
+        )
+        for model, count in self.spared.items():
+            counter.add_metric([model], count)
         yield counter
         histogram = HistogramMetricFamily(
             "gateway_prediction_seconds", "From request to answer.", None, None, ["model"]
@@ -82,6 +89,11 @@ class Measures:
             )
         }
         self.prediction = self._predictions.note
+
+    def spared(self, model: str) -> None:
+        """One whose client had gone was not computed."""
+        spared = self._predictions.spared
+        spared[model] = spared.get(model, 0) + 1
 
     def page(self, ledger: Ledger, admissions: Mapping[str, Admission]) -> tuple[bytes, str]:
         """The exposition, and its content type."""

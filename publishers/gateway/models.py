@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline import Pipeline, catalog
+from pipeline import Pipeline, PipelineError, catalog
 from pipeline.catalog import ModelStatus
 from pipeline.metrics import metrics_channel
 from pipeline.settings import Settings
@@ -90,9 +91,20 @@ class Models:
         if admission is None:
             options = self.options
             admission = self.admissions[model] = Admission(
-                options.gateway_inflight, options.gateway_inflight_bytes, options.gateway_wait
+                options.gateway_inflight,
+                options.gateway_inflight_bytes,
+                options.gateway_wait,
+                options.gateway_slowdown,
             )
         return admission
+
+    def cancel(self, model: str, request: str) -> None:
+        """Nobody waits for it any more. That workers are told is worth no more than one attempt."""
+        self.pipeline.spawn(self._cancel(catalog.Cancellation(model=model, request=request)), name="cancellation")
+
+    async def _cancel(self, cancellation: catalog.Cancellation) -> None:
+        with contextlib.suppress(PipelineError):
+            await self.pipeline.publish(catalog.cancellations, cancellation)
 
     def close(self) -> None:
         self.decoders.shutdown(wait=False, cancel_futures=True)

@@ -73,8 +73,8 @@ class Prediction:
 
     __slots__ = (
         "_admission", "_began", "_connection", "_content_type", "_decoding", "_headers", "_length", "_method",
-        "_models", "_parts", "_query", "_question", "_seconds", "_size", "_started", "_status", "_top", "_waits",
-        "_whole", "disconnected", "keep_alive", "model", "response_complete", "unauthorized",
+        "_models", "_parts", "_query", "_question", "_seconds", "_size", "_started", "_status", "_ticket", "_top",
+        "_waits", "_whole", "disconnected", "keep_alive", "model", "response_complete", "unauthorized",
     )  # fmt: skip
 
     message_event = _Nobody()
@@ -111,7 +111,8 @@ class Prediction:
         self._waits = False
         """For 100-continue."""
         self._admission: Admission | None = None
-        """Set while it counts as under way there."""
+        """Set while it counts as under way there, by its ticket."""
+        self._ticket = 0
         self._decoding: asyncio.Future[Any] | None = None
         self._question: asyncio.Future[Any] | None = None
 
@@ -170,13 +171,15 @@ class Prediction:
         return Refusal(504, f"{self._seconds:g} s had passed before a worker could be asked", close=close)
 
     def gone(self) -> None:
-        """The client has hung up. What is on its way to a worker counts as under way until it is answered."""
+        """The client has hung up. Workers are told of what is on its way to them; until they have answered it counts as
+        under way."""
         self.disconnected = True
         if self.response_complete:
             return
         question = self._question
         if isinstance(question, Question) and question.id:
             self._end(499, answered=False, under_way=True)
+            self._models.cancel(self.model, question.event)
             return
         self._end(499, answered=False)
         if question is not None:
@@ -200,7 +203,7 @@ class Prediction:
             raise Refusal(413, f"the body has {self._length:,} bytes; the limit is {MOST_BODY:,}", close=True)
         admission = self._models.admission(self.model)
         try:
-            admission.enter(self._length)
+            self._ticket = admission.enter(self._length)
         except Overloaded as error:
             raise _overload(error) from None
         self._admission = admission
@@ -268,7 +271,11 @@ class Prediction:
 
     def _heard(self, question: asyncio.Future[Any]) -> None:
         if self.response_complete:
-            self._leave(answered=not question.cancelled() and question.exception() is None)
+            answered = not question.cancelled() and question.exception() is None
+            spared = answered and question.result().expired
+            self._leave(answered=answered and not spared)
+            if spared:
+                self._models.measures.spared(self.model)
             return
         try:
             answer: Answer = question.result()
@@ -280,7 +287,7 @@ class Prediction:
         elif answer.error:
             self._refuse(Refusal(422, answer.error), answered=True)
         else:
-            self._end(200, answered=True)
+            self._end(200, answered=True, computed=True)
             self._connection.respond(200, [], _success(answer), keep_alive=self.keep_alive)
 
     # -- the end -------------------------------------------------------------------------------------------------
@@ -310,19 +317,19 @@ class Prediction:
         logger.error("a prediction failed", exc_info=error)
         return Refusal(500, "the gateway failed on it; its log says why")
 
-    def _end(self, status: int, *, answered: bool, under_way: bool = False) -> None:
+    def _end(self, status: int, *, answered: bool, computed: bool = False, under_way: bool = False) -> None:
         """Once. `under_way`: it leaves when its question is answered."""
         self.response_complete = True
         self._parts.clear()
         if self._decoding is not None:
             self._decoding.cancel()
         if not under_way:
-            self._leave(answered=answered)
+            self._leave(answered=answered, computed=computed)
         self._models.measures.prediction(self.model, status, time.perf_counter() - self._began)
 
-    def _leave(self, *, answered: bool) -> None:
+    def _leave(self, *, answered: bool, computed: bool = False) -> None:
         if self._admission is not None:
-            self._admission.leave(self._length, answered=answered)
+            self._admission.leave(self._ticket, self._length, answered=answered, computed=computed)
             self._admission = None
 
 
