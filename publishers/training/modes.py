@@ -170,7 +170,9 @@ def _encoded(run: Run, encoders: list[Encoder], vector: Vector) -> tuple[list[tu
         run.sent = 0
         return [("none", {}) for _ in encoders], "not finite"
     pieces = np.split(vector, np.cumsum(run.sizes)[:-1]) if len(encoders) > 1 else [vector]
+    began = time.perf_counter()
     parts = [encoder.encode(piece) for encoder, piece in zip(encoders, pieces, strict=True)]
+    run.encoding = time.perf_counter() - began
     run.sent = sum(nbytes_of(part) for part in parts)
     return [(codec, part) for part in parts], ""
 
@@ -297,6 +299,7 @@ class Sync(Mode):
         run = self.run
         run.last = closed[0]
         if all(one.parts for one in closed):
+            began = time.perf_counter()
             mean = (
                 decode(closed[0].codec, closed[0].parts, run.sizes[0])
                 if len(closed) == 1
@@ -304,6 +307,7 @@ class Sync(Mode):
                     [decode(one.codec, one.parts, size) for one, size in zip(closed, run.sizes, strict=True)]
                 )
             )
+            run.decoding = time.perf_counter() - began
             run.mean = mean
             apply(mean)
         if run.recorder is not None:
