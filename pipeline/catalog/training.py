@@ -84,6 +84,8 @@ class Contribution(Event):
     """Unique, for as long as the process lives."""
     rank: int = Field(default=-1, ge=-1)
     """-1: not assigned yet."""
+    life: int = Field(default=0, ge=0)
+    """Of the run, that the worker knows of; see Admission."""
     plan: RunPlan
     action: Literal["join", "beat", "push", "state", "leave"]
     """join, beat: asked as requests, answered with an Admission. push: a part of a round. state: what the worker has,
@@ -126,6 +128,9 @@ class Admission(Event):
     """Ranks."""
     newcomers: dict[str, int] = Field(default_factory=dict)
     """Who joined and has no State yet: worker and attempt → rank."""
+    life: int = 0
+    """A run that nobody is left of begins anew, or from a checkpoint, in a later life; what is of an earlier one does
+    not count. The moment of its beginning, in milliseconds since 1970; 0: not begun, or a server keeps the weights."""
     settled: bool = True
     """False: an aggregator has just taken over, and may not know of all members yet."""
     plane: str = ""
@@ -147,6 +152,8 @@ class Round(Event):
     round: int = Field(ge=0)
     """With a server: the version of its weights afterwards."""
     shard: int = 0
+    life: int = 0
+    """Of the run; see Admission."""
     ranks: list[int]
     """Whose contributions are in it, in the order of summation."""
     members: list[int] = Field(default_factory=list)
@@ -177,6 +184,8 @@ class State(Event):
     round: int
     """The first one not yet in it."""
     rank: int
+    life: int = 0
+    """Of the run; see Admission."""
     tensors: dict[str, Tensor] = Field(default_factory=dict)
     note: str = ""
     """JSON: what is no tensor."""

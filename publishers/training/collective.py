@@ -49,6 +49,8 @@ class Collective(Sync):
     _members: list[int]
     _store: Any = None
     _group: Any = None
+    state_wanted = False
+    """A State says where the next group meets, and comes after the round."""
 
     # -- forming a group -----------------------------------------------------------------------------------------
 
@@ -137,8 +139,10 @@ class Collective(Sync):
             mean = self._sum(vector, samples)
             failed = "" if mean is not None else "no sum"
             run.exchange.push(run.round, [("none", {})], samples=samples, values=values, failed=failed)
-            run.exchange.wait(lambda: run.exchange.has(run.round), None)
-            [closed] = run.exchange.take(run.round)
+            heard = self._await()
+            if heard is None:
+                return  # it was given another worker's state
+            [closed] = heard
             spoken = [*closed.ranks, *closed.refused]
             if run.rank not in spoken:
                 logger.warning("run %s: round %d went on without this worker", run.name, run.round)

@@ -244,19 +244,16 @@ class Sync(Mode):
             return
         started = time.perf_counter()
         self._push(vector, samples, values)
-        while True:
-            closed = self._await()
-            if closed is None:
-                return  # it was given another worker's state
-            run.waited = time.perf_counter() - started
-            if not self.failed(closed):
-                break
-            self._push(vector, samples, values)
+        closed = self._await()
+        if closed is None:
+            return  # it was given another worker's state
+        run.waited = time.perf_counter() - started
         self._apply(closed, apply)
 
-    def failed(self, closed: list[Round]) -> bool:
-        """The round has no result and is gone through again."""
-        return False
+    @property
+    def state_wanted(self) -> bool:
+        """Somebody waits for what this worker has, and need not wait for the round."""
+        return self.run.exchange.state_wanted.is_set()
 
     def _push(self, vector: Vector, samples: int, values: dict[str, float]) -> None:
         run = self.run
@@ -271,19 +268,15 @@ class Sync(Mode):
         began = last = time.monotonic()
         told = False
         while not exchange.has(run.round):
-            exchange.wait(
-                lambda: exchange.has(run.round) or exchange.state_wanted.is_set() or exchange.is_past(run.round),
-                0.25,
-            )
-            if exchange.state_wanted.is_set():
+            exchange.wait(lambda: exchange.has(run.round) or exchange.lost or self.state_wanted, 0.25)
+            if self.state_wanted and not exchange.lost:
                 self.give_state()
             now = time.monotonic()
-            if exchange.is_past(run.round):
-                if now - last > LOST:
-                    logger.warning("run %s: round %d was missed; asking for the run's state", run.name, run.round)
-                    self._begin(again=True)
-                    return None
-            else:
+            if exchange.lost or now - last > LOST:
+                logger.warning("run %s: round %d was missed; asking for the run's state", run.name, run.round)
+                self._begin(again=True)
+                return None
+            if not exchange.is_past(run.round):
                 last = now
             if not told and now - began > TOLD:
                 told = True
@@ -520,7 +513,11 @@ class Hogwild(Mode):
 
     def begin(self) -> None:
         sweep(settings().shm_dir)
-        super().begin()
+        self._begin(again=False)
+
+    def _begin(self, *, again: bool) -> None:
+        super()._begin(again=again)
+        self.run.exchange.takes_part(self.run.round)
 
     def give_state(self) -> None:
         self.run.exchange.state_wanted.clear()
@@ -560,7 +557,10 @@ class Hogwild(Mode):
             raise ConfigurationError("mode hogwild: run.step(optimizer, loss=loss)")
         run.parameters.step(given, optimizer)
         run.round += 1
-        if run.exchange.state_wanted.is_set():
+        if run.exchange.lost:
+            self.close()
+            self._begin(again=True)
+        elif run.exchange.state_wanted.is_set():
             self.give_state()
 
     def close(self) -> None:
@@ -568,6 +568,7 @@ class Hogwild(Mode):
         if self._path is not None:
             self.run.parameters.unshare()
             release(self._path, self._lock)
+            self._path = None
 
 
 MODES: dict[str, type[Mode]] = {
