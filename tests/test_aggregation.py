@@ -464,6 +464,67 @@ def test_an_unknown_optimizer_is_refused() -> None:
         Team(Server, mode="async", optimizer="lion")
 
 
+# -- lives of a run ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_that_nobody_is_left_of_left_behind_counts_for_nothing() -> None:
+    team = Team()
+    first = team.join(0, 1).life
+    team.push(0, [1, 1, 1])
+    team.push(1, [1, 1, 1])
+    team.wait(LEASE + 0.2)
+    second = team.join(2, 3).life
+    assert second > first
+    assert team.push(0, [9, 9, 9], round_=37, life=first) == []
+    assert team.send(0, "state", round=37, life=first) == []
+    [told] = team.send(1, "beat", round=37, life=first)
+    assert (told.ready, told.life, told.members) == (False, second, [2, 3])
+    team.push(2, [1, 1, 1], life=second)
+    team.push(3, [3, 3, 3], life=second)
+    assert (team.closed[-1].round, team.closed[-1].life, team.mean()) == (0, second, [2.0] * 3)
+
+
+def test_who_takes_over_by_a_message_from_the_dead_hears_it_from_the_living() -> None:
+    team = Team()
+    team.push(0, [9, 9, 9], round_=37, life=5, peers=2)
+    team.push(2, [1, 1, 1], round_=12, life=9, peers=2)
+    team.push(0, [9, 9, 9], round_=37, life=5, peers=2)
+    team.push(3, [3, 3, 3], round_=12, life=9, peers=2)
+    assert [(one.round, one.life, one.ranks) for one in team.closed] == [(12, 9, [2, 3])]
+
+
+def test_who_takes_over_with_a_contribution_that_came_twice_goes_to_the_open_round() -> None:
+    team = Team()
+    team.push(0, [9, 9, 9], round_=37, peers=2)
+    for rank, value in ((1, 1), (0, 3)):
+        team.push(rank, [value] * 3, round_=38, peers=2)
+    assert [(one.round, one.ranks) for one in team.closed] == [(38, [0, 1])]
+
+
+def test_a_run_goes_on_with_a_newcomer_that_has_its_state_when_all_others_die() -> None:
+    team = Team()
+    team.join(0, 1)
+    team.push(0, [1, 1, 1])
+    team.push(1, [1, 1, 1])
+    team.join(2)
+    for _ in range(12):
+        team.now += 0.1
+        team.send(2, "beat", round=-1)
+        team.run.due(team.now)
+    assert not team.run.begun
+    team.push(2, [5, 5, 5], round_=1)
+    assert (team.closed[-1].round, team.closed[-1].ranks) == (1, [2])
+
+
+def test_a_run_does_not_go_on_from_nothing_because_somebody_waits_to_begin_with_its_checkpoint(data: Path) -> None:
+    save("r", 0, Checkpoint(20, {"model.w": np.zeros(3, np.float32)}))
+    team = Team(checkpoint=10)
+    team.send(1, "beat", round=-1)
+    assert not team.run.begun
+    admission = [one for rank in (0, 1) for one in team.send(rank, "join") if isinstance(one, Admission)][-1]
+    assert (admission.ready, admission.round, admission.source) == (True, 20, -1)
+
+
 # -- checkpoints ---------------------------------------------------------------------------------------------------
 
 
