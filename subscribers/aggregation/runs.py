@@ -7,8 +7,8 @@ life within its lease; one that joined a run under way is not waited for until i
 takes over knows nothing: the first message of a run tells it the plan, and it closes no round before it has heard from
 as many members as that worker knew of, or for the length of a lease.
 
-When nobody is left, the run begins in a later *life*, maybe from a checkpoint some rounds before. Messages of an earlier
-one may still come: of workers that were killed, through an aggregator that was killed too, or of one that slept
+When nobody is left, the run begins in a later *life*, maybe from a checkpoint some rounds before. Messages of an
+earlier one may still come: of workers that were killed, through an aggregator that was killed too, or of one that slept
 through it all. They count for nothing, and who sleeps no more is told to join.
 """
 
@@ -212,7 +212,7 @@ class Run:
         return not self.begun and sent.round >= 0
 
     def _is_of_an_earlier_life(self, sent: Contribution) -> bool:
-        """What takes part in a life that is over. Where it is of a later one, ours was that of a message from the dead."""
+        """It takes part in a life that is over. Where its life is the later one, ours was of a message of the dead."""
         if not self.begun or sent.round < 0 or sent.life in (0, self.life):
             return False
         if sent.life < self.life:
