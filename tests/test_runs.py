@@ -218,8 +218,9 @@ def test_after_a_sigkill_the_others_go_on_with_the_mean_of_those_that_live(
     assert len({worker.final() for worker in survivors}) == 1
     check(*survivors)
     assert len(survivors[0].rounds[-1]["members"]) == 2
-    numbers = [line["closed"] for line in survivors[0].rounds]
-    assert numbers == list(range(len(numbers))), "no round is lost"
+    closed = [line["closed"] for line in survivors[0].rounds]
+    assert closed == sorted({*closed})
+    assert closed[-1] - len(closed) == (0 if plane == "torch" else -1), "the number of the sum that failed is used up"
 
 
 @contextlib.contextmanager

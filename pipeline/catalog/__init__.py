@@ -63,6 +63,7 @@ from .serving import (
     requests_of,
 )
 from .training import (
+    NO_SUM,
     Admission,
     Contribution,
     Mode,
@@ -97,6 +98,7 @@ __all__ = [
     "MatmulResult",
     "MatmulTile",
     "Mode",
+    "NO_SUM",
     "ModelStatus",
     "Operand",
     "Prediction",

@@ -11,6 +11,7 @@ from ..events import Event
 from ..tensors import Tensor
 
 __all__ = [
+    "NO_SUM",
     "Admission",
     "Contribution",
     "Mode",
@@ -30,6 +31,10 @@ __all__ = [
 ]
 
 Mode = Literal["sync", "async", "hogwild", "dogwild", "local"]
+
+
+NO_SUM = "no sum"
+"""Why a worker's part of a round failed: plane torch gave it none."""
 
 
 class Weights(Event):
@@ -106,7 +111,7 @@ class Contribution(Event):
     values: dict[str, float] = Field(default_factory=dict)
     """loss, accuracy, …: averaged over the round."""
     failed: str = ""
-    """Why there are no parts: the round goes on without them."""
+    """Why there are no parts: the round goes on without them. Plane torch: NO_SUM, and nobody applies the round."""
     note: str = ""
     """JSON that goes with a state."""
     host: str = ""
@@ -159,6 +164,8 @@ class Round(Event):
     members: list[int] = Field(default_factory=list)
     refused: list[int] = Field(default_factory=list)
     """Whose were not finite, or said to have failed."""
+    again: bool = False
+    """Plane torch: some have no sum, or a newcomer is to make up the quorum. Nobody applies it; all meet anew."""
     late: int = 0
     """How many were in it that belonged to an earlier round."""
     codec: str = "none"

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 from pipeline import Reject, Tensor
-from pipeline.catalog import Admission, Contribution, Round, RunPlan, State
+from pipeline.catalog import NO_SUM, Admission, Contribution, Round, RunPlan, State
 from pipeline.catalog.compression import clipped, decode, merge, nbytes_of
 
 from .checkpoints import Checkpoint, latest, save
@@ -83,7 +83,7 @@ class Run:
         """The last message."""
         self._held: dict[int, Contribution] = {}
         self._stale: list[tuple[int, Contribution]] = []
-        self._failed: set[int] = set()
+        self._failed: dict[int, str] = {}
         self._counted: dict[int, set[int]] = {}
         """Whose contributions to the last few closed rounds are here, by round."""
         self._first = 0.0
@@ -226,7 +226,7 @@ class Run:
         """Nobody is left that has the run's state: whoever comes next begins anew, or from a checkpoint."""
         self.begun = False
         self.round = 0
-        self._held, self._stale, self._failed, self._counted = {}, [], set(), {}
+        self._held, self._stale, self._failed, self._counted = {}, [], {}, {}
         self._held_back, self._expected, self._wanted, self._last = 0.0, 0, False, None
         for member in self.members.values():
             member.active, member.fed = True, False
@@ -251,7 +251,7 @@ class Run:
         member.active, member.fed, self._resumed = True, True, None
         self._wanted = self._wanted and not all(member.fed for member in self.members.values())
         if round_ > self.round:  # we took over, and others were further
-            self.round, self._held, self._failed = round_, {}, set()
+            self.round, self._held, self._failed = round_, {}, {}
 
     def _beat(self, sent: Contribution, member: Member, now: float) -> Answer:
         outputs: list[Output] = []
@@ -329,7 +329,7 @@ class Run:
         if not self._held and not self._failed:
             self._first = now
         if sent.failed:
-            self._failed.add(member.rank)
+            self._failed[member.rank] = sent.failed
         else:
             self._held[member.rank] = sent
         return Answer([], close=self._complete(now))
@@ -339,11 +339,16 @@ class Run:
             return False
         if now < self._held_back and len(self.members) < self._expected:
             return False
-        here = self._held.keys() | self._failed
+        here = self._held.keys() | self._failed.keys()
         awaited = {member.rank for member in self.members.values() if member.active}
         if awaited <= here:
-            return len(here) >= self.plan.quorum  # below it we wait for others to come
+            return len(here) >= self.plan.quorum or self._is_given_up_for_newcomers
         return len(self._held) >= self.plan.quorum and now >= self._first + self._deadline()
+
+    @property
+    def _is_given_up_for_newcomers(self) -> bool:
+        """Below the quorum a round waits for others to come. On plane torch they come in between two rounds."""
+        return self.plan.plane == "torch" and not all(member.active for member in self.members.values())
 
     def _deadline(self) -> float:
         if self.plan.deadline is None:
@@ -374,7 +379,7 @@ class Run:
         values = {name for _, sent in parts for name in sent.values}
         closed = Round(
             run=self.name, round=self.round, shard=self.shard, life=self.life, ranks=ranks, members=self._ranks(),
-            refused=sorted(self._failed), late=len(self._stale),
+            refused=sorted(self._failed), again=self._is_summed_again, late=len(self._stale),
             values={
                 name: sum(weight * sent.values.get(name, math.nan) for weight, sent in weights) / total
                 for name in sorted(values)
@@ -386,9 +391,14 @@ class Run:
         self._counted[self.round] = {*ranks, *self._failed}
         while len(self._counted) > REMEMBERED:
             del self._counted[min(self._counted)]
-        self._held, self._stale, self._failed = {}, [], set()
+        self._held, self._stale, self._failed = {}, [], {}
         self.round += 1
         return closed, [(weight / total, sent) for weight, sent in weights]
+
+    @property
+    def _is_summed_again(self) -> bool:
+        spoken = len(self._held) + len(self._failed)
+        return self.plan.plane == "torch" and (NO_SUM in self._failed.values() or spoken < self.plan.quorum)
 
     def mean(self, closed: Round, summands: list[tuple[float, Contribution]]) -> Round:
         """The closed round with its mean. This is the work; it may run in a thread."""
