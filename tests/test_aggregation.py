@@ -516,6 +516,21 @@ def test_a_run_goes_on_with_a_newcomer_that_has_its_state_when_all_others_die() 
     assert (team.closed[-1].round, team.closed[-1].ranks) == (1, [2])
 
 
+def test_who_waited_in_vain_for_the_dead_joins_again_before_the_run_begins_anew() -> None:
+    """Else the first one would begin with the others, and see each of them come as another newcomer."""
+    team = Team()
+    team.push(0, [1, 1, 1], round_=37, life=5, peers=2)
+    team.join(2, 3, base=1)
+    for _ in range(12):
+        team.now += 0.1
+        for rank in (2, 3):
+            team.send(rank, "beat", round=-1, life=5)
+        team.run.due(team.now)
+    assert not team.join(2, base=2, round=-1).ready
+    admission = team.join(3, base=2, round=-1)
+    assert (admission.ready, admission.members, admission.newcomers) == (True, [2, 3], {})
+
+
 def test_a_run_does_not_go_on_from_nothing_because_somebody_waits_to_begin_with_its_checkpoint(data: Path) -> None:
     save("r", 0, Checkpoint(20, {"model.w": np.zeros(3, np.float32)}))
     team = Team(checkpoint=10)

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline, Tensor, catalog
-from pipeline.catalog import Round
+from pipeline.catalog import Round, RunPlan, State
 from pipeline.errors import ConfigurationError
 from pipeline.server import Server
 from publishers.training import join, replay
-from publishers.training.exchange import Refused
+from publishers.training.exchange import Exchange, Refused
 
 from . import trainer
 from .processes import line_with
@@ -416,6 +416,16 @@ def test_a_round_of_the_dead_that_only_some_hear_is_nobodys(aggregator: str, tea
     workers = [*first, *team(aggregator, "r", 1, **options)]
     assert len({worker.final() for worker in workers}) == 1
     assert {tuple(line["ranks"]) for worker in workers for line in worker.rounds} == {(0, 1)}
+
+
+def test_of_states_of_one_round_the_last_one_is_begun_with() -> None:
+    """On planes shm and torch it says where the group meets; the group of the one before may be gone."""
+    exchange = Exchange("r", [RunPlan(size=1)], url=None, rank=None, host="")
+    for note in ("first", "last"):
+        exchange._hear_state(State(run="r", round=20, rank=0, note=note))
+    found = exchange.take_state(0.0)
+    assert found is not None
+    assert found.note == "last"
 
 
 @planes

@@ -421,15 +421,15 @@ class Exchange:
             del self._states[: at + 1]
 
     def take_state(self, timeout: float, lowest_rank: int = -1) -> State | None:
-        """The newest State, from a worker where `lowest_rank` is 0; None when none came in time."""
+        """The newest State of this life, from a worker where `lowest_rank` is 0; None when none came in time."""
 
         def found() -> list[State]:
             life = self._lives.get(0, 0)
             return [state for state in self._states if state.rank >= lowest_rank and state.life == life]
 
-        self.wait(lambda: bool(found()), timeout)
+        self.wait(lambda: bool(found()), max(0.0, timeout))
         with self._changed:
-            return max(found(), key=lambda state: state.round, default=None)
+            return max(reversed(found()), key=lambda state: state.round, default=None)
 
     def applied(self) -> int:
         """Server modes: this worker's last push that all shards have applied."""

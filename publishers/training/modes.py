@@ -95,30 +95,33 @@ class Mode:
         while True:
             admission = run.exchange.join(again=again, timeout=run.options.timeout)[0]
             run.plane = admission.plane or run.plan.plane
+            members = [rank for rank in admission.members if rank not in admission.newcomers.values()]
             if admission.source == run.rank:
                 run.round = max(run.round, admission.round)
                 if run.recorder is not None:
                     run.recorder.begins(run.round)
-                self.lead(admission.members)
+                self.lead(members)
                 self.give_state()
                 return
-            state = run.exchange.take_state(max(1.0, run.plan.lease))
-            if state is not None and state.rank < 0 and run.plane in ("shm", "torch"):
-                self.load(state)  # from a checkpoint; who of us leads is not the aggregator's affair
-                if run.rank == min(admission.members):
-                    self.lead(admission.members)
-                    self.give_state()
-                    return
-                state = run.exchange.take_state(max(1.0, run.plan.lease), lowest_rank=0)
-            if state is not None and (state.round >= admission.round or state.rank < 0 or run.plane == "shm"):
-                self.load(state)
-                if state.rank < 0 and run.recorder is not None:
-                    run.recorder.resumes(run.round)
-                if self.follow(json.loads(state.note or "{}"), admission.members):
-                    return
-            if state is not None:
-                run.exchange.forget(state)
-            again = True  # whoever was to give it is gone, or what it gave has passed by
+            beside = run.plane in ("shm", "torch")  # who of us leads is not the aggregator's affair
+            leads = beside and admission.source < 0 and run.rank == min(members, default=run.rank)
+            until = time.monotonic() + max(1.0, run.plan.lease)
+            while True:
+                state = run.exchange.take_state(until - time.monotonic(), lowest_rank=0 if beside and not leads else -1)
+                if state is None:
+                    break
+                if state.round >= admission.round or state.rank < 0 or run.plane == "shm":
+                    self.load(state)
+                    if state.rank < 0 and run.recorder is not None:
+                        run.recorder.resumes(run.round)
+                    if leads:
+                        self.lead(members)
+                        self.give_state()
+                        return
+                    if self.follow(json.loads(state.note or "{}"), admission.members):
+                        return
+                run.exchange.forget(state)  # what it leads to has passed by; another one is on its way
+            again = True  # whoever was to give it is gone
 
     def lead(self, members: list[int]) -> None:
         """This worker gives the others what they begin with."""

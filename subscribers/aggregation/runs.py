@@ -54,6 +54,8 @@ class Member:
     host: str = ""
     attempt: int = 0
     """How often it has joined."""
+    waits: bool = False
+    """It has joined since the run last ended, and waits for it to begin."""
 
 
 @dataclass(slots=True)
@@ -142,6 +144,7 @@ class Run:
             member.fed = False
             member.attempt = sent.base
         member.active = member.active or not self.begun
+        member.waits = True
         elsewhere = (
             self.begun
             and self.plan.plane == "shm"
@@ -154,18 +157,17 @@ class Run:
                 'not see; begin the run with join(..., plane="redis") everywhere'
             )
             return Answer([self._admission(sent.worker, member, ready=False).model_copy(update={"reason": reason})])
-        if not self.begun and len(self.members) >= self.plan.workers and self._may_begin(now):
+        if not self.begun and sum(member.waits for member in self.members.values()) >= self.plan.workers:
             self._begin()
         if self.begun and not member.fed and self._resumed is None and any(m.fed for m in self.members.values()):
             self._wanted = True
         return Answer([self._admission(sent.worker, member, ready=self._ready())])
 
-    def _may_begin(self, now: float) -> bool:
-        return True
-
     def _begin(self) -> None:
         self.begun = True
         self.life = max(self.life + 1, int(1000 * time.time()))
+        for member in self.members.values():
+            member.active = member.waits  # the rest waits for a State of a life that is over, and will join yet
         if self.plan.plane == "auto":
             hosts = {member.host for member in self.members.values()}
             plane: Literal["shm", "redis"] = "shm" if len(hosts) == 1 and "" not in hosts else "redis"
@@ -229,7 +231,7 @@ class Run:
         self._held, self._stale, self._failed, self._counted = {}, [], {}, {}
         self._held_back, self._expected, self._wanted, self._last = 0.0, 0, False, None
         for member in self.members.values():
-            member.active, member.fed = True, False
+            member.active, member.fed, member.waits = True, False, False
 
     def _leave(self, sent: Contribution, now: float) -> Answer:
         member = self.members.pop(sent.worker, None)
