@@ -486,7 +486,7 @@ class Server(Run):
         if found is None or weights is None or weights.shape != (self.plan.size,):
             return
         self.round, self.weights = found.round, weights.astype(np.float32)
-        self._optimizer.step = int(found.note.get("step", 0))
+        self._optimizer.steps = float(found.note.get("step", 0))
         for name, array in self._optimizer.state.items():
             if name in found.tensors:
                 array[:] = found.tensors[name]
@@ -565,10 +565,10 @@ class Server(Run):
         if gradient is None or not np.isfinite(norm := float(np.linalg.norm(gradient))):
             refused.append(member.rank)
         else:
-            scale = 1 / (1 + staleness) if self.plan.late == "scale" else 1.0
             if self.plan.clip is not None and norm > self.plan.clip:
-                scale *= self.plan.clip / norm
-            self._optimizer.apply(self.weights, gradient, scale)
+                gradient = gradient * np.float32(self.plan.clip / norm)
+            part = 1 / (1 + staleness) if self.plan.late == "scale" else 1.0
+            self._optimizer.apply(self.weights, gradient, part)
             self.round += 1
             if self.plan.checkpoint and self.round % self.plan.checkpoint == 0:
                 self._checkpoint()
@@ -581,7 +581,7 @@ class Server(Run):
 
     def _checkpoint(self) -> None:
         assert self.weights is not None
-        note = {"step": self._optimizer.step, "applied": self._applied, "note": self._note}
+        note = {"step": self._optimizer.steps, "applied": self._applied, "note": self._note}
         self._save(Checkpoint(self.round, {"weights": self.weights, **self._optimizer.state}, note))
 
 
