@@ -45,6 +45,8 @@ Vector = npt.NDArray[np.float32]
 LOST = 1.0
 """Seconds for which a missed round may still come."""
 TOLD = 5.0
+LAST = 2.0
+"""Seconds that a worker waits for the last of what a server makes of its pushes."""
 UNHEARD = 0.1
 """Seconds after which a dogwild push of which nothing was heard counts as lost."""
 
@@ -475,14 +477,14 @@ class Async(Mode):
 
     def end(self) -> None:
         """With the weights that came of everything."""
-        self._finish(2.0)
-
-    def _finish(self, seconds: float) -> None:
-        exchange = self.run.exchange
         if self._gathered is not None:
             self._push({})
-        exchange.wait(lambda: exchange.applied() >= self._sequence - 1, seconds)
+        self._await_weights()
         self._fetch()
+
+    def _await_weights(self) -> None:
+        exchange = self.run.exchange
+        exchange.wait(lambda: exchange.applied() >= self._sequence - 1, LAST)
 
 
 class Dogwild(Async):
@@ -501,9 +503,14 @@ class Dogwild(Async):
         if self.run.exchange.state_wanted.is_set():
             self.give_state()
 
-    def end(self) -> None:
-        """With the weights that came of everything, unless that is lost."""
-        self._finish(0.2)
+    def _await_weights(self) -> None:
+        """While versions come, so may that with the last push in it; after a silence it is lost."""
+        exchange, until = self.run.exchange, time.monotonic() + LAST
+        version, before = self.run.round, -1
+        while exchange.applied() < self._sequence - 1 and version > before and time.monotonic() < until:
+            before = version
+            exchange.wait(lambda: exchange.applied() >= self._sequence - 1, 2 * UNHEARD)
+            version = max((one.round for one in exchange.weights(before) or []), default=before)
 
 
 class Hogwild(Mode):
