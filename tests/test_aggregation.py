@@ -459,6 +459,22 @@ def test_the_servers_optimizers_are_torchs(name: str) -> None:
     assert np.allclose(weights, parameter.detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adagrad", "adam"])
+def test_what_is_worth_a_part_of_a_step_is_not_made_up_for_in_the_steps_after_it(name: str) -> None:
+    def moved(*parts: float) -> float:
+        weights, optimizer = np.zeros(1, np.float32), Optimizer(name, 0.1, 1)
+        for _ in range(100):
+            optimizer.apply(weights, np.float32([0.01]))
+        before = float(weights[0])
+        for part in parts:
+            optimizer.apply(weights, np.float32([-1.0]), part)
+        for _ in range(10):
+            optimizer.apply(weights, np.float32([0.0]))
+        return float(weights[0]) - before
+
+    assert abs(moved(0.02) - moved()) < abs(moved(1.0) - moved()) / 3
+
+
 def test_an_unknown_optimizer_is_refused() -> None:
     with pytest.raises(Reject, match="'lion' is unknown; use one of sgd, momentum, adagrad, adam"):
         Team(Server, mode="async", optimizer="lion")

@@ -591,6 +591,20 @@ def test_several_aggregators_share_a_big_model(valkey_url: str, team: Any, tmp_p
         check(*workers)
 
 
+@pytest.mark.parametrize("mode", ["async", "dogwild"])
+def test_several_servers_share_the_weights(mode: str, aggregator: str, team: Any) -> None:
+    """An odd number of them, of which the slices are not of one size."""
+    options: dict[str, Any] = {"mode": mode, "size": 1001, "shards": 3, "server_optimizer": "sgd", "rate": 0.001}
+    workers = team(aggregator, "r", 2, workers=2, steps=20, **options)
+    for worker in workers:
+        worker.final()
+    lasts = [(worker.said[-1]["value"], worker.said[-1]["last"]) for worker in workers]
+    if mode == "async":
+        assert min(lasts) == pytest.approx((-0.001 * 20 * 3, -0.001 * 20 * 3), rel=1e-3)
+    else:
+        assert -0.0601 <= min(lasts)[0] < -0.03
+
+
 @planes
 def test_metrics_are_means_over_the_workers(plane: str, aggregator: str, team: Any) -> None:
     workers = team(aggregator, "r", 2, plane=plane, workers=2, steps=3, values=31)

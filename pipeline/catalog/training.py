@@ -190,6 +190,8 @@ class State(Event):
     run: str
     round: int
     """The first one not yet in it."""
+    shard: int = 0
+    """With a server: which slice of the weights it is."""
     rank: int
     life: int = 0
     """Of the run; see Admission."""

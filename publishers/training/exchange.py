@@ -343,7 +343,7 @@ class Exchange:
     def _hear_state(self, state: State) -> None:
         with self._changed:
             self._states.append(state)
-            del self._states[:-4]
+            del self._states[: -4 * len(self._plans)]
             self._changed.notify_all()
 
     def _notify(self) -> None:
@@ -430,6 +430,17 @@ class Exchange:
         self.wait(lambda: bool(found()), max(0.0, timeout))
         with self._changed:
             return max(reversed(found()), key=lambda state: state.round, default=None)
+
+    def take_weights(self, timeout: float) -> list[State] | None:
+        """Server modes: the newest State of each shard, in order; None when one of them did not come in time."""
+
+        def newest() -> dict[int, State]:
+            return {state.shard: state for state in sorted(self._states, key=lambda state: state.round)}
+
+        self.wait(lambda: len(newest()) == len(self._plans), timeout)
+        with self._changed:
+            found = newest()
+        return [found[shard] for shard in sorted(found)] if len(found) == len(self._plans) else None
 
     def applied(self) -> int:
         """Server modes: this worker's last push that all shards have applied."""

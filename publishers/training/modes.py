@@ -398,12 +398,13 @@ class Async(Mode):
     def begin(self) -> None:
         run = self.run
         while True:
-            admission = run.exchange.join(timeout=run.options.timeout)[0]
-            if admission.ready:
-                state = run.exchange.take_state(max(1.0, run.plan.lease))
-                if state is None:
+            admissions = run.exchange.join(timeout=run.options.timeout)
+            if all(admission.ready for admission in admissions):
+                parts = run.exchange.take_weights(max(1.0, run.plan.lease))
+                if parts is None:
                     continue
-                self.load(state)
+                self._write([part.tensors["values"] for part in parts])
+                run.round = min(part.round for part in parts)
                 return
             self.give_state()
             time.sleep(0.05)
@@ -471,9 +472,12 @@ class Async(Mode):
         if newest is None:
             return
         run.last = newest[0]
-        run.parameters.write(np.concatenate([np.asarray(one.parts["values"]) for one in newest])
-                             if len(newest) > 1 else np.asarray(newest[0].parts["values"]))  # fmt: skip
+        self._write([one.parts["values"] for one in newest])
         run.round = min(one.round for one in newest)
+
+    def _write(self, slices: list[Tensor]) -> None:
+        whole = [np.asarray(one) for one in slices]
+        self.run.parameters.write(np.concatenate(whole) if len(whole) > 1 else whole[0])
 
     def end(self) -> None:
         """With the weights that came of everything."""

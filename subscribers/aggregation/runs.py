@@ -539,8 +539,9 @@ class Server(Run):
         if self.weights is None:
             return None
         return State(
-            run=self.name, round=self.round, rank=-1, tensors={"values": Tensor(self.weights.copy())}, note=self._note
-        )
+            run=self.name, round=self.round, shard=self.shard, rank=-1,
+            tensors={"values": Tensor(self.weights.copy())}, note=self._note,
+        )  # fmt: skip
 
     def take_live(self, sent: Contribution, now: float) -> Answer:
         """A push that every aggregator hears. Whose run it is, is known by what is durable: nothing else makes a member
