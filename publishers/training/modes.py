@@ -106,7 +106,7 @@ class Mode:
                 self.give_state()
                 return
             beside = run.plane in ("shm", "torch")  # who of us leads is not the aggregator's affair
-            leads = beside and admission.source < 0 and run.rank == min(members, default=run.rank)
+            leads = beside and admission.source < 0 and members[:1] == [run.rank]
             until = time.monotonic() + max(1.0, run.plan.lease)
             while True:
                 state = run.exchange.take_state(until - time.monotonic(), lowest_rank=0 if beside and not leads else -1)
