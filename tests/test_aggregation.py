@@ -459,9 +459,101 @@ def test_the_servers_optimizers_are_torchs(name: str) -> None:
     assert np.allclose(weights, parameter.detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adagrad", "adam"])
+def test_what_is_worth_a_part_of_a_step_is_not_made_up_for_in_the_steps_after_it(name: str) -> None:
+    def moved(*parts: float) -> float:
+        weights, optimizer = np.zeros(1, np.float32), Optimizer(name, 0.1, 1)
+        for _ in range(100):
+            optimizer.apply(weights, np.float32([0.01]))
+        before = float(weights[0])
+        for part in parts:
+            optimizer.apply(weights, np.float32([-1.0]), part)
+        for _ in range(10):
+            optimizer.apply(weights, np.float32([0.0]))
+        return float(weights[0]) - before
+
+    assert abs(moved(0.02) - moved()) < abs(moved(1.0) - moved()) / 3
+
+
 def test_an_unknown_optimizer_is_refused() -> None:
     with pytest.raises(Reject, match="'lion' is unknown; use one of sgd, momentum, adagrad, adam"):
         Team(Server, mode="async", optimizer="lion")
+
+
+# -- lives of a run ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_that_nobody_is_left_of_left_behind_counts_for_nothing() -> None:
+    team = Team()
+    first = team.join(0, 1).life
+    team.push(0, [1, 1, 1])
+    team.push(1, [1, 1, 1])
+    team.wait(LEASE + 0.2)
+    second = team.join(2, 3).life
+    assert second > first
+    assert team.push(0, [9, 9, 9], round_=37, life=first) == []
+    assert team.send(0, "state", round=37, life=first) == []
+    [told] = team.send(1, "beat", round=37, life=first)
+    assert (told.ready, told.life, told.members) == (False, second, [2, 3])
+    team.push(2, [1, 1, 1], life=second)
+    team.push(3, [3, 3, 3], life=second)
+    assert (team.closed[-1].round, team.closed[-1].life, team.mean()) == (0, second, [2.0] * 3)
+
+
+def test_who_takes_over_by_a_message_from_the_dead_hears_it_from_the_living() -> None:
+    team = Team()
+    team.push(0, [9, 9, 9], round_=37, life=5, peers=2)
+    team.push(2, [1, 1, 1], round_=12, life=9, peers=2)
+    team.push(0, [9, 9, 9], round_=37, life=5, peers=2)
+    team.push(3, [3, 3, 3], round_=12, life=9, peers=2)
+    assert [(one.round, one.life, one.ranks) for one in team.closed] == [(12, 9, [2, 3])]
+
+
+def test_who_takes_over_with_a_contribution_that_came_twice_goes_to_the_open_round() -> None:
+    team = Team()
+    team.push(0, [9, 9, 9], round_=37, peers=2)
+    for rank, value in ((1, 1), (0, 3)):
+        team.push(rank, [value] * 3, round_=38, peers=2)
+    assert [(one.round, one.ranks) for one in team.closed] == [(38, [0, 1])]
+
+
+def test_a_run_goes_on_with_a_newcomer_that_has_its_state_when_all_others_die() -> None:
+    team = Team()
+    team.join(0, 1)
+    team.push(0, [1, 1, 1])
+    team.push(1, [1, 1, 1])
+    team.join(2)
+    for _ in range(12):
+        team.now += 0.1
+        team.send(2, "beat", round=-1)
+        team.run.due(team.now)
+    assert not team.run.begun
+    team.push(2, [5, 5, 5], round_=1)
+    assert (team.closed[-1].round, team.closed[-1].ranks) == (1, [2])
+
+
+def test_who_waited_in_vain_for_the_dead_joins_again_before_the_run_begins_anew() -> None:
+    """Else the first one would begin with the others, and see each of them come as another newcomer."""
+    team = Team()
+    team.push(0, [1, 1, 1], round_=37, life=5, peers=2)
+    team.join(2, 3, base=1)
+    for _ in range(12):
+        team.now += 0.1
+        for rank in (2, 3):
+            team.send(rank, "beat", round=-1, life=5)
+        team.run.due(team.now)
+    assert not team.join(2, base=2, round=-1).ready
+    admission = team.join(3, base=2, round=-1)
+    assert (admission.ready, admission.members, admission.newcomers) == (True, [2, 3], {})
+
+
+def test_a_run_does_not_go_on_from_nothing_because_somebody_waits_to_begin_with_its_checkpoint(data: Path) -> None:
+    save("r", 0, Checkpoint(20, {"model.w": np.zeros(3, np.float32)}))
+    team = Team(checkpoint=10)
+    team.send(1, "beat", round=-1)
+    assert not team.run.begun
+    admission = [one for rank in (0, 1) for one in team.send(rank, "join") if isinstance(one, Admission)][-1]
+    assert (admission.ready, admission.round, admission.source) == (True, 20, -1)
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------

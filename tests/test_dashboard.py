@@ -221,9 +221,14 @@ async def test_runs_are_compared_by_step_and_by_time_and_a_zoom_asks_for_finer_b
                         for n in range(steps)
                     ],
                 )
-            await app.publish(training_metrics, TrainingMetrics(run="lone", step=5, values={"loss": 0.5}))
+            lone = {
+                "loss": 0.5, "bytes_sent": 4e5, "bytes_raw": 1e6, "bytes_saved": 6e5, "encode_seconds": 0.002,
+                "decode_seconds": 0.001,
+            }  # fmt: skip
+            await app.publish(training_metrics, TrainingMetrics(run="lone", step=5, values=lone))
             await page.goto(f"{address}/training")
             await expect(page.locator("#runs tbody tr")).to_have_count(4)
+            await expect(page.locator("#runs tbody tr", has_text="lone")).to_contain_text("2.5 × in 3 ms")
             await page.wait_for_function("window.pipelineCharts.loss?.one?.x.at(-1) === 2999", timeout=PATIENCE)
             assert await page.evaluate("window.pipelineCharts.loss.one.x.length") <= 600
             await page.wait_for_function(

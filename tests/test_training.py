@@ -109,17 +109,26 @@ def unbroken(plans: list[Plan]) -> str:
 
 
 async def test_the_trainer_logs_its_own_figures(aggregator: str) -> None:
-    await states(aggregator, Plan("t", runs=1, rounds=5))
-    rounds = await rounds_of(aggregator, "t.1", 5)
+    await states(aggregator, Plan("t", runs=1, rounds=5), Plan("c", runs=1, rounds=5, compress="bf16"))
     async with Pipeline("t", aggregator) as app:
-        logged = events(await collect(app, catalog.training_metrics, 5))
-    for one, closed in zip(logged, rounds, strict=True):
-        assert (one.run, one.step, one.values["loss"]) == ("t.1", closed.round, closed.values["loss"])
-        assert {*one.values} == {
-            "loss", "accuracy", "gradient_norm", "staleness", "samples_per_second", "round_seconds", "members",
-            "bytes_sent", "bytes_raw", "refused",
-        }  # fmt: skip
-        assert one.values["bytes_sent"] == one.values["bytes_raw"] == 4 * 2410
+        rounds = events(await collect(app, catalog.rounds, 10))
+        logged = events(await collect(app, catalog.training_metrics, 10))
+    losses = {(one.run, one.round): one.values["loss"] for one in rounds}
+    assert {(one.run, one.step): one.values["loss"] for one in logged} == losses
+    usual = {
+        "loss", "accuracy", "gradient_norm", "staleness", "samples_per_second", "round_seconds", "members",
+        "bytes_sent", "bytes_raw", "refused",
+    }  # fmt: skip
+    for one in logged:
+        values = one.values
+        assert values["bytes_raw"] == 4 * 2410
+        if one.run == "t.1":
+            assert {*values} == usual
+            assert values["bytes_sent"] == values["bytes_raw"]
+        else:
+            assert {*values} == usual | {"bytes_saved", "encode_seconds", "decode_seconds"}
+            assert values["bytes_sent"] == values["bytes_saved"] == 2 * 2410
+            assert 0 < values["encode_seconds"] + values["decode_seconds"] < 0.1
 
 
 @pytest.mark.parametrize("mode", ["local", "async", "dogwild", "hogwild"])
@@ -213,8 +222,8 @@ async def test_a_loss_that_is_not_finite_ends_the_run(aggregator: str) -> None:
 
 
 async def test_the_first_run_carries_held_out_accuracy_above_95_percent(aggregator: str) -> None:
-    """In the demo's 8 rounds a second and two workers this is 20 s."""
-    await states(aggregator, *team(2, rounds=161))
+    """In the demo's 8 rounds a second, two workers and bf16 this is 20 s."""
+    await states(aggregator, *team(2, rounds=161, compress="bf16"))
     part = digits().held_out
     async with Pipeline("t", aggregator) as app:
         published = (await app.stats()).channels["weights"].published

@@ -1,4 +1,5 @@
 """A worker of a training run, for tests: `python -m tests.trainer RUN '{"steps": 30, …}'`. A line of JSON a round.
+As a process it can be killed and paused; where nobody does that, `main` in a thread says the same sooner.
 
 Its gradient is `rank + 1` everywhere, so the mean of a round tells whose gradients are in it. With `until` it ends with
 the first round in which somebody saw that this file is there: all workers end with the same one. With `adam` its
@@ -11,6 +12,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 from publishers.training import join
 
 
-def main(name: str, options: dict[str, object]) -> None:
+def main(name: str, options: dict[str, object], say: Callable[[dict[str, Any]], None]) -> None:
     until = options.pop("until", None)
     steps = int(options.pop("steps", 30 if until is None else 1 << 40))  # type: ignore[call-overload]
     pause = float(options.pop("pause", 0.01))  # type: ignore[arg-type]
@@ -66,14 +68,16 @@ def main(name: str, options: dict[str, object]) -> None:
                     "values": {name: last.values.get(name) for name in more},
                     "mean": None if run.mean is None else float(run.mean[7]),
                 }  # fmt: skip
-            print(json.dumps(said), flush=True)
+            say(said)
             own += 1
             if last is not None and last.values.get("stop"):
                 break
             time.sleep(pause)
+    if optimizer is descend:
+        weights = model["w"]  # another array, where it was in shared memory
     state = hashlib.sha256(weights.tobytes()).hexdigest()
     ends = {"value": float(weights[0]), "last": float(weights[-1])}
-    print(json.dumps({"final": state, "rank": run.rank, **ends}), flush=True)
+    say({"final": state, "rank": run.rank, **ends})
 
 
 def _stop(until: object) -> dict[str, bool]:
@@ -81,4 +85,4 @@ def _stop(until: object) -> dict[str, bool]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    main(sys.argv[1], json.loads(sys.argv[2]), lambda said: print(json.dumps(said), flush=True))

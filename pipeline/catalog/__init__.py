@@ -65,6 +65,7 @@ from .serving import (
     requests_of,
 )
 from .training import (
+    NO_SUM,
     Admission,
     Contribution,
     Mode,
@@ -100,6 +101,7 @@ __all__ = [
     "MatmulResult",
     "MatmulTile",
     "Mode",
+    "NO_SUM",
     "ModelStatus",
     "Operand",
     "Prediction",

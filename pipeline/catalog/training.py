@@ -11,6 +11,7 @@ from ..events import Event
 from ..tensors import Tensor
 
 __all__ = [
+    "NO_SUM",
     "Admission",
     "Contribution",
     "Mode",
@@ -30,6 +31,10 @@ __all__ = [
 ]
 
 Mode = Literal["sync", "async", "hogwild", "dogwild", "local"]
+
+
+NO_SUM = "no sum"
+"""Why a worker's part of a round failed: plane torch gave it none."""
 
 
 class Weights(Event):
@@ -84,6 +89,8 @@ class Contribution(Event):
     """Unique, for as long as the process lives."""
     rank: int = Field(default=-1, ge=-1)
     """-1: not assigned yet."""
+    life: int = Field(default=0, ge=0)
+    """Of the run, that the worker knows of; see Admission."""
     plan: RunPlan
     action: Literal["join", "beat", "push", "state", "leave"]
     """join, beat: asked as requests, answered with an Admission. push: a part of a round. state: what the worker has,
@@ -104,7 +111,7 @@ class Contribution(Event):
     values: dict[str, float] = Field(default_factory=dict)
     """loss, accuracy, …: averaged over the round."""
     failed: str = ""
-    """Why there are no parts: the round goes on without them."""
+    """Why there are no parts: the round goes on without them. Plane torch: NO_SUM, and nobody applies the round."""
     note: str = ""
     """JSON that goes with a state."""
     host: str = ""
@@ -126,6 +133,9 @@ class Admission(Event):
     """Ranks."""
     newcomers: dict[str, int] = Field(default_factory=dict)
     """Who joined and has no State yet: worker and attempt → rank."""
+    life: int = 0
+    """A run that nobody is left of begins anew, or from a checkpoint, in a later life; what is of an earlier one does
+    not count. The moment of its beginning, in milliseconds since 1970; 0: not begun, or a server keeps the weights."""
     settled: bool = True
     """False: an aggregator has just taken over, and may not know of all members yet."""
     plane: str = ""
@@ -147,11 +157,15 @@ class Round(Event):
     round: int = Field(ge=0)
     """With a server: the version of its weights afterwards."""
     shard: int = 0
+    life: int = 0
+    """Of the run; see Admission."""
     ranks: list[int]
     """Whose contributions are in it, in the order of summation."""
     members: list[int] = Field(default_factory=list)
     refused: list[int] = Field(default_factory=list)
     """Whose were not finite, or said to have failed."""
+    again: bool = False
+    """Plane torch: some have no sum, or a newcomer is to make up the quorum. Nobody applies it; all meet anew."""
     late: int = 0
     """How many were in it that belonged to an earlier round."""
     codec: str = "none"
@@ -176,7 +190,11 @@ class State(Event):
     run: str
     round: int
     """The first one not yet in it."""
+    shard: int = 0
+    """With a server: which slice of the weights it is."""
     rank: int
+    life: int = 0
+    """Of the run; see Admission."""
     tensors: dict[str, Tensor] = Field(default_factory=dict)
     note: str = ""
     """JSON: what is no tensor."""

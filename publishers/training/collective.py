@@ -3,7 +3,8 @@
     sum ─▶ push(ok or failed) ─▶ aggregator: Round when all members have spoken ─▶ all apply their sum, or nobody does
 
 When one failed (a peer died in the middle), nobody applies anything: the group is formed anew of the members that the
-Round names, and the same gradients are summed again. So no worker ever applies a round that another did not. To form a
+Round names, and the same gradients are summed again. So no worker ever applies a round that another did not. A gradient
+that is not finite takes part as zeros that count for no sample, and its worker says so. To form a
 group, the lowest rank that was in the round opens a store and publishes a State that says where; everybody signs there,
 newcomers too, and when all have, they connect. Whoever waits, for a signature or a sum, looks at the members meanwhile.
 """
@@ -24,6 +25,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from pipeline.catalog import NO_SUM
 from pipeline.settings import settings
 from pipeline.transports.client import address
 
@@ -49,6 +51,8 @@ class Collective(Sync):
     _members: list[int]
     _store: Any = None
     _group: Any = None
+    state_wanted = False
+    """A State says where the next group meets, and comes after the round."""
 
     # -- forming a group -----------------------------------------------------------------------------------------
 
@@ -134,11 +138,14 @@ class Collective(Sync):
         run = self.run
         run.sent = vector.nbytes
         while True:
-            mean = self._sum(vector, samples)
-            failed = "" if mean is not None else "no sum"
+            finite = bool(np.isfinite(vector).all())
+            mean = self._sum(vector, samples) if finite else self._sum(np.zeros_like(vector), 0)
+            failed = NO_SUM if mean is None else "" if finite else "not finite"
             run.exchange.push(run.round, [("none", {})], samples=samples, values=values, failed=failed)
-            run.exchange.wait(lambda: run.exchange.has(run.round), None)
-            [closed] = run.exchange.take(run.round)
+            heard = self._await()
+            if heard is None:
+                return  # it was given another worker's state
+            [closed] = heard
             spoken = [*closed.ranks, *closed.refused]
             if run.rank not in spoken:
                 logger.warning("run %s: round %d went on without this worker", run.name, run.round)
@@ -146,8 +153,8 @@ class Collective(Sync):
                 return
             run.last = closed
             run.round += 1
-            done = mean is not None and not closed.refused
-            if done:
+            done = not closed.again
+            if done and closed.ranks:
                 run.mean = mean
                 apply(mean)
             if not done or closed.members != self._members or closed.state_from is not None:
@@ -166,7 +173,7 @@ class Collective(Sync):
             if self._until(work.is_completed):
                 work.wait()
                 whole: Vector = sum_.cpu().numpy()
-                mean: Vector = whole[:-1] / whole[-1]
+                mean: Vector = whole[:-1] / max(whole[-1], np.float32(1))
                 return mean
             _abandoned.append((self._group, work))
         except RuntimeError as error:

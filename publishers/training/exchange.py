@@ -67,7 +67,14 @@ class Exchange:
         self._stack = contextlib.ExitStack()
         self._pipe: BlockingPipeline
         self._changed = threading.Condition()
-        self._rounds: dict[int, dict[int, Round]] = {}
+        self._rounds: dict[int, dict[tuple[int, int], Round]] = {}
+        """Number → shard and life → the first that was heard."""
+        self._lives: dict[int, int] = {}
+        """By shard, the life of the run that this worker is in; see Admission."""
+        self.lost = False
+        """The run is in a later life than this worker, which has to join again."""
+        self._open = -1
+        """The round that was open when the aggregator last answered."""
         self._states: list[State] = []
         self._applied: dict[int, int] = {}
         """Server modes: by shard, this worker's last applied push."""
@@ -155,14 +162,15 @@ class Exchange:
         asked = time.monotonic()
         told = False
         self._attempt += 1
-        self._waiting = -1
-        self.awaited = False
+        self._waiting = self._open = -1
+        self.awaited = self.lost = False
         while True:
             admissions = [self._ask("join", shard, round_=-1 if again else 0) for shard in range(len(self._plans))]
             found = [admission for admission in admissions if admission is not None]
             if found:
                 self.rank = found[0].rank
                 self.members = found[0].members
+                self._lives = {admission.shard: admission.life for admission in found}
             ready = len(found) == len(admissions) and all(admission.ready for admission in found)
             if ready or (found and self.served and found[0].source == self.rank):
                 if found[0].plane:
@@ -207,8 +215,8 @@ class Exchange:
 
     def _message(self, action: Any, shard: int, **more: Any) -> Contribution:
         return Contribution(
-            run=self.run, worker=self.worker, rank=self.rank, plan=self._plans[shard], action=action, shard=shard,
-            peers=len(self.members), host=self._host, **more,
+            run=self.run, worker=self.worker, rank=self.rank, life=self._lives.get(shard, 0), plan=self._plans[shard],
+            action=action, shard=shard, peers=len(self.members), host=self._host, **more,
         )  # fmt: skip
 
     def _key(self, shard: int) -> str:
@@ -229,6 +237,12 @@ class Exchange:
                     continue
                 if answer is None:
                     continue
+                if takes_part and attempt == self._attempt:
+                    if answer.life != self._lives.get(shard, 0):
+                        self.lost = True
+                        self._notify()
+                        continue
+                    self._open = max(self._open, answer.round)
                 if shard == 0:
                     self.rank = answer.rank  # another one, where ours was given away while we were thought dead
                 if shard == 0 and answer.settled:
@@ -293,7 +307,8 @@ class Exchange:
     def give_state(self, round_: int, tensors: Mapping[str, Tensor], note: str) -> None:
         """Publish what this worker has, for those that join."""
         self.state_wanted.clear()
-        state = State(run=self.run, round=round_, rank=self.rank, tensors=dict(tensors), note=note)
+        life = self._lives.get(0, 0)
+        state = State(run=self.run, round=round_, rank=self.rank, life=life, tensors=dict(tensors), note=note)
         self._pipe.publish(catalog.states, state)
 
     def checkpoint(self, round_: int, tensors: Mapping[str, Tensor], note: str, shard: int = 0) -> None:
@@ -315,19 +330,20 @@ class Exchange:
                 if closed.worker == self.worker:
                     self._applied[closed.shard] = max(closed.sequence, self._applied.get(closed.shard, -1))
             else:
-                self._rounds.setdefault(closed.round, {}).setdefault(closed.shard, closed)
+                self._rounds.setdefault(closed.round, {}).setdefault((closed.shard, closed.life), closed)
                 while len(self._rounds) > KEPT:
                     del self._rounds[min(self._rounds)]
-            if closed.shard == 0:
-                self.members = closed.members
-            if closed.state_from == self.rank:
-                self.state_wanted.set()
+            if closed.life == self._lives.get(closed.shard):
+                if closed.shard == 0:
+                    self.members = closed.members
+                if closed.state_from == self.rank:
+                    self.state_wanted.set()
             self._changed.notify_all()
 
     def _hear_state(self, state: State) -> None:
         with self._changed:
             self._states.append(state)
-            del self._states[:-4]
+            del self._states[: -4 * len(self._plans)]
             self._changed.notify_all()
 
     def _notify(self) -> None:
@@ -380,7 +396,8 @@ class Exchange:
         self._pipe.loop.call_soon_threadsafe(end)
 
     def has(self, round_: int) -> bool:
-        return len(self._rounds.get(round_, ())) == len(self._plans)
+        heard = self._rounds.get(round_, {})
+        return bool(self._lives) and all(which in heard for which in self._lives.items())
 
     def take(self, round_: int) -> list[Round]:
         """A closed round's shards, in order; older ones are forgotten."""
@@ -389,11 +406,13 @@ class Exchange:
             for number in [number for number in self._rounds if number < round_]:
                 del self._rounds[number]
             self._waiting = -1
-        return [found[shard] for shard in sorted(found)]
+        return [found[which] for which in sorted(self._lives.items())]
 
     def is_past(self, round_: int) -> bool:
-        """Later rounds are here and this one is not: it is missed."""
-        return not self.has(round_) and any(number > round_ for number in self._rounds)
+        """Later rounds are here, or open, and this one is not: it is missed."""
+        with self._changed:
+            later = self._open > round_ or any(number > round_ and self.has(number) for number in self._rounds)
+        return later and not self.has(round_)
 
     def forget(self, state: State) -> None:
         """It is not one to begin with, nor is what came before it. What came since stays."""
@@ -402,14 +421,26 @@ class Exchange:
             del self._states[: at + 1]
 
     def take_state(self, timeout: float, lowest_rank: int = -1) -> State | None:
-        """The newest State, from a worker where `lowest_rank` is 0; None when none came in time."""
+        """The newest State of this life, from a worker where `lowest_rank` is 0; None when none came in time."""
 
         def found() -> list[State]:
-            return [state for state in self._states if state.rank >= lowest_rank]
+            life = self._lives.get(0, 0)
+            return [state for state in self._states if state.rank >= lowest_rank and state.life == life]
 
-        self.wait(lambda: bool(found()), timeout)
+        self.wait(lambda: bool(found()), max(0.0, timeout))
         with self._changed:
-            return max(found(), key=lambda state: state.round, default=None)
+            return max(reversed(found()), key=lambda state: state.round, default=None)
+
+    def take_weights(self, timeout: float) -> list[State] | None:
+        """Server modes: the newest State of each shard, in order; None when one of them did not come in time."""
+
+        def newest() -> dict[int, State]:
+            return {state.shard: state for state in sorted(self._states, key=lambda state: state.round)}
+
+        self.wait(lambda: len(newest()) == len(self._plans), timeout)
+        with self._changed:
+            found = newest()
+        return [found[shard] for shard in sorted(found)] if len(found) == len(self._plans) else None
 
     def applied(self) -> int:
         """Server modes: this worker's last push that all shards have applied."""

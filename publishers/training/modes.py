@@ -45,6 +45,8 @@ Vector = npt.NDArray[np.float32]
 LOST = 1.0
 """Seconds for which a missed round may still come."""
 TOLD = 5.0
+LAST = 2.0
+"""Seconds that a worker waits for the last of what a server makes of its pushes."""
 UNHEARD = 0.1
 """Seconds after which a dogwild push of which nothing was heard counts as lost."""
 
@@ -95,30 +97,33 @@ class Mode:
         while True:
             admission = run.exchange.join(again=again, timeout=run.options.timeout)[0]
             run.plane = admission.plane or run.plan.plane
+            members = [rank for rank in admission.members if rank not in admission.newcomers.values()]
             if admission.source == run.rank:
                 run.round = max(run.round, admission.round)
                 if run.recorder is not None:
                     run.recorder.begins(run.round)
-                self.lead(admission.members)
+                self.lead(members)
                 self.give_state()
                 return
-            state = run.exchange.take_state(max(1.0, run.plan.lease))
-            if state is not None and state.rank < 0 and run.plane in ("shm", "torch"):
-                self.load(state)  # from a checkpoint; who of us leads is not the aggregator's affair
-                if run.rank == min(admission.members):
-                    self.lead(admission.members)
-                    self.give_state()
-                    return
-                state = run.exchange.take_state(max(1.0, run.plan.lease), lowest_rank=0)
-            if state is not None and (state.round >= admission.round or state.rank < 0 or run.plane == "shm"):
-                self.load(state)
-                if state.rank < 0 and run.recorder is not None:
-                    run.recorder.resumes(run.round)
-                if self.follow(json.loads(state.note or "{}"), admission.members):
-                    return
-            if state is not None:
-                run.exchange.forget(state)
-            again = True  # whoever was to give it is gone, or what it gave has passed by
+            beside = run.plane in ("shm", "torch")  # who of us leads is not the aggregator's affair
+            leads = beside and admission.source < 0 and members[:1] == [run.rank]
+            until = time.monotonic() + max(1.0, run.plan.lease)
+            while True:
+                state = run.exchange.take_state(until - time.monotonic(), lowest_rank=0 if beside and not leads else -1)
+                if state is None:
+                    break
+                if state.round >= admission.round or state.rank < 0 or run.plane == "shm":
+                    self.load(state)
+                    if state.rank < 0 and run.recorder is not None:
+                        run.recorder.resumes(run.round)
+                    if leads:
+                        self.lead(members)
+                        self.give_state()
+                        return
+                    if self.follow(json.loads(state.note or "{}"), admission.members):
+                        return
+                run.exchange.forget(state)  # what it leads to has passed by; another one is on its way
+            again = True  # whoever was to give it is gone
 
     def lead(self, members: list[int]) -> None:
         """This worker gives the others what they begin with."""
@@ -170,7 +175,9 @@ def _encoded(run: Run, encoders: list[Encoder], vector: Vector) -> tuple[list[tu
         run.sent = 0
         return [("none", {}) for _ in encoders], "not finite"
     pieces = np.split(vector, np.cumsum(run.sizes)[:-1]) if len(encoders) > 1 else [vector]
+    began = time.perf_counter()
     parts = [encoder.encode(piece) for encoder, piece in zip(encoders, pieces, strict=True)]
+    run.encoding = time.perf_counter() - began
     run.sent = sum(nbytes_of(part) for part in parts)
     return [(codec, part) for part in parts], ""
 
@@ -242,19 +249,16 @@ class Sync(Mode):
             return
         started = time.perf_counter()
         self._push(vector, samples, values)
-        while True:
-            closed = self._await()
-            if closed is None:
-                return  # it was given another worker's state
-            run.waited = time.perf_counter() - started
-            if not self.failed(closed):
-                break
-            self._push(vector, samples, values)
+        closed = self._await()
+        if closed is None:
+            return  # it was given another worker's state
+        run.waited = time.perf_counter() - started
         self._apply(closed, apply)
 
-    def failed(self, closed: list[Round]) -> bool:
-        """The round has no result and is gone through again."""
-        return False
+    @property
+    def state_wanted(self) -> bool:
+        """Somebody waits for what this worker has, and need not wait for the round."""
+        return self.run.exchange.state_wanted.is_set()
 
     def _push(self, vector: Vector, samples: int, values: dict[str, float]) -> None:
         run = self.run
@@ -269,19 +273,15 @@ class Sync(Mode):
         began = last = time.monotonic()
         told = False
         while not exchange.has(run.round):
-            exchange.wait(
-                lambda: exchange.has(run.round) or exchange.state_wanted.is_set() or exchange.is_past(run.round),
-                0.25,
-            )
-            if exchange.state_wanted.is_set():
+            exchange.wait(lambda: exchange.has(run.round) or exchange.lost or self.state_wanted, 0.25)
+            if self.state_wanted and not exchange.lost:
                 self.give_state()
             now = time.monotonic()
-            if exchange.is_past(run.round):
-                if now - last > LOST:
-                    logger.warning("run %s: round %d was missed; asking for the run's state", run.name, run.round)
-                    self._begin(again=True)
-                    return None
-            else:
+            if exchange.lost or now - last > LOST:
+                logger.warning("run %s: round %d was missed; asking for the run's state", run.name, run.round)
+                self._begin(again=True)
+                return None
+            if not exchange.is_past(run.round):
                 last = now
             if not told and now - began > TOLD:
                 told = True
@@ -297,6 +297,7 @@ class Sync(Mode):
         run = self.run
         run.last = closed[0]
         if all(one.parts for one in closed):
+            began = time.perf_counter()
             mean = (
                 decode(closed[0].codec, closed[0].parts, run.sizes[0])
                 if len(closed) == 1
@@ -304,6 +305,7 @@ class Sync(Mode):
                     [decode(one.codec, one.parts, size) for one, size in zip(closed, run.sizes, strict=True)]
                 )
             )
+            run.decoding = time.perf_counter() - began
             run.mean = mean
             apply(mean)
         if run.recorder is not None:
@@ -396,12 +398,13 @@ class Async(Mode):
     def begin(self) -> None:
         run = self.run
         while True:
-            admission = run.exchange.join(timeout=run.options.timeout)[0]
-            if admission.ready:
-                state = run.exchange.take_state(max(1.0, run.plan.lease))
-                if state is None:
+            admissions = run.exchange.join(timeout=run.options.timeout)
+            if all(admission.ready for admission in admissions):
+                parts = run.exchange.take_weights(max(1.0, run.plan.lease))
+                if parts is None:
                     continue
-                self.load(state)
+                self._write([part.tensors["values"] for part in parts])
+                run.round = min(part.round for part in parts)
                 return
             self.give_state()
             time.sleep(0.05)
@@ -469,20 +472,23 @@ class Async(Mode):
         if newest is None:
             return
         run.last = newest[0]
-        run.parameters.write(np.concatenate([np.asarray(one.parts["values"]) for one in newest])
-                             if len(newest) > 1 else np.asarray(newest[0].parts["values"]))  # fmt: skip
+        self._write([one.parts["values"] for one in newest])
         run.round = min(one.round for one in newest)
+
+    def _write(self, slices: list[Tensor]) -> None:
+        whole = [np.asarray(one) for one in slices]
+        self.run.parameters.write(np.concatenate(whole) if len(whole) > 1 else whole[0])
 
     def end(self) -> None:
         """With the weights that came of everything."""
-        self._finish(2.0)
-
-    def _finish(self, seconds: float) -> None:
-        exchange = self.run.exchange
         if self._gathered is not None:
             self._push({})
-        exchange.wait(lambda: exchange.applied() >= self._sequence - 1, seconds)
+        self._await_weights()
         self._fetch()
+
+    def _await_weights(self) -> None:
+        exchange = self.run.exchange
+        exchange.wait(lambda: exchange.applied() >= self._sequence - 1, LAST)
 
 
 class Dogwild(Async):
@@ -501,9 +507,14 @@ class Dogwild(Async):
         if self.run.exchange.state_wanted.is_set():
             self.give_state()
 
-    def end(self) -> None:
-        """With the weights that came of everything, unless that is lost."""
-        self._finish(0.2)
+    def _await_weights(self) -> None:
+        """While versions come, so may that with the last push in it; after a silence it is lost."""
+        exchange, until = self.run.exchange, time.monotonic() + LAST
+        version, before = self.run.round, -1
+        while exchange.applied() < self._sequence - 1 and version > before and time.monotonic() < until:
+            before = version
+            exchange.wait(lambda: exchange.applied() >= self._sequence - 1, 2 * UNHEARD)
+            version = max((one.round for one in exchange.weights(before) or []), default=before)
 
 
 class Hogwild(Mode):
@@ -516,7 +527,11 @@ class Hogwild(Mode):
 
     def begin(self) -> None:
         sweep(settings().shm_dir)
-        super().begin()
+        self._begin(again=False)
+
+    def _begin(self, *, again: bool) -> None:
+        super()._begin(again=again)
+        self.run.exchange.takes_part(self.run.round)
 
     def give_state(self) -> None:
         self.run.exchange.state_wanted.clear()
@@ -556,7 +571,10 @@ class Hogwild(Mode):
             raise ConfigurationError("mode hogwild: run.step(optimizer, loss=loss)")
         run.parameters.step(given, optimizer)
         run.round += 1
-        if run.exchange.state_wanted.is_set():
+        if run.exchange.lost:
+            self.close()
+            self._begin(again=True)
+        elif run.exchange.state_wanted.is_set():
             self.give_state()
 
     def close(self) -> None:
@@ -564,6 +582,7 @@ class Hogwild(Mode):
         if self._path is not None:
             self.run.parameters.unshare()
             release(self._path, self._lock)
+            self._path = None
 
 
 MODES: dict[str, type[Mode]] = {

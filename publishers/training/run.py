@@ -182,6 +182,8 @@ class Run:
         """Of the last round; with a server, what was last pushed."""
         self.sent = 0
         """Bytes of the last contribution, as it travelled."""
+        self.encoding = self.decoding = 0.0
+        """Seconds that it took to compress the last contribution, and to read the last mean."""
         self.waited = 0.0
         """Seconds that the last round was waited for."""
         self.plane: str = plan.plane
@@ -308,6 +310,11 @@ class Run:
             "bytes_sent": self.sent,
             "bytes_raw": 4 * self.parameters.size,
         }
+        if self.options.compress != "none":
+            numbers |= {
+                "bytes_saved": 4 * self.parameters.size - self.sent, "encode_seconds": self.encoding,
+                "decode_seconds": self.decoding,
+            }  # fmt: skip
         if self.mean is not None:
             numbers["gradient_norm"] = float(np.linalg.norm(self.mean))
         return numbers

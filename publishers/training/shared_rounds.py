@@ -101,7 +101,7 @@ class SharedRounds:
         while True:
             group, number = self._group, run.round
             assert group is not None
-            if group.me < 0:
+            if group.me < 0 or run.exchange.lost:
                 return None
             if number < group.begins:  # it was closed in the old generation
                 return None if self._old is None else self._closed(self._old, number, names, began)
@@ -153,7 +153,7 @@ class SharedRounds:
         """While waiting: there is a next generation, or this worker is to make one."""
         group, run = self._group, self._run
         assert group is not None
-        if group.passed:
+        if group.passed or run.exchange.lost:
             return True
         if time.monotonic() - self._began > run.plan.lease / 4:
             run.exchange.hurry()

@@ -6,19 +6,24 @@ Rounds are closed by the contribution that completes them, or by the clock (`due
 life within its lease; one that joined a run under way is not waited for until it has contributed. An aggregator that
 takes over knows nothing: the first message of a run tells it the plan, and it closes no round before it has heard from
 as many members as that worker knew of, or for the length of a lease.
+
+When nobody is left, the run begins in a later *life*, maybe from a checkpoint some rounds before. Messages of an
+earlier one may still come: of workers that were killed, through an aggregator that was killed too, or of one that slept
+through it all. They count for nothing, and who sleeps no more is told to join.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import time
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from pipeline import Reject, Tensor
-from pipeline.catalog import Admission, Contribution, Round, RunPlan, State
+from pipeline.catalog import NO_SUM, Admission, Contribution, Round, RunPlan, State
 from pipeline.catalog.compression import clipped, decode, merge, nbytes_of
 
 from .checkpoints import Checkpoint, latest, save
@@ -49,6 +54,8 @@ class Member:
     host: str = ""
     attempt: int = 0
     """How often it has joined."""
+    waits: bool = False
+    """It has joined since the run last ended, and waits for it to begin."""
 
 
 @dataclass(slots=True)
@@ -69,6 +76,7 @@ class Run:
         self.plan = plan
         self.members: dict[str, Member] = {}
         self.round = 0
+        self.life = 0
         self.begun = False
         self.late = 0
         """Contributions that came after their round was closed."""
@@ -77,7 +85,7 @@ class Run:
         """The last message."""
         self._held: dict[int, Contribution] = {}
         self._stale: list[tuple[int, Contribution]] = []
-        self._failed: set[int] = set()
+        self._failed: dict[int, str] = {}
         self._counted: dict[int, set[int]] = {}
         """Whose contributions to the last few closed rounds are here, by round."""
         self._first = 0.0
@@ -100,6 +108,8 @@ class Run:
             return self._leave(sent, now)
         if sent.action == "join":
             return self._join(sent, now)
+        if self._is_of_an_earlier_life(sent):
+            return Answer([self._elsewhere(sent)] if sent.action == "beat" else [])
         member = self._member(sent, now)
         if sent.rank != member.rank:
             sent = sent.model_copy(update={"rank": member.rank})
@@ -129,11 +139,12 @@ class Run:
             member = self.members[sent.worker] = Member(rank, now, active=not self.begun, host=sent.host)
             logger.info("run %s: rank %d joins (%s)", self.name, rank, sent.worker)
         member.seen = now
-        if sent.base != member.attempt:
+        if sent.base > member.attempt:
             member.active = not self.begun or (member.active and sent.round >= 0)  # else it lost track
             member.fed = False
             member.attempt = sent.base
         member.active = member.active or not self.begun
+        member.waits = True
         elsewhere = (
             self.begun
             and self.plan.plane == "shm"
@@ -146,17 +157,17 @@ class Run:
                 'not see; begin the run with join(..., plane="redis") everywhere'
             )
             return Answer([self._admission(sent.worker, member, ready=False).model_copy(update={"reason": reason})])
-        if not self.begun and len(self.members) >= self.plan.workers and self._may_begin(now):
+        if not self.begun and sum(member.waits for member in self.members.values()) >= self.plan.workers:
             self._begin()
         if self.begun and not member.fed and self._resumed is None and any(m.fed for m in self.members.values()):
             self._wanted = True
         return Answer([self._admission(sent.worker, member, ready=self._ready())])
 
-    def _may_begin(self, now: float) -> bool:
-        return True
-
     def _begin(self) -> None:
         self.begun = True
+        self.life = max(self.life + 1, int(1000 * time.time()))
+        for member in self.members.values():
+            member.active = member.waits  # the rest waits for a State of a life that is over, and will join yet
         if self.plan.plane == "auto":
             hosts = {member.host for member in self.members.values()}
             plane: Literal["shm", "redis"] = "shm" if len(hosts) == 1 and "" not in hosts else "redis"
@@ -172,7 +183,7 @@ class Run:
 
     def state(self) -> State | None:
         """What a worker that joins begins with, where that is the aggregator's to say."""
-        return None if self._resumed is None else _state(self.name, self._resumed)
+        return None if self._resumed is None else _state(self.name, self._resumed, self.life)
 
     def _ready(self) -> bool:
         return self.begun
@@ -184,27 +195,43 @@ class Run:
         """
         if sent.rank < 0:
             raise Reject(f"run {self.name!r}: worker {sent.worker} has not joined")
+        if self._takes_over(sent):
+            self.begun, self.life = True, sent.life
+            self.round = max(self.round, sent.round)
+            self._held_back, self._expected = now + self.plan.lease, sent.peers
+            logger.info("run %s is taken over in round %d", self.name, self.round)
         member = self.members.get(sent.worker)
         if member is None:
-            if not self.begun:  # we take over
-                self.begun = True
-                self.round = max(self.round, sent.round)
-                self._held_back, self._expected = now + self.plan.lease, sent.peers
-                logger.info("run %s is taken over in round %d", self.name, self.round)
             taken = {other.rank for other in self.members.values()}
             rank = _lowest_free(taken) if sent.rank in taken else sent.rank
-            member = self.members[sent.worker] = Member(rank, now, active=now < self._held_back)
+            active = not self.begun or now < self._held_back
+            member = self.members[sent.worker] = Member(rank, now, active=active, host=sent.host)
         member.seen = now
         return member
+
+    def _takes_over(self, sent: Contribution) -> bool:
+        """The run is under way, as somebody who takes part in it says, and this aggregator did not know."""
+        return not self.begun and sent.round >= 0
+
+    def _is_of_an_earlier_life(self, sent: Contribution) -> bool:
+        """It takes part in a life that is over. Where its life is the later one, ours was of a message of the dead."""
+        if not self.begun or sent.round < 0 or sent.life in (0, self.life):
+            return False
+        if sent.life < self.life:
+            return True
+        logger.info("run %s: what was taken over is an earlier life of it", self.name)
+        self.members.clear()
+        self._end()
+        return False
 
     def _end(self) -> None:
         """Nobody is left that has the run's state: whoever comes next begins anew, or from a checkpoint."""
         self.begun = False
         self.round = 0
-        self._held, self._stale, self._failed, self._counted = {}, [], set(), {}
-        self._last = None
+        self._held, self._stale, self._failed, self._counted = {}, [], {}, {}
+        self._held_back, self._expected, self._wanted, self._last = 0.0, 0, False, None
         for member in self.members.values():
-            member.active, member.fed = True, False
+            member.active, member.fed, member.waits = True, False, False
 
     def _leave(self, sent: Contribution, now: float) -> Answer:
         member = self.members.pop(sent.worker, None)
@@ -212,20 +239,27 @@ class Run:
             logger.info("run %s: rank %d leaves", self.name, member.rank)
         if not any(member.active for member in self.members.values()):
             self._end()
-        answer = Admission(
+        return Answer([self._elsewhere(sent)], close=self._complete(now))
+
+    def _elsewhere(self, sent: Contribution) -> Admission:
+        """For who is no member."""
+        return Admission(
             run=self.name, worker=sent.worker, rank=sent.rank, shard=self.shard, ready=False, round=self.round,
-            members=self._ranks(),
+            members=self._ranks(), life=self.life,
         )  # fmt: skip
-        return Answer([answer], close=self._complete(now))
+
+    def _takes_part(self, member: Member, round_: int) -> None:
+        """A member says that it is in a round: whatever came before that is closed."""
+        member.active, member.fed, self._resumed = True, True, None
+        self._wanted = self._wanted and not all(member.fed for member in self.members.values())
+        if round_ > self.round:  # we took over, and others were further
+            self.round, self._held, self._failed = round_, {}, {}
 
     def _beat(self, sent: Contribution, member: Member, now: float) -> Answer:
-        if sent.round >= 0:
-            member.active, member.fed, self._resumed = True, True, None
         outputs: list[Output] = []
         push = False
-        if sent.round >= 0 and self.begun:
-            if sent.round > self.round and not self._held:
-                self.round = sent.round  # we took over, and others were further
+        if sent.round >= 0:
+            self._takes_part(member, sent.round)
             if self._last is not None and sent.round == self._last[0].round and now - self._last[1] > REPEAT:
                 outputs.append(self._last[0])
                 self._last = self._last[0], now
@@ -243,7 +277,7 @@ class Run:
         return Admission(
             run=self.name, worker=worker, rank=member.rank, shard=self.shard, ready=ready, round=self.round,
             members=self._ranks(), source=source, push_wanted=push_wanted, plane=self.plan.plane,
-            settled=self._settled,
+            settled=self._settled, life=self.life,
             newcomers={
                 f"{name} {member.attempt}": member.rank for name, member in self.members.items() if not member.active
             }
@@ -280,11 +314,9 @@ class Run:
     # -- rounds --------------------------------------------------------------------------------------------------
 
     def _push(self, sent: Contribution, member: Member, now: float) -> Answer:
-        if sent.round > self.round and not self._held:
-            self.round = sent.round
-        if sent.round != self.round:
+        if sent.round < self.round:
             self.late += 1
-            if sent.round > self.round or self.plan.late == "drop":
+            if self.plan.late == "drop":
                 return Answer([])
             counted = self._counted.setdefault(sent.round, set())
             if member.rank in counted:
@@ -293,13 +325,13 @@ class Run:
             self._stale.append((self.round - sent.round, sent))
             member.active = True
             return Answer([])
-        member.active, member.fed, self._resumed = True, True, None
+        self._takes_part(member, sent.round)
         if member.rank in self._held:
             return Answer([])  # it came twice
         if not self._held and not self._failed:
             self._first = now
         if sent.failed:
-            self._failed.add(member.rank)
+            self._failed[member.rank] = sent.failed
         else:
             self._held[member.rank] = sent
         return Answer([], close=self._complete(now))
@@ -309,11 +341,16 @@ class Run:
             return False
         if now < self._held_back and len(self.members) < self._expected:
             return False
-        here = self._held.keys() | self._failed
+        here = self._held.keys() | self._failed.keys()
         awaited = {member.rank for member in self.members.values() if member.active}
         if awaited <= here:
-            return len(here) >= self.plan.quorum  # below it we wait for others to come
+            return len(here) >= self.plan.quorum or self._is_given_up_for_newcomers
         return len(self._held) >= self.plan.quorum and now >= self._first + self._deadline()
+
+    @property
+    def _is_given_up_for_newcomers(self) -> bool:
+        """Below the quorum a round waits for others to come. On plane torch they come in between two rounds."""
+        return self.plan.plane == "torch" and not all(member.active for member in self.members.values())
 
     def _deadline(self) -> float:
         if self.plan.deadline is None:
@@ -343,8 +380,8 @@ class Run:
         self._gathering += 0.1 * (now - self._first - self._gathering)
         values = {name for _, sent in parts for name in sent.values}
         closed = Round(
-            run=self.name, round=self.round, shard=self.shard, ranks=ranks, members=self._ranks(),
-            refused=sorted(self._failed), late=len(self._stale),
+            run=self.name, round=self.round, shard=self.shard, life=self.life, ranks=ranks, members=self._ranks(),
+            refused=sorted(self._failed), again=self._is_summed_again, late=len(self._stale),
             values={
                 name: sum(weight * sent.values.get(name, math.nan) for weight, sent in weights) / total
                 for name in sorted(values)
@@ -356,9 +393,14 @@ class Run:
         self._counted[self.round] = {*ranks, *self._failed}
         while len(self._counted) > REMEMBERED:
             del self._counted[min(self._counted)]
-        self._held, self._stale, self._failed = {}, [], set()
+        self._held, self._stale, self._failed = {}, [], {}
         self.round += 1
         return closed, [(weight / total, sent) for weight, sent in weights]
+
+    @property
+    def _is_summed_again(self) -> bool:
+        spoken = len(self._held) + len(self._failed)
+        return self.plan.plane == "torch" and (NO_SUM in self._failed.values() or spoken < self.plan.quorum)
 
     def mean(self, closed: Round, summands: list[tuple[float, Contribution]]) -> Round:
         """The closed round with its mean. This is the work; it may run in a thread."""
@@ -444,7 +486,7 @@ class Server(Run):
         if found is None or weights is None or weights.shape != (self.plan.size,):
             return
         self.round, self.weights = found.round, weights.astype(np.float32)
-        self._optimizer.step = int(found.note.get("step", 0))
+        self._optimizer.steps = float(found.note.get("step", 0))
         for name, array in self._optimizer.state.items():
             if name in found.tensors:
                 array[:] = found.tensors[name]
@@ -452,8 +494,11 @@ class Server(Run):
         self._note = str(found.note.get("note", ""))
         logger.info("run %s goes on from the checkpoint of version %d", self.name, self.round)
 
+    def _takes_over(self, sent: Contribution) -> bool:
+        return not self.begun and sent.worker not in self.members
+
     def _member(self, sent: Contribution, now: float) -> Member:
-        taking_over, version = not self.begun and sent.worker not in self.members, self.round
+        taking_over, version = self._takes_over(sent), self.round
         member = super()._member(sent, now)
         if taking_over:
             self.round = version
@@ -494,8 +539,9 @@ class Server(Run):
         if self.weights is None:
             return None
         return State(
-            run=self.name, round=self.round, rank=-1, tensors={"values": Tensor(self.weights.copy())}, note=self._note
-        )
+            run=self.name, round=self.round, shard=self.shard, rank=-1,
+            tensors={"values": Tensor(self.weights.copy())}, note=self._note,
+        )  # fmt: skip
 
     def take_live(self, sent: Contribution, now: float) -> Answer:
         """A push that every aggregator hears. Whose run it is, is known by what is durable: nothing else makes a member
@@ -520,10 +566,10 @@ class Server(Run):
         if gradient is None or not np.isfinite(norm := float(np.linalg.norm(gradient))):
             refused.append(member.rank)
         else:
-            scale = 1 / (1 + staleness) if self.plan.late == "scale" else 1.0
             if self.plan.clip is not None and norm > self.plan.clip:
-                scale *= self.plan.clip / norm
-            self._optimizer.apply(self.weights, gradient, scale)
+                gradient = gradient * np.float32(self.plan.clip / norm)
+            part = 1 / (1 + staleness) if self.plan.late == "scale" else 1.0
+            self._optimizer.apply(self.weights, gradient, part)
             self.round += 1
             if self.plan.checkpoint and self.round % self.plan.checkpoint == 0:
                 self._checkpoint()
@@ -536,7 +582,7 @@ class Server(Run):
 
     def _checkpoint(self) -> None:
         assert self.weights is not None
-        note = {"step": self._optimizer.step, "applied": self._applied, "note": self._note}
+        note = {"step": self._optimizer.steps, "applied": self._applied, "note": self._note}
         self._save(Checkpoint(self.round, {"weights": self.weights, **self._optimizer.state}, note))
 
 
@@ -544,6 +590,7 @@ def _lowest_free(taken: set[int]) -> int:
     return next(rank for rank in range(len(taken) + 1) if rank not in taken)
 
 
-def _state(run: str, found: Checkpoint) -> State:
+def _state(run: str, found: Checkpoint, life: int) -> State:
     tensors = {name: Tensor(array) for name, array in found.tensors.items()}
-    return State(run=run, round=found.round, rank=-1, tensors=tensors, note=str(found.note.get("note", "")))
+    note = str(found.note.get("note", ""))
+    return State(run=run, round=found.round, rank=-1, life=life, tensors=tensors, note=note)

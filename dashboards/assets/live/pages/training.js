@@ -38,9 +38,11 @@ const COLUMNS = [
   ["step", (run) => short(run.step)], ["loss", (run) => number(run.loss)], ["accuracy", (run) => (run.accuracy == null ? "–" : percent(run.accuracy))],
   ["gradient norm", (run) => number(run.gradient_norm)], ["staleness", (run) => number(run.staleness)],
   ["round", (run) => (run.round_seconds == null ? "–" : seconds(run.round_seconds))], ["members", (run) => number(run.members)],
-  ["sent a round", (run) => (run.bytes_sent == null ? "–" : bytes(run.bytes_sent))], ["compression", (run) => (run.ratio == null ? "–" : short(run.ratio) + " ×")],
+  ["sent a round", (run) => (run.bytes_sent == null ? "–" : bytes(run.bytes_sent))], ["saved", (run) => (run.bytes_saved == null ? "–" : bytes(run.bytes_saved))],
+  ["compression", (run) => (run.ratio == null ? "–" : short(run.ratio) + " ×" + cost(run))],
   ["ran for", (run) => seconds(run.seconds)], ["state", (run) => (run.live ? "live" : `ended ${seconds(Math.max(0, now() - run.heard))} ago`)],
 ];
+const cost = (run) => (run.encode_seconds == null ? "" : " in " + seconds(run.encode_seconds + (run.decode_seconds || 0)));
 const number = (value) => (value == null ? "–" : short(value));
 
 function table(all) {
