@@ -206,7 +206,7 @@ class Draft:
             key=frame.key(index), event_id=frame.id(index), attempts=held.attempt, original=original, count=1,
         )  # fmt: skip
         if frame.header.reply is not None:
-            self._refuse(frame.header.reply, self._request(held, index), reason_of(error))
+            self.refuse(frame.header.reply, self._request(held, index), reason_of(error))
 
     def bury(
         self,
@@ -264,16 +264,17 @@ class Draft:
     def _answer(self, address: str, id_: str, events: list[Any]) -> None:
         reply = self._subscriber.channel.reply
         if not events:
-            self._refuse(address, id_, "the subscriber returned None")
+            self.refuse(address, id_, "the subscriber returned None")
         elif type(events[0]) is not reply:
             wanted = getattr(reply, "__name__", "no reply")
-            self._refuse(address, id_, f"the subscriber returned a {type(events[0]).__name__}, not {wanted}")
+            self.refuse(address, id_, f"the subscriber returned a {type(events[0]).__name__}, not {wanted}")
         else:
             answers, ids = self._answers.setdefault(address, ([], []))
             answers.append(events[0])
             ids.append(id_)
 
-    def _refuse(self, address: str, id_: str, reason: str) -> None:
+    def refuse(self, address: str, id_: str, reason: str) -> None:
+        """The request will have no answer, and who waits for it is told."""
         refusals, ids = self._refusals.setdefault(address, ([], []))
         refusals.append(Failure(reason=reason))
         ids.append(id_)

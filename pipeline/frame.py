@@ -30,7 +30,18 @@ from .errors import EventTypeError, FrameError, FrameInvalid, FrameTruncated, Fr
 from .message import Message, trace_of, utc
 from .tensors import ALIGNMENT, Buffers, Tensor, TensorBytes
 
-__all__ = ["REFERENCE", "Codec", "Frame", "Header", "Invalid", "Placer", "outline", "preview", "reference_of"]
+__all__ = [
+    "REFERENCE",
+    "Codec",
+    "Frame",
+    "Header",
+    "Invalid",
+    "Placer",
+    "header_of",
+    "outline",
+    "preview",
+    "reference_of",
+]
 
 VERSION = 1
 MOST_SOURCES = 1000
@@ -399,6 +410,16 @@ def _reference(view: memoryview) -> tuple[int, int]:
     if _PREFIX.size + text_length >= len(view):
         raise FrameTruncated(f"the prefix promises {text_length} bytes of JSON, there are {len(view)} in all")
     return _PREFIX.size + text_length, nbytes
+
+
+def header_of(payload: bytes) -> Header | None:
+    """What a frame says of its events, though they may be unreadable; None where that is, too."""
+    try:
+        text, _ = split(payload)
+        raw = from_json(text)
+        return Header.model_validate({name: value for name, value in raw.items() if name != "data"})
+    except (FrameError, ValueError, AttributeError):
+        return None
 
 
 def plain(value: Any, buffers: TensorBytes | None) -> Any:

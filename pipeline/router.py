@@ -22,11 +22,12 @@ from typing import Any
 
 from .batching import columns
 from .channel import Channel
+from .deadletters import reason_of
 from .drafts import Draft, Held, Sequences, Sources, Unit, open_indexes, segments
 from .errors import FrameError, HandlerError, PipelineError, Reject, Retry
 from .executors import Executor, make
 from .flow import Flow
-from .frame import Codec
+from .frame import Codec, header_of
 from .metrics import GroupMetrics
 from .middleware import Middleware
 from .payloads import Flight, Payloads
@@ -334,6 +335,11 @@ class Router:
             entry, partition, error,
             key=None, event_id=entry.id, attempts=entry.deliveries, original=entry.body, count=count,
         )  # fmt: skip
+        header = header_of(entry.body)
+        if header is not None and header.reply is not None and header.sequence is not None:
+            for index in indexes:
+                event_id = f"{header.source}:{header.sequence + index}"
+                draft.refuse(header.reply, f"{self.subscriber.channel.name}/{event_id}", reason_of(error))
         commit = draft.commit()
         if self.subscriber.channel.durable or entry.apart:
             commit.segments += segments(entry.id, size, indexes)

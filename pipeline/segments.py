@@ -261,10 +261,15 @@ class Mappings:
         mapping = self._mappings.get(name)
         if mapping is None:
             try:
-                mapping = self._mappings[name] = _Mapping(Path(f"{self._prefix}{name}"))
+                mapping = self._mappings[name] = _Mapping(self._find(name))
             except (OSError, ValueError) as error:
                 raise Gone(str(error)) from None
         return mapping.view(int(generation), nbytes)
+
+    def _find(self, name: str) -> Path:
+        """Of an owner that began before Redis was flushed, or after, the deployment is another; its name is its own."""
+        path = self._prefix.with_name(f"{self._prefix.name}{name}")
+        return path if path.exists() else next(path.parent.glob(f"pipeline-*-{name}"), path)
 
     def __bool__(self) -> bool:
         return bool(self._mappings)

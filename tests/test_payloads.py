@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import redis
 
-from pipeline import Batch, Channel, Event, Message, Pipeline, Reject, Retry, RetryPolicy, Tensor
+from pipeline import Batch, Channel, Event, Message, Pipeline, Reject, RequestFailed, Retry, RetryPolicy, Tensor
 from pipeline.errors import PayloadTooLarge
 from pipeline.segments import Gone, Mappings, Owner, orphans, sweep
 from pipeline.server import Server
@@ -257,6 +257,54 @@ async def test_a_later_group_and_a_rewind_begin_after_what_is_gone(mode: str, ur
     assert ledger.groups["late"].before == 4
     assert ledger.groups["g"].handled == 5
     assert ledger.groups["late"].dead == 0
+
+
+async def test_after_a_flush_those_that_were_there_and_newcomers_read_each_others_tensors(mode: str, url: str) -> None:
+    old, new = Pipeline("old", url), Pipeline("new", url)
+    seen: list[tuple[str, int, int]] = []
+
+    @old.subscriber(pictures, group="g")
+    async def look(picture: Image) -> None:
+        seen.append(("old", picture.n, int(np.asarray(picture.pixels)[-1])))
+
+    @new.subscriber(copies, group="g")
+    async def look_too(picture: Image) -> None:
+        seen.append(("new", picture.n, int(np.asarray(picture.pixels)[-1])))
+
+    async with serving(old):
+        for channel in (pictures, copies):
+            await old.publish(channel, image(1))
+        await idle(old, "pictures")
+        with redis.Redis.from_url(url) as client:
+            client.flushall()
+        async with serving(new):
+            await new.publish(pictures, image(2))
+            await old.publish(copies, image(3))
+            await idle(old, "copies")
+            await idle(old, "pictures")
+            assert (new.payloads.placed, old.payloads.placed, new.payloads.blobs, old.payloads.blobs) == (1, 3, 0, 0)
+    assert sorted(seen) == [("new", 3, 3), ("old", 1, 1), ("old", 2, 2)]
+
+
+async def test_who_asks_about_a_tensor_that_is_gone_is_told_at_once(mode: str, url: str) -> None:
+    questions = Channel("questions", Image, reply=Size)
+    app, worker = Pipeline("app", url), Pipeline("worker", url)
+
+    @worker.subscriber(questions, group="g")
+    async def measure(picture: Image) -> Size:
+        return Size(n=np.asarray(picture.pixels).size)
+
+    async with app:
+        asking = asyncio.create_task(app.request(questions, image(1), timeout=10.0))
+        await until(lambda: any(not path.name.endswith(".lock") for path in files(url)))
+        await asyncio.sleep(0.1)
+        for path in files(url):
+            if not path.name.endswith(".lock"):
+                path.unlink()
+        async with serving(worker):
+            with pytest.raises(RequestFailed, match="PayloadGone: its tensors were in a host's shared memory"):
+                await asking
+            assert (await app.request(questions, image(2, 1000), timeout=10.0)).n == 1000
 
 
 async def test_readers_on_another_host_get_blobs(mode: str, valkey_url: str) -> None:

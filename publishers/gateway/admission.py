@@ -3,12 +3,14 @@
 How long is too long follows from what is measured: the rate of answers, and what a prediction takes alone. By Little's
 law so many under way over the rate is what each takes, whatever the batches, the workers and the other gateways are.
 
-    calm        any crowd may come, until predictions would take, and do take, far longer than alone;
+    calm        any crowd may come, until predictions would take, and do take, far longer than alone, and more come
+                than were answered;
     overloaded  from then on they are admitted only while they would take `slowdown` times what one takes alone, and the
                 rest is refused at once; until nobody had to be refused for CALM seconds.
 
 Clients that ask again when they have their answer do not get there: their number bounds what is under way. Whoever asks
-at a rate beyond the workers' does, within a fraction of a second, however quick or slow the model is.
+at a rate beyond the workers' does, within a fraction of a second, however quick or slow the model is. While no worker
+lives nothing is an overload: what is asked then waits for the next one, within the bounds.
 """
 
 from __future__ import annotations
@@ -75,6 +77,8 @@ class Admission:
         """When the newest of those that are answered had entered."""
         self._moved = 0.0
         """When the last answer came."""
+        self._credit = 0
+        """Answers that no later prediction has made up for: so many clients may be about to ask again."""
         self._refused_at = -CALM
 
     @property
@@ -96,7 +100,10 @@ class Admission:
         if inflight > 1 and self._rate and inflight > self._rate * min(self._wait, self._slowdown * self.alone):
             self._judge(now)
         self._ticket += 1
+        self._credit = max(0, self._credit - 1)
         if not inflight:
+            if now - self._moved > CALM:
+                self._credit = 0
             self._since = now
             self._lonely = self._ticket
         self._under_way[self._ticket] = now
@@ -111,15 +118,13 @@ class Admission:
             raise self._overloaded(f"a prediction would wait {wait:.1f} s; the limit is {self._wait:g} s")
         if not self._slowdown or not self.alone or ahead < 2:
             return
-        if now - self._moved > max(STUCK, 4 * self.alone):
-            self._moved = now  # one that overtakes shows whether there is somebody to answer it
-            return
+        if now - self._moved > wait + max(STUCK, 4 * self.alone):
+            return  # all of them would have been answered by now: there is nobody to do it
         if now - self._refused_at < CALM:
             overloaded = wait > self._slowdown * self.alone
         else:
-            crowd = CROWD / self._rate if self.alone < QUICK else BRIEF
-            limit = max(KNEE * self._slowdown * self.alone, crowd)
-            overloaded = wait > limit and age > SEEN * limit
+            limit = max(KNEE * self._slowdown * self.alone, CROWD / self._rate if self.alone < QUICK else BRIEF)
+            overloaded = not self._credit and wait > limit and age > SEEN * limit
         if overloaded:
             self._refused_at = now
             raise self._overloaded(f"a prediction would take {wait:.2g} s, one alone takes {self.alone:.2g} s")
@@ -148,6 +153,7 @@ class Admission:
         self.nbytes -= nbytes
         now = time.monotonic()
         if answered:
+            self._credit += 1
             self._moved = now
             self._newest = max(self._newest, entered)
         if computed:
