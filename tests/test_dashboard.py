@@ -440,7 +440,8 @@ async def test_what_is_done_is_done_to_the_channel_that_is_shown(server: Server,
             await asyncio.wait_for(asked.wait(), PATIENCE / 1000)
             await page.locator("#dead-channels button", has_text="others").click()
             await page.click("#drop-all")
-            await expect(page.locator("#dialog h2")).to_have_text("Drop 3 dead letters of readings?")
+            # The new letter is among them if a load before this one had still to ask for them.
+            await expect(page.locator("#dialog h2")).to_have_text(re.compile(r"Drop [34] dead letters of readings\?"))
             await page.get_by_role("button", name="Cancel").click()
             goes_on.set()
             await expect(rows).to_have_count(2)
