@@ -23,6 +23,8 @@ from .sample import Reading, sample
 __all__ = ["run"]
 
 RATE = 200
+WARM = 200
+"""Events before those that are counted: a second, for every side."""
 timed: Channel[Reading] = Channel("bench.timed", Reading)
 alone: Channel[Reading] = Channel("bench.alone", Reading)
 
@@ -38,7 +40,7 @@ def run(repeats: int, seconds: float) -> list[Figure]:
     with Server() as server:
         for _ in range(repeats):
             for side in names:
-                p50, p99 = asyncio.run(_latency(side, server.url, int(RATE * seconds)))
+                p50, p99 = asyncio.run(_latency(side, server.url, WARM + int(RATE * seconds)))
                 figures[side, "p50"].values.append(p50)
                 figures[side, "p99"].values.append(p99)
                 if side not in PEERS:
@@ -59,7 +61,7 @@ async def _latency(side: str, url: str, events: int) -> tuple[float, float]:
                 await send(sample(n))
                 await asyncio.sleep(1 / RATE)
     output, _ = await asyncio.to_thread(worker.communicate, None, 60)
-    seen = sorted(json.loads(output.splitlines()[-1]))
+    seen = sorted(json.loads(output.splitlines()[-1])[WARM:])
     return 1000 * seen[len(seen) // 2], 1000 * seen[int(len(seen) * 0.99)]
 
 
