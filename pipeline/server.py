@@ -185,7 +185,8 @@ class Server:
         return "".join(f"{name} {value}\n" for name, value in lines.items())
 
     def _await_ready(self) -> None:
-        """A PING is not enough: on a taken port somebody else's server would answer it. Ours says our process id."""
+        """A PING is not enough: on a taken port somebody else's server would answer it. Ours says our process id, and
+        then that it has read its append-only file, which takes as long as it takes."""
         deadline = time.monotonic() + _START_SECONDS
         with _client(self.url) as client:
             while time.monotonic() < deadline:
@@ -193,7 +194,9 @@ class Server:
                     raise self._failure()
                 with contextlib.suppress(redis.RedisError, OSError):
                     if client.info("server")["process_id"] == self.pid:
-                        return
+                        if not client.info("persistence")["loading"]:
+                            return
+                        deadline = time.monotonic() + _START_SECONDS
                 time.sleep(0.005)
         raise ServerUnavailable(f"{self.binary} did not answer within {_START_SECONDS:g} s:\n{self.last_words()}")
 
