@@ -105,19 +105,6 @@ def test_a_killed_server_restarts_with_its_data_at_its_address(kind: str, redis7
         assert server.pid != pid
 
 
-@pytest.mark.parametrize("kind", ["valkey", "redis7"])
-def test_a_server_has_started_when_it_has_read_its_data(kind: str, redis7_binary: Path) -> None:
-    slowly = {"key-load-delay": "2000"}  # microseconds a command
-    binary = redis7_binary if kind == "redis7" else None
-    with Server(binary=binary, appendonly=True, appendfsync="always", config=slowly) as server:
-        with redis.Redis.from_url(server.url) as client:
-            for n in range(200):
-                client.set(f"k{n}", n)
-            server.kill()
-            server.start()
-            assert client.get("k199") == b"199"
-
-
 def test_extra_configuration_reaches_the_server() -> None:
     with Server(config={"maxmemory": "64mb"}) as server, redis.Redis.from_url(server.url) as client:
         assert client.info("memory")["maxmemory"] == 64 << 20
