@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from ..channel import Channel
+from ..errors import ChannelFull
 
 __all__ = [
     "Backend",
@@ -35,6 +36,7 @@ __all__ = [
     "Segment",
     "Tail",
     "Transport",
+    "channel_full",
 ]
 
 
@@ -49,6 +51,13 @@ leases end, bad luck alone must not make a dead letter."""
 
 class PayloadExpired(Exception):
     """A blob that a frame refers to is gone, so the frame was not written. Upload it again, and repeat."""
+
+
+def channel_full(channel: Channel[Any], held: int) -> ChannelFull:
+    return ChannelFull(
+        f"channel {channel.name!r} holds {held} unhandled events, its capacity is {channel.capacity}; add workers, or "
+        "declare overflow='wait' or 'drop_oldest'"
+    )
 
 
 @dataclass(frozen=True, slots=True)

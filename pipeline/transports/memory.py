@@ -129,7 +129,7 @@ class _Durable:
 
     async def _publish_one(self, channel: Channel[Any], place: Partition, frame: Outgoing) -> None:
         def work() -> bool:
-            return place.publish(frame, channel.limit, channel.overflow)
+            return place.publish(frame, channel)
 
         while True:
             if await self._insist(work, "publish"):

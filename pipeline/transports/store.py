@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ChannelFull, ConfigurationError
-from . import SUSPICION, Commit, Entry, GroupStats, Outgoing, PartitionStats, Retried, Segment
+from ..channel import Channel
+from ..errors import ConfigurationError
+from . import SUSPICION, Commit, Entry, GroupStats, Outgoing, PartitionStats, Retried, Segment, channel_full
 from .client import LinkLost
 
 __all__ = ["Clock", "Faults", "Partition", "Position", "Store", "parse"]
@@ -128,19 +129,18 @@ class Partition:
         self._newest = (max(int(self._clock.now() * 1000), self._newest[0]), self.published)
         self.entries.append((self._newest, count, body))
 
-    def publish(self, frame: Outgoing, limit: int | str, overflow: str) -> bool:
+    def publish(self, frame: Outgoing, channel: Channel[Any]) -> bool:
         """False when the channel is full and the publisher is to wait. Raises ChannelFull."""
         last = self._sources.get(frame.source, 0)
         if last >= frame.first + frame.count - 1:
             self.duplicates += frame.count
             return True
-        if limit:
-            if overflow == "drop_oldest":
-                self.drop_oldest(limit, frame.count)
-            elif (held := self.outstanding()) and held + frame.count > self.in_events(limit):
-                if overflow == "raise":
-                    raise ChannelFull(f"the channel holds {held} unhandled events, its capacity is {limit}")
-                return False
+        if channel.drops_oldest:
+            self.drop_oldest(channel.limit, frame.count)
+        elif channel.limit and (held := self.outstanding()) and held + frame.count > self.in_events(channel.limit):
+            if channel.overflow == "raise":
+                raise channel_full(channel, held)
+            return False
         self.add(frame.count, frame.body)
         self._sources[frame.source] = frame.first + frame.count - 1
         return True

@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from ..channel import Channel
-from ..errors import ChannelFull, ConfigurationError, PublishUncertain, ServerUnavailable
-from . import SUSPICION, Commit, Entry, Group, Guarantees, Holding, Outgoing, PayloadExpired, Retried
+from ..errors import ConfigurationError, PublishUncertain, ServerUnavailable
+from . import SUSPICION, Commit, Entry, Group, Guarantees, Holding, Outgoing, PayloadExpired, Retried, channel_full
 from .client import Argument, Client, Link, LinkLost, ReplyError, transient
 from .partitions import Share
 from .renewal import Renewer
@@ -306,10 +306,7 @@ class _Publication:
                 raise PayloadExpired(f"a blob of channel {self.channel.name!r}")
             else:
                 if self.channel.overflow == "raise":
-                    raise ChannelFull(
-                        f"channel {self.channel.name!r} holds {detail} unhandled events, its capacity is "
-                        f"{self.channel.capacity}; add workers, or declare overflow='wait' or 'drop_oldest'"
-                    )
+                    raise channel_full(self.channel, detail)
                 await asyncio.sleep(pause)
                 pause = min(0.1, pause * 2)
 
@@ -657,7 +654,7 @@ def commit_arguments(keys: Keys, group: str, commit: Commit, token: str) -> tupl
         arguments += (int(retry.delay * 1000), retry.count, retry.deliveries, retry.origin, retry.body)
     for output in commit.outputs:
         where = Keys.of(output.channel.name, output.partition)
-        kind = output_kind(output.channel)
+        kind = _output_kind(output.channel)
         names += (where.stream if output.channel.durable else output.channel.name, where.meta)
         arguments += (kind, output.count, output.body)
     for reply in commit.replies:
@@ -665,7 +662,7 @@ def commit_arguments(keys: Keys, group: str, commit: Commit, token: str) -> tupl
     return names, arguments
 
 
-def output_kind(channel: Channel[Any]) -> str:
+def _output_kind(channel: Channel[Any]) -> str:
     if not channel.durable:
         return "p"
     if channel.capacity is None:

@@ -117,30 +117,36 @@ local function outstanding(meta, groups)
   return most
 end
 
--- Make room for `n` more events: skip the oldest unread frames of groups that are too far behind. What workers already hold
--- is theirs.
-local function drop_oldest(stream, meta, groups, n, capacity)
-  if redis.call('EXISTS', stream) == 0 then return end
-  local positions = {}
+-- Each group's last-delivered id, by its name. The stream has to be there.
+local function positions(stream)
+  local found = {}
   for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
     local name, id
     for i = 1, #info, 2 do
       if info[i] == 'name' then name = info[i + 1] end
       if info[i] == 'last-delivered-id' then id = info[i + 1] end
     end
-    positions[name] = id
+    found[name] = id
   end
+  return found
+end
+
+-- Make room for `n` more events: skip the oldest unread frames of groups that are too far behind. What workers already hold
+-- is theirs.
+local function drop_oldest(stream, meta, groups, n, capacity)
+  if redis.call('EXISTS', stream) == 0 then return end
+  local last = positions(stream)
   for _, group in ipairs(redis.call('SMEMBERS', groups)) do
     local h = groups .. ':' .. group .. ':h'
     local counts = redis.call('HMGET', h, 'before', 'handled', 'dead', 'dropped')
     local left = tonumber(redis.call('HGET', meta, 'published') or '0') + tonumber(n)
     for i = 1, 4 do left = left - tonumber(counts[i] or '0') end
-    while left > capacity and positions[group] do
-      local entry = redis.call('XRANGE', stream, '(' .. positions[group], '+', 'COUNT', 1)[1]
+    while left > capacity and last[group] do
+      local entry = redis.call('XRANGE', stream, '(' .. last[group], '+', 'COUNT', 1)[1]
       if not entry then break end
       redis.call('XGROUP', 'SETID', stream, group, entry[1])
       redis.call('HINCRBY', h, 'dropped', entry[2][2])
-      positions[group], left = entry[1], left - tonumber(entry[2][2])
+      last[group], left = entry[1], left - tonumber(entry[2][2])
     end
   end
 end

@@ -8,15 +8,7 @@ local function after(one, other)
   return ms > other_ms or (ms == other_ms and tonumber(offset) > tonumber(other_offset))
 end
 local published = tonumber(redis.call('HGET', KEYS[2], 'published') or '0')
-local last
-for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-  local name, id
-  for i = 1, #info, 2 do
-    if info[i] == 'name' then name = info[i + 1] end
-    if info[i] == 'last-delivered-id' then id = info[i + 1] end
-  end
-  if name == ARGV[1] then last = id end
-end
+local last = positions(stream)[ARGV[1]]
 if not last then return redis.error_reply('NOGROUP ' .. ARGV[1]) end
 -- The first entry to be read again tells how many events lie before it. What lost its payload cannot be read.
 local to = ARGV[2]
