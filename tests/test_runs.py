@@ -201,7 +201,8 @@ planes = pytest.mark.parametrize("plane", ["shm", "redis", "torch"])
 def test_after_a_sigkill_the_others_go_on_with_the_mean_of_those_that_live(
     plane: str, aggregator: str, team: Any, processes: Any, tmp_path: Path
 ) -> None:
-    """The first round without the dead is there within the lease and 0.2 s, or later by what this machine was late."""
+    """The first round without the dead is there within the lease and 0.2 s, or later by what this machine was late,
+    twice, as two processes act one after the other. Plane torch connects its own anew: it has half a second more."""
     until = tmp_path / "until"
     options: dict[str, Any] = {"plane": plane, "workers": 3, "until": str(until)}
     [victim], survivors = processes(aggregator, "r", 1, **options), team(aggregator, "r", 2, **options)
@@ -213,7 +214,7 @@ def test_after_a_sigkill_the_others_go_on_with_the_mean_of_those_that_live(
         for worker in survivors:
             worker.sees(lambda line: len(line["ranks"]) == 2)
     without = [line["time"] for line in survivors[0].rounds if len(line["ranks"]) == 2]
-    assert without[0] - killed < LEASE + 0.2 + sum(late)
+    assert without[0] - killed < LEASE + 0.2 + 2 * sum(late) + (0.5 if plane == "torch" else 0.0)
     until.touch()
     assert len({worker.final() for worker in survivors}) == 1
     check(*survivors)
