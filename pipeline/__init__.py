@@ -14,7 +14,7 @@ from .errors import (
     ServerUnavailable,
 )
 from .events import Event
-from .message import Message, Receipt
+from .message import Message, Receipt, Reply
 from .retries import RetryPolicy
 from .tensors import Tensor
 
@@ -29,6 +29,7 @@ __all__ = [
     "PipelineError",
     "Receipt",
     "Reject",
+    "Reply",
     "RequestFailed",
     "RequestTimeout",
     "Retry",

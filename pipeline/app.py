@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import os
 import secrets
 import signal
@@ -24,6 +25,9 @@ from collections.abc import (
 )
 from datetime import datetime
 from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from .batching import Batch
 from .blocking import BlockingPipeline
@@ -224,7 +228,7 @@ class Pipeline:
                 backend.payloads, self.settings.payloads, self.settings.inline_bytes, self.settings.max_frame_bytes,
                 self.settings.shm_bytes, self.settings.shm_dir,
             )  # fmt: skip
-            self._replies = Replies(backend, self.source)
+            self._replies = Replies(backend, self._payloads, self.source)
             self._reporter = Reporter(
                 self.name, self.consumer, self.settings.metrics_interval,
                 lambda: self._routers, self._take_published, self._report, self._report_ledger,
@@ -396,11 +400,12 @@ class Pipeline:
         assert self._replies is not None
         self.codec(channel).check([event])
         question = self._replies.question(channel, timeout)
+        reply = self._replies.address(channel)
         outbox = self._outboxes.get((channel, channel.partition(key))) if channel.partitions == 1 or key else None
         if outbox is not None:
-            outbox.put(event, question, key=key, headers=headers, reply=self._replies.address)
+            outbox.put(event, question, key=key, headers=headers, reply=reply)
         else:
-            self.spawn(self._put(channel, event, question, key, headers, self._replies.address), name="ask")
+            self.spawn(self._put(channel, event, question, key, headers, reply), name="ask")
         return question
 
     async def _put(
@@ -418,6 +423,20 @@ class Pipeline:
             outbox.put(event, question, key=key, headers=headers, reply=reply)
         except Exception as error:
             question.failed(error)
+
+    def empty(self, shape: int | Sequence[int], dtype: Any = "float32") -> npt.NDArray[Any]:
+        """A writable array of undefined values, where readers on this host find it: to publish an event, or to answer
+        with one, whose first tensor it is (and whole) copies nothing.
+
+        To be filled, sent once, and then left as it is: readers see later changes. It is ordinary memory, which is
+        copied, below `PIPELINE_INLINE_BYTES`, before this process has sent or read its first big tensor, and where no
+        memory can be shared. May be called in any thread while the pipeline is open.
+        """
+        kind = np.dtype(dtype)
+        sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+        nbytes = math.prod(sizes) * kind.itemsize
+        found: npt.NDArray[Any] = self.payloads.empty(nbytes).view(kind).reshape(sizes)
+        return found
 
     # -- watch ---------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy.typing as npt
+
 from .channel import Channel
 from .errors import PipelineError
 from .message import Message, Receipt
@@ -77,6 +79,10 @@ class BlockingPipeline:
     def request(self, channel: Channel[Any], event: Any, *, timeout: float = 5.0, key: str | None = None) -> Any:
         """See Pipeline.request."""
         return self.call(self._app.request(channel, event, timeout=timeout, key=key))
+
+    def empty(self, shape: int | Sequence[int], dtype: Any = "float32") -> npt.NDArray[Any]:
+        """See Pipeline.empty."""
+        return self._app.empty(shape, dtype)
 
     def watch(self, channel: Channel[T], since: Since = None) -> BlockingWatch[T]:
         """`with pipe.watch(channel) as stream: for message in stream:`. See Pipeline.watch."""

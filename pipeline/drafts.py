@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -12,12 +12,12 @@ from .channel import Channel
 from .deadletters import DeadLetter, dead_channel, reason_of, traceback_of
 from .errors import HandlerError
 from .events import Event
-from .frame import Codec, Frame, Placer
-from .message import Message
+from .frame import Address, Codec, Frame
+from .message import Message, Reply
 from .metrics import GroupMetrics
 from .payloads import Flight, Oversized, too_large
 from .subscriber import Subscriber
-from .transports import Commit, Entry, Output, Reader, Reply, Retried, Segment
+from .transports import Answered, Commit, Entry, Output, Reader, Retried, Segment
 
 __all__ = [
     "Draft",
@@ -176,6 +176,9 @@ class Draft:
             self._commit.handled += 1
             return
         events = outcome if isinstance(outcome, list) else [] if outcome is None else [outcome]
+        answers = [event.event for event in events if type(event) is Reply]
+        if answers:
+            events = [event for event in events if type(event) is not Reply]
         targets = [self._target(event) for event in events] if self._subscriber.publishes else []
         self._mark(held, index)
         self._commit.handled += 1
@@ -189,7 +192,7 @@ class Draft:
             published.append(event)
             keys.append(key)
         if address is not None:
-            self._answer(address, self._request(held, index), events)
+            self._answer(address, self._request(held, index), answers or events)
 
     def retry(self, held: Held, index: int, delay: float) -> None:
         self._mark(held, index)
@@ -293,35 +296,35 @@ class Draft:
         for where, (events, keys) in self._outputs.items():
             commit.outputs.extend(self._frames(*where, events, keys, now, flight, self._traces.get(where)))
         for output in commit.outputs:
-            if len(output.body) > self._limit:
-                raise too_large(output.channel.name, len(output.body), self._limit)
+            self._check_size(output.channel, output.body)
         if self._letters:
             channel = dead_channel(self._subscriber.channel.name)
             letters, keys = [letter for letter, _ in self._letters], [key for _, key in self._letters]
             commit.outputs.extend(self._frames(channel, 0, letters, keys, now, None))
         for address, (answers, ids) in self._answers.items():
-            codec = reply_codec(self._subscriber.channel.reply)
-            body = self._encode(codec, answers, ids, now, self._sources.durable)
-            commit.replies.append(Reply(address, body))
+            self._reply(Address.of(address), reply_codec(self._subscriber.channel.reply), answers, ids, now, flight)
         for address, (refusals, ids) in self._refusals.items():
-            body = self._encode(failures, refusals, ids, now, self._sources.durable)
-            commit.replies.append(Reply(address, body))
+            self._reply(Address.of(address), failures, refusals, ids, now, None)
         return commit
 
-    def _encode(
-        self,
-        codec: Codec[Any],
-        events: list[Any],
-        keys: list[Any],
-        now: float,
-        source: str,
-        sequence: int | None = None,
-        place: Placer | None = None,
-        headers: list[dict[str, str] | None] | None = None,
-    ) -> bytes:
-        return codec.encode(
-            events, source=source, sequence=sequence, time=now, keys=keys, headers=headers, place=place
-        )  # fmt: skip
+    def _reply(
+        self, address: Address, codec: Codec[Any], answers: list[Any], ids: list[str], now: float,
+        flight: Flight | None,
+    ) -> None:  # fmt: skip
+        channel, source = self._subscriber.channel, self._sources.durable
+        place = flight.answer_placer(channel, address) if flight is not None else None
+
+        def encode(start: int, end: int) -> bytes:
+            keys = ids[start:end]
+            return codec.encode(answers[start:end], source=source, sequence=None, time=now, keys=keys, place=place)
+
+        for body, _ in self._cut(len(answers), len(answers), encode):
+            self._check_size(channel, body)
+            self._commit.replies.append(Answered(address.key, body))
+
+    def _check_size(self, channel: Channel[Any], body: bytes) -> None:
+        if len(body) > self._limit:
+            raise too_large(channel.name, len(body), self._limit)
 
     def _frames(
         self,
@@ -332,31 +335,45 @@ class Draft:
         now: float,
         flight: Flight | None,
         traces: dict[int, dict[str, str]] | None = None,
-    ) -> list[Output]:
+    ) -> Iterator[Output]:
         if channel.raw:
             bodies = [event.encode() if isinstance(event, str) else event for event in events]
-            return [Output(channel, 0, body, 1) for body in bodies]
+            yield from (Output(channel, 0, body, 1) for body in bodies)
+            return
         codec = self._codecs(channel)
-        outputs: list[Output] = []
         place = flight.placer(channel, partition) if flight is not None else None
-        size, start = channel.frame, 0
         base = None if channel.durable else self._sources.published.get(channel.name, 0) + 1
         source = self._sources.of(channel, partition)
-        while start < len(events):
-            part, names = events[start : start + size], keys[start : start + size]
-            headers = [traces.get(start + index) for index in range(len(part))] if traces else None
+
+        def encode(start: int, end: int) -> bytes:
+            return codec.encode(
+                events[start:end],
+                source=source,
+                sequence=None if base is None else base + start,
+                time=now,
+                keys=keys[start:end],
+                headers=[traces.get(index) for index in range(start, end)] if traces else None,
+                place=place,
+            )
+
+        for body, count in self._cut(len(events), channel.frame, encode):
+            yield Output(channel, partition, body, count)
+
+    def _cut(self, count: int, size: int, encode: Callable[[int, int], bytes]) -> Iterator[tuple[bytes, int]]:
+        """Frames of so many events, `size` in each at most, as (body, its events)."""
+        start = 0
+        while start < count:
+            end = min(start + size, count)
             try:
-                sequence = None if base is None else base + start
-                body = self._encode(codec, part, names, now, source, sequence, place, headers)
+                body = encode(start, end)
             except Oversized as error:
-                size = max(1, len(part) * error.most // error.nbytes)
+                size = max(1, (end - start) * error.most // error.nbytes)
                 continue
-            if len(body) > 2 * FRAME_BYTES and len(part) > 1:
-                size = max(1, len(part) * FRAME_BYTES // len(body))
+            if len(body) > 2 * FRAME_BYTES and end - start > 1:
+                size = max(1, (end - start) * FRAME_BYTES // len(body))
                 continue
-            outputs.append(Output(channel, partition, body, len(part)))
-            start += len(part)
-        return outputs
+            yield body, end - start
+            start = end
 
     def applied(self, metrics: GroupMetrics) -> None:
         """The commit took effect: count it."""

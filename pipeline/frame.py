@@ -32,6 +32,7 @@ from .tensors import ALIGNMENT, Buffers, Tensor, TensorBytes
 
 __all__ = [
     "REFERENCE",
+    "Address",
     "Codec",
     "Frame",
     "Header",
@@ -53,6 +54,26 @@ _PREFIX = struct.Struct("<4sB3xIQ")
 _JSON_START = b'{"pipeline":'
 REPLIES = "pipeline:reply:"
 """What the keys begin with that answers go to; a frame cannot name any other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where an answer is awaited, in a frame's header: "<key>" or "<key>@<host>"."""
+
+    key: str
+    """Of a list in Redis."""
+    host: str | None = None
+    """Whose memory the requester shares, "" for none; None where big tensors are to be in the answer itself."""
+
+    @classmethod
+    def of(cls, text: str) -> Address:
+        key, at, host = text.partition("@")
+        return cls(key, host if at else None)
+
+    def __str__(self) -> str:
+        return self.key if self.host is None else f"{self.key}@{self.host}"
+
+
 _Time = Annotated[float, Field(ge=0, lt=253_402_300_800)]
 """Unix seconds that a datetime can show: before the year 10000."""
 _REFERENCE = re.compile(rb"shm [0-9a-f]{16} [0-9]{1,9} [0-9]{1,15}|blob [0-9a-f]{24} [0-9]{1,6}")
@@ -81,7 +102,7 @@ class Header(BaseModel):
     due: _Time | None = None
     """Unix seconds before which no handler may see the events."""
     reply: Annotated[str, Field(pattern=f"^{REPLIES}")] | None = None
-    """Redis key of the list on which an answer is awaited."""
+    """Where an answer is awaited; see Address."""
     headers: list[dict[str, str] | None] | None = None
 
 
@@ -133,6 +154,7 @@ class Frame(Generic[T]):
             key=self.key(index),
             attempt=header.attempt,
             headers=headers or {},
+            requested=header.reply is not None,
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
-__all__ = ["Message", "Receipt"]
+__all__ = ["Message", "Receipt", "Reply"]
 
 T = TypeVar("T")
 
@@ -19,12 +19,13 @@ TRACE = ("traceparent", "tracestate")
 class Message(Generic[T]):
     """One delivery of an event. Annotate a handler's parameter `Message[Reading]` to receive it.
 
-    id       `source:sequence`, unique within its channel and ordered within its source
-    source   who published it
-    time     when it was published, aware, UTC
-    key      what orders it, or None
-    attempt  1 the first time
-    headers  what the publisher attached
+    id         `source:sequence`, unique within its channel and ordered within its source
+    source     who published it
+    time       when it was published, aware, UTC
+    key        what orders it, or None
+    attempt    1 the first time
+    headers    what the publisher attached
+    requested  whether somebody awaits an answer
     """
 
     event: T
@@ -35,6 +36,14 @@ class Message(Generic[T]):
     key: str | None = None
     attempt: int = 1
     headers: Mapping[str, str] = field(default_factory=dict)
+    requested: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reply(Generic[T]):
+    """Returned by a handler, alone or in its list: the answer to whoever requested, not to be published as well."""
+
+    event: T
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,7 +13,9 @@ from pydantic import ValidationError
 from .channel import Channel
 from .drafts import Failure, failures, reply_codec
 from .errors import ConfigurationError, FrameError, RequestFailed, RequestTimeout, ServerUnavailable
-from .frame import REPLIES, Header, Invalid, split
+from .frame import REFERENCE, REPLIES, Address, Header, Invalid, split
+from .payloads import Payloads
+from .tensors import TensorBytes
 from .transports import Backend
 from .transports.client import LinkLost, ReplyError
 
@@ -26,16 +29,19 @@ WAIT = 1.0
 class _Answers:
     """A frame of answers, decoded once, for the first who waits for one of them."""
 
-    def __init__(self, kind: str, body: bytes) -> None:
+    def __init__(self, kind: str, body: bytes, beside: TensorBytes | FrameError | None) -> None:
         self._kind = kind
         self._body = body
+        self._beside = beside
         self._events: list[Any] | None = None
 
     def of(self, channel: Channel[Any]) -> list[Any]:
         """Raises FrameError."""
+        if isinstance(self._beside, FrameError):
+            raise self._beside
         if self._events is None:
             codec = failures if self._kind == "Failure" else reply_codec(channel.reply)
-            self._events = codec.decode(self._body).events
+            self._events = codec.decode(self._body, beside=self._beside).events
         return self._events
 
 
@@ -99,11 +105,19 @@ class Question(asyncio.Future[Any]):
 class Replies:
     """One list in Redis a process, read by one task; answers find their request by its event's id."""
 
-    def __init__(self, backend: Backend, source: str) -> None:
-        self.address = f"{REPLIES}{source}:{secrets.token_hex(4)}"
+    def __init__(self, backend: Backend, payloads: Payloads, source: str) -> None:
+        self._address = Address(f"{REPLIES}{source}:{secrets.token_hex(4)}")
         self._backend = backend
+        self._payloads = payloads
         self._waiting = _Waiting()
         self._task: asyncio.Task[None] | None = None
+        self._opening: set[asyncio.Task[None]] = set()
+
+    def address(self, channel: Channel[Any]) -> str:
+        """Where answers to what is asked on a channel are to go."""
+        if not self._payloads.active or not reply_codec(channel.reply).tensors:
+            return self._address.key
+        return str(replace(self._address, host=self._payloads.host))
 
     def question(self, channel: Channel[Any], timeout: float) -> Question:
         """To be handed to an Outbox with its event. Raises ConfigurationError."""
@@ -122,20 +136,34 @@ class Replies:
 
     async def _hear(self) -> None:
         try:
-            for body in await self._backend.replies(self.address, WAIT):
-                self._take(body)
+            for body in await self._backend.replies(self._address.key, WAIT):
+                if body.startswith(REFERENCE):
+                    task = asyncio.create_task(self._open(body), name="open an answer")
+                    self._opening.add(task)
+                    task.add_done_callback(self._opening.discard)
+                else:
+                    self._take(body)
         except (ServerUnavailable, LinkLost, ReplyError) as error:
             logger.debug("replies: %s", error)
             await asyncio.sleep(0.1)
 
-    def _take(self, body: bytes) -> None:
+    async def _open(self, body: bytes) -> None:
+        """Though nobody may wait for it any more: who answered wants its memory back."""
+        beside: TensorBytes | FrameError
+        try:
+            beside = await self._payloads.take(self._address, body)
+        except FrameError as error:
+            beside = error
+        self._take(body, beside)
+
+    def _take(self, body: bytes, beside: TensorBytes | FrameError | None = None) -> None:
         try:
             text, _ = split(body)
             header = Header.model_validate_json(text)
         except (FrameError, ValidationError) as error:
             logger.error("an answer cannot be read: %s", error)
             return
-        answers = _Answers(header.type, body)
+        answers = _Answers(header.type, body, beside)
         for index, id_ in enumerate(header.keys or []):
             question = self._waiting.get(id_ or "")
             if question is not None:
@@ -157,5 +185,7 @@ class Replies:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            tasks = [self._task, *self._opening]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

@@ -23,7 +23,7 @@ from typing import Any
 from .batching import columns
 from .channel import Channel
 from .deadletters import reason_of
-from .drafts import Draft, Held, Sequences, Sources, Unit, open_indexes, segments
+from .drafts import Draft, Held, Sequences, Sources, Unit, open_indexes, reply_codec, segments
 from .errors import FrameError, HandlerError, PipelineError, Reject, Retry
 from .executors import Executor, make
 from .flow import Flow
@@ -122,6 +122,8 @@ class Router:
             and channel.name != subscriber.channel.name  # which only reading empties
         ]
         self._tensors = [channel for channel in subscriber.publishes if context.codec(channel).tensors]
+        reply = subscriber.channel.reply
+        self._tensors_in_answers = reply is not None and reply_codec(reply).tensors
         self._repeats = 0
         """Retries that happened in place, for the next commit to count."""
         self._sources = Sources(f"{subscriber.channel.name}.{subscriber.group}", context.source)
@@ -518,7 +520,7 @@ class Router:
             draft = self._draft()
             for (held, index), outcome in items:
                 self._resolve(draft, held, index, outcome)
-            flight = Flight(self._context.payloads) if self._tensors else None
+            flight = self._flight()
             try:
                 if flight is not None:
                     await self._prepare()
@@ -556,7 +558,13 @@ class Router:
                 if flight is None:
                     raise
 
+    def _flight(self) -> Flight | None:
+        """For what may have big tensors."""
+        return Flight(self._context.payloads) if self._tensors or self._tensors_in_answers else None
+
     async def _prepare(self) -> None:
+        if self._tensors_in_answers:
+            await self._context.payloads.start()
         for channel in self._tensors:
             for partition in range(channel.partitions):
                 await self._context.payloads.prepare(channel, partition)
@@ -585,7 +593,7 @@ class Router:
         """An output could not be written: find whose it was, and fail that event alone."""
         judged, found = [], False
         for unit, outcome in items:
-            alone, flight = self._draft(), Flight(self._context.payloads) if self._tensors else None
+            alone, flight = self._draft(), self._flight()
             self._resolve(alone, unit[0], unit[1], outcome)
             try:
                 alone.commit(flight)

@@ -1,12 +1,13 @@
 """Shared-memory segments: one file each, reused by their owner once nobody needs or reads them any more.
 
-A file is a page of header (magic, generation, what it is for) and the bytes. Who owns it is in its name:
+A file is a page of header (magic, generation, what it is for, whether it was taken) and the bytes. Its name says whose:
 
     pipeline-<deployment>-<owner>-<number>        pipeline-<deployment>-<owner>.lock   held while the owner lives
 
 Everything that must survive a SIGKILL is a lock that the kernel drops with its process: an owner is alive while its
 lock file is locked, and a reader pins a segment with a shared lock for as long as any array over it exists. An owner
 reuses a segment only under the exclusive lock, and counts its generation up, so a late reader sees that it is too late.
+The one reader of an answer notes in the header that it was taken, which spares both a question to Redis.
 """
 
 from __future__ import annotations
@@ -36,10 +37,14 @@ __all__ = ["Gone", "Mappings", "Owner", "Segment", "host_token", "orphans", "swe
 PAGE = 4096
 MAGIC = b"PLSEGM01"
 SMALLEST = 64 << 10
+MADV_POPULATE_WRITE = 23
+"""Of Linux; Python 3.11 has no name for it."""
 FORGOTTEN = 7 * 86400.0
 """Seconds after which a dead owner's files go without asking their deployment's Redis, which may be gone for good."""
 
 _HEADER = struct.Struct("<8sQI")
+_TAKEN = struct.Struct("<Q")
+_TAKEN_AT = PAGE - _TAKEN.size
 _NAME = re.compile(r"pipeline-(?P<deployment>[0-9a-f]{16})-(?P<owner>[0-9a-f]{16})(?:-(?P<number>\d+)|\.lock)")
 
 
@@ -80,16 +85,24 @@ class Segment:
     descriptor: int
     generation: int = 0
     reference: str = ""
+    array: weakref.ref[Any] | None = None
+    """What `Owner.empty` gave out over it: while that lives, nothing else is written here."""
+
+    @property
+    def taken(self) -> bool:
+        """Whether its only reader has it, and holds it by a lock as long as it likes."""
+        return bool(_TAKEN.unpack_from(self.map, _TAKEN_AT)[0] == self.generation)
 
     def close(self, *, unlink: bool) -> None:
-        self.map.close()
+        with contextlib.suppress(BufferError):  # what is given out keeps the mapping
+            self.map.close()
         os.close(self.descriptor)
         if unlink:
             self.path.unlink(missing_ok=True)
 
 
 class Owner:
-    """One process's segments, used in turn. Not thread-safe: the event loop's."""
+    """One process's segments, used in turn."""
 
     def __init__(self, deployment: str, quota: int, folder: Path) -> None:
         self.name = secrets.token_hex(8)
@@ -99,6 +112,9 @@ class Owner:
         self._prefix = folder / f"pipeline-{deployment}-{self.name}"
         self._numbers = itertools.count(1)
         self._free: dict[int, list[tuple[float, Segment]]] = {}
+        self._given: dict[int, tuple[int, Segment]] = {}
+        """By address of what `empty` gave out: its size, and where it lies."""
+        self._mutex = threading.RLock()
         self._lock_path = self._prefix.with_name(f"{self._prefix.name}.lock")
         scratch = folder / f".{self._lock_path.name}"
         self._lock = os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -106,52 +122,94 @@ class Owner:
         scratch.rename(self._lock_path)  # never there unlocked
 
     def write(self, parts: Iterable[memoryview], nbytes: int, purpose: dict[str, Any]) -> Segment | None:
-        """Copy the bytes into a segment; None when the quota, or the host's shared memory, is used up."""
-        segment = self._take(_capacity(nbytes + PAGE))
-        if segment is None:
-            return None
+        """The bytes in a segment: copied, but for a first part in memory that `empty` gave out.
+
+        None when the quota, or the host's shared memory, is used up.
+        """
+        left, at = list(parts), PAGE
+        segment = self._given_out(left[0], nbytes)
+        if segment is not None:
+            at += len(left.pop(0))
+        else:
+            segment = self._take(_capacity(nbytes + PAGE))
+            if segment is None:
+                return None
+        for part in left:
+            segment.map[at : at + len(part)] = part
+            at += len(part)
         segment.generation += 1
         segment.reference = f"{self.name} {segment.path.name.rpartition('-')[2]} {segment.generation}"
         text = json.dumps({**purpose, "reference": segment.reference}).encode()
         _HEADER.pack_into(segment.map, 0, MAGIC, segment.generation, len(text))
         segment.map[_HEADER.size : _HEADER.size + len(text)] = text
-        at = PAGE
-        for part in parts:
-            segment.map[at : at + len(part)] = part
-            at += len(part)
         os.utime(segment.descriptor)  # which writing through a mapping does not set
         fcntl.flock(segment.descriptor, fcntl.LOCK_UN)
         return segment
 
+    def empty(self, nbytes: int) -> npt.NDArray[np.uint8] | None:
+        """[nbytes] of undefined values in a segment. `write` does not copy them, once; they must not change after that.
+
+        None as above. From any thread.
+        """
+        segment = self._take(_capacity(nbytes + 2 * PAGE))  # something small may follow
+        if segment is None:
+            return None
+        array = np.frombuffer(segment.map, np.uint8, nbytes, PAGE)
+        segment.array = weakref.ref(array)
+        with self._mutex:
+            self._given[_address(array.data)] = nbytes, segment
+        return array
+
+    def _given_out(self, part: memoryview, nbytes: int) -> Segment | None:
+        with self._mutex:
+            size, segment = self._given.get(_address(part), (-1, None))
+            if segment is None or size != len(part) or PAGE + nbytes > segment.capacity:
+                return None
+            del self._given[_address(part)]
+            return segment
+
     def free(self, segment: Segment, grace: float) -> None:
         """Nobody needs it any more, in `grace` seconds; somebody may still read it."""
-        self._free.setdefault(segment.capacity, []).append((time.monotonic() + grace, segment))
+        with self._mutex:
+            self._free.setdefault(segment.capacity, []).append((time.monotonic() + grace, segment))
 
     def has_free(self, nbytes: int) -> bool:
-        free, now = self._free.get(_capacity(nbytes + PAGE), []), time.monotonic()
-        return any(since <= now and _locked(segment.descriptor) for since, segment in reversed(free))
+        with self._mutex:
+            free, now = self._free.get(_capacity(nbytes + PAGE), []), time.monotonic()
+            return any(since <= now and _locked(segment) for since, segment in reversed(free))
 
     def shrink(self, seconds: float) -> None:
         """Give back what has been free for so long."""
-        for segments in self._free.values():
-            for item in [item for item in segments if time.monotonic() - item[0] >= seconds]:
-                if _locked(item[1].descriptor):
-                    segments.remove(item)
-                    self.nbytes -= item[1].capacity
-                    item[1].close(unlink=True)
+        with self._mutex:
+            self._take_back()
+            for segments in self._free.values():
+                for item in [item for item in segments if time.monotonic() - item[0] >= seconds]:
+                    if _locked(item[1]):
+                        segments.remove(item)
+                        self.nbytes -= item[1].capacity
+                        item[1].close(unlink=True)
+
+    def _take_back(self) -> None:
+        """What `empty` gave out and nobody wanted to write."""
+        for address, (_, segment) in list(self._given.items()):
+            if segment.array is not None and segment.array() is None:
+                del self._given[address]
+                self.free(segment, 0.0)
 
     def _take(self, capacity: int) -> Segment | None:
         """A free one that nobody reads, the last used first (its pages are warm); or a new one, exclusively locked."""
-        free = self._free.get(capacity, [])
-        now = time.monotonic()
-        for index in reversed(range(len(free))):
-            if free[index][0] <= now and _locked(free[index][1].descriptor):
-                return free.pop(index)[1]
-        if self.nbytes + capacity > self._quota:
-            self.shrink(0.0)
+        with self._mutex:
+            self._take_back()
+            free = self._free.get(capacity, [])
+            now = time.monotonic()
+            for index in reversed(range(len(free))):
+                if free[index][0] <= now and _locked(free[index][1]):
+                    return free.pop(index)[1]
             if self.nbytes + capacity > self._quota:
-                return None
-        return self._make(capacity)
+                self.shrink(0.0)
+                if self.nbytes + capacity > self._quota:
+                    return None
+            return self._make(capacity)
 
     def _make(self, capacity: int) -> Segment | None:
         path = self._prefix.with_name(f"{self._prefix.name}-{next(self._numbers)}")
@@ -160,6 +218,8 @@ class Owner:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             os.posix_fallocate(descriptor, 0, capacity)  # now, with an error; not at a write, with SIGBUS
             segment = Segment(path, capacity, mmap.mmap(descriptor, capacity), descriptor)
+            with contextlib.suppress(OSError):  # before Linux 5.14 pages are mapped one by one, in twice the time
+                segment.map.madvise(MADV_POPULATE_WRITE)
         except OSError:
             os.close(descriptor)
             path.unlink(missing_ok=True)
@@ -169,7 +229,8 @@ class Owner:
 
     def close(self, used: Iterable[Segment]) -> None:
         """Unlink what is free: who has mapped it keeps it. What is still needed stays until somebody sweeps."""
-        for _, segment in itertools.chain.from_iterable(self._free.values()):
+        given = [segment for _, segment in self._given.values()]
+        for segment in [*given, *(segment for _, segment in itertools.chain.from_iterable(self._free.values()))]:
             segment.close(unlink=True)
         left = list(used)
         for segment in left:
@@ -179,8 +240,21 @@ class Owner:
         os.close(self._lock)
 
 
-def _locked(descriptor: int) -> bool:
-    """Whether the exclusive lock could be had: nobody reads it."""
+def _address(part: memoryview) -> int:
+    return int(np.frombuffer(part, np.uint8).ctypes.data)
+
+
+def _locked(segment: Segment) -> bool:
+    """Whether it can be written: nobody reads it, and what was given out over it is gone."""
+    if segment.array is not None:
+        if segment.array() is not None:
+            return False
+        segment.array = None
+    return _lock(segment.descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the exclusive lock could be had."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -192,7 +266,7 @@ class _Mapping:
     """A segment as a reader sees it, mapped once and pinned while arrays over it exist."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             self._map = mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ)
         except (OSError, ValueError):
@@ -220,6 +294,9 @@ class _Mapping:
             number = next(self._numbers)
             self._pins[number] = weakref.ref(array, lambda _: self._unpin(number))
             return array
+
+    def take(self, generation: int) -> None:
+        os.pwrite(self._descriptor, _TAKEN.pack(generation), _TAKEN_AT)
 
     def _unpin(self, number: int) -> None:
         with self._lock:
@@ -254,8 +331,8 @@ class Mappings:
         self._prefix = folder / f"pipeline-{deployment}-"
         self._mappings: dict[str, _Mapping] = {}
 
-    def view(self, reference: str, nbytes: int) -> npt.NDArray[np.uint8]:
-        """The bytes a reference names, without copying. Raises Gone."""
+    def view(self, reference: str, nbytes: int, *, take: bool = False) -> npt.NDArray[np.uint8]:
+        """The bytes a reference names, without copying; with `take`, nobody else will ask for them. Raises Gone."""
         owner, number, generation = reference.split(" ")
         name = f"{owner}-{number}"
         mapping = self._mappings.get(name)
@@ -264,7 +341,10 @@ class Mappings:
                 mapping = self._mappings[name] = _Mapping(self._find(name))
             except (OSError, ValueError) as error:
                 raise Gone(str(error)) from None
-        return mapping.view(int(generation), nbytes)
+        found = mapping.view(int(generation), nbytes)
+        if take:
+            mapping.take(int(generation))
+        return found
 
     def _find(self, name: str) -> Path:
         """Of an owner that began before Redis was flushed, or after, the deployment is another; its name is its own."""
@@ -346,6 +426,6 @@ def _alive(folder: Path, match: re.Match[str]) -> bool:
     except OSError:
         return False
     try:
-        return not _locked(descriptor)
+        return not _lock(descriptor)
     finally:
         os.close(descriptor)

@@ -14,7 +14,7 @@ import redis
 from pipeline import Channel
 from pipeline.errors import ConfigurationError
 from pipeline.ledger import GroupLedger
-from pipeline.transports import Backend, Commit, Entry, Group, GroupStats, Outgoing, Output, Reply, Retried, Segment
+from pipeline.transports import Answered, Backend, Commit, Entry, Group, GroupStats, Outgoing, Output, Retried, Segment
 from pipeline.transports.client import ReplyError
 from pipeline.transports.memory import MemoryBackend
 from pipeline.transports.redis import RedisBackend
@@ -156,7 +156,7 @@ async def test_outputs_and_replies_appear_with_the_commit(place: Place) -> None:
     (entry,) = await take(reader, 1)
     commit = Commit([whole(entry)] if place.channel.durable else [], handled=4)
     commit.outputs = [Output(output, 0, b"result", 2), Output(heard, 0, b"news", 1)]
-    commit.replies = [Reply("pipeline:reply:x", b"answer")]
+    commit.replies = [Answered("pipeline:reply:x", b"answer")]
     assert await reader.commit(commit) == []
     (result,) = await take(there, 1)
     assert (result.body, result.count, result.position) == (b"result", 2, 2)

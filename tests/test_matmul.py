@@ -163,12 +163,17 @@ async def test_tiles_that_went_to_a_worker_without_the_jobs_folder_are_asked_for
     assert (found.tiles, found.recomputed) == (9, 0)
 
 
-async def test_big_products_travel_in_shared_memory(app: Pipeline) -> None:
+async def test_big_products_travel_in_shared_memory_to_who_asked(app: Pipeline) -> None:
+    """And to the channel of results only where nobody asked."""
     a = numbers(300, 300)
-    await ask(app, a, a, result="event", blocks="never")
-    [message] = await collect(app, catalog.matmul_results, 1)
-    assert torch.equal(torch.as_tensor(message.event.product), a @ a)
-    assert app.payloads.placed == 1  # the job's operands, in one segment
+    for _ in range(5):
+        found = await ask(app, a, a, result="event", blocks="never")
+        assert torch.equal(torch.as_tensor(found.product), a @ a)
+    assert app.payloads.placed == 5  # the jobs' operands, each in one segment
+    await app.publish(catalog.matmul_jobs, MatmulJob(a=Tensor(a), b=Tensor(a), result="event", blocks="never"))
+    *asked, last = [message.event for message in await collect(app, catalog.matmul_results, 6)]
+    assert [event.product for event in asked] == [None] * 5
+    assert torch.equal(torch.as_tensor(last.product), a @ a)
 
 
 async def test_the_figures_agree_with_each_other(app: Pipeline) -> None:

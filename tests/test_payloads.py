@@ -14,7 +14,20 @@ import numpy as np
 import pytest
 import redis
 
-from pipeline import Batch, Channel, Event, Message, Pipeline, Reject, RequestFailed, Retry, RetryPolicy, Tensor
+from pipeline import (
+    Batch,
+    Channel,
+    Event,
+    Message,
+    Pipeline,
+    Reject,
+    Reply,
+    RequestFailed,
+    Retry,
+    RetryPolicy,
+    Tensor,
+    payloads,
+)
 from pipeline.errors import PayloadTooLarge
 from pipeline.segments import Gone, Mappings, Owner, orphans, sweep
 from pipeline.server import Server
@@ -38,6 +51,7 @@ class Size(Event):
 
 pictures = Channel("pictures", Image)
 copies = Channel("copies", Image)
+enlargements = Channel("enlargements", Size, reply=Image)
 
 
 def image(n: int, size: int = 602_112) -> Image:
@@ -107,12 +121,12 @@ async def test_a_blob_that_expires_before_its_frame_is_written_is_uploaded_again
     """As when a full channel or a long outage makes a publish, or a commit, wait for more than a minute."""
     upload, expired = RedisPayloadStore.upload, set[str]()
 
-    async def too_early(store: RedisPayloadStore, channel: str, partition: int, name: str, chunks: Any) -> None:
-        await upload(store, channel, partition, name, chunks)
-        if channel not in expired:
-            expired.add(channel)
+    async def too_early(store: RedisPayloadStore, place: str, name: str, chunks: Any) -> None:
+        await upload(store, place, name, chunks)
+        if place not in expired:
+            expired.add(place)
             with redis.Redis.from_url(url) as client:
-                assert client.delete(f"pipeline:{{{channel}}}:b:{name}:1") == 1
+                assert client.delete(f"{place}:b:{name}:1") == 1
 
     monkeypatch.setattr(RedisPayloadStore, "upload", too_early)
     app, seen = Pipeline("app", url), []
@@ -129,7 +143,7 @@ async def test_a_blob_that_expires_before_its_frame_is_written_is_uploaded_again
         await app.publish(pictures, [image(n, 100_000) for n in range(3)])
         await idle(app, "pictures")
         stats = await idle(app, "copies")
-    assert expired == {"pictures", "copies"}
+    assert expired == {"pipeline:{pictures}", "pipeline:{copies}"}
     assert sorted(seen) == [(n, n * 100_000) for n in range(3)]
     assert (stats.published, stats.groups["h"].dead) == (3, 0)
 
@@ -305,6 +319,250 @@ async def test_who_asks_about_a_tensor_that_is_gone_is_told_at_once(mode: str, u
             with pytest.raises(RequestFailed, match="PayloadGone: its tensors were in a host's shared memory"):
                 await asking
             assert (await app.request(questions, image(2, 1000), timeout=10.0)).n == 1000
+
+
+@pytest.mark.parametrize("mode", ["shm", "blobs", "inline", "auto"], indirect=True)
+async def test_answers_travel_as_events_do(mode: str, url: str) -> None:
+    """Forty answers, each let go of before the next is asked for: one segment serves them all, and nothing is left."""
+    app, worker = Pipeline("app", url), Pipeline("worker", url)
+
+    @worker.subscriber(enlargements, group="g")
+    async def enlarge(event: Size) -> Image:
+        return image(event.n)
+
+    async with app, serving(worker):
+        for n in range(40):
+            answer = await app.request(enlargements, Size(n=n), timeout=10)
+            assert (np.asarray(answer.pixels) == n).all()
+            del answer
+        ways = {"shm": (40, 0), "auto": (40, 0), "blobs": (0, 40), "inline": (0, 0)}
+        assert (worker.payloads.placed, worker.payloads.blobs) == ways[mode]
+        segments = [path for path in files(url) if not path.name.endswith(".lock")]
+        assert len(segments) == (1 if mode in ("shm", "auto") else 0)
+        assert payload_keys(url) == []
+        kept = await asyncio.gather(*(app.request(enlargements, Size(n=n), timeout=10) for n in range(30)))
+        assert all((np.asarray(answer.pixels) == n).all() for n, answer in enumerate(kept)), "while all are kept"
+        with redis.Redis.from_url(url) as client:
+            assert client.keys("pipeline:reply:*") == []
+    assert all((np.asarray(answer.pixels) == n).all() for n, answer in enumerate(kept)), "after their owner has gone"
+    del kept
+    assert files(url) == []
+
+
+async def test_an_answer_to_another_host_is_a_blob_and_nobody_elses(
+    mode: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The requester shares the workers' Redis, but has a shared-memory folder of its own."""
+    worker = Pipeline("worker", url)
+
+    @worker.subscriber(enlargements, group="g")
+    async def enlarge(event: Size) -> Image:
+        return image(event.n, 20_000_000)
+
+    monkeypatch.setenv("PIPELINE_SHM_DIR", str(tmp_path))
+    settings.cache_clear()
+    async with Pipeline("app", url) as app, serving(worker):
+        answer = await app.request(enlargements, Size(n=7), timeout=10)
+        assert (np.asarray(answer.pixels) == 7).all()
+        assert (worker.payloads.placed, worker.payloads.blobs) == (0, 1)
+        assert payload_keys(url) == [], "the two chunks went when they were read"
+
+
+@pytest.mark.parametrize("mode", ["blobs"], indirect=True)
+async def test_an_answers_blob_that_expires_before_the_commit_is_uploaded_again(
+    mode: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload, times = RedisPayloadStore.upload, list[str]()
+
+    async def too_early(store: RedisPayloadStore, place: str, name: str, chunks: Any) -> None:
+        await upload(store, place, name, chunks)
+        times.append(place)
+        if len(times) == 1:
+            with redis.Redis.from_url(url) as client:
+                assert client.delete(f"{place}:b:{name}:1") == 1
+
+    monkeypatch.setattr(RedisPayloadStore, "upload", too_early)
+    app = Pipeline("app", url)
+
+    @app.subscriber(enlargements, group="g")
+    async def enlarge(event: Size) -> Image:
+        return image(event.n)
+
+    async with app, serving(app):
+        assert (np.asarray((await app.request(enlargements, Size(n=3), timeout=10)).pixels) == 3).all()
+    assert len(times) == 2
+    assert times[0] == times[1]
+
+
+async def test_an_answer_that_nobody_takes_goes_in_time(mode: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(payloads, "UNTAKEN", 0.5)
+    app, worker = Pipeline("app", url), Pipeline("worker", url)
+
+    @worker.subscriber(enlargements, group="g")
+    async def enlarge(event: Size) -> Image:
+        return image(event.n)
+
+    async with serving(worker):
+        async with app:
+            asked = asyncio.create_task(app.request(enlargements, Size(n=0), timeout=10))
+            await until(lambda: app._replies is not None and app._replies._task is not None)
+            app._replies._task.cancel()  # type: ignore[union-attr]  # it will never listen
+            await until(lambda: worker.payloads.placed == 1)
+            asked.cancel()
+        for n in range(1, 3):
+            async with Pipeline("other", url) as other:
+                await other.request(enlargements, Size(n=n), timeout=10)
+        segments = [path for path in files(url) if not path.name.endswith(".lock")]
+        assert len(segments) == 2, "what nobody took is not written on, what was taken is"
+        await asyncio.sleep(0.5)
+        worker.payloads._reclaim()
+        assert worker.payloads._loans.rest() == []
+    assert files(url) == []
+
+
+async def test_what_dead_workers_answered_is_swept_when_nobody_can_take_it_any_more(mode: str, url: str) -> None:
+    async with Pipeline("app", url) as app:
+        await app.payloads.announce(pictures)
+        for until_ in (time.time() + 60, time.time() - 1):
+            dead = Owner(app.payloads._deployment, 1 << 20, settings().shm_dir)
+            segment = dead.write([memoryview(b"a" * 100)], 100, {"until": until_})
+            assert segment is not None
+            dead.close([segment])
+            await app.payloads.sweep()
+            assert segment.path.exists() == (until_ > time.time())
+            segment.path.unlink(missing_ok=True)
+        await app.payloads.sweep()
+    assert files(url) == []
+
+
+async def test_many_answers_to_one_requester_are_cut_into_frames(mode: str, url: str) -> None:
+    app = Pipeline("app", url)
+
+    @app.subscriber(enlargements, group="g", batch=Batch(64))
+    async def enlarge(batch: list[Size]) -> list[Image]:
+        return [image(event.n, 1_000_000) for event in batch]
+
+    async with app, serving(app):
+        answers = await asyncio.gather(*(app.request(enlargements, Size(n=n), timeout=10) for n in range(64)))
+        assert all((np.asarray(answer.pixels) == n).all() for n, answer in enumerate(answers))
+        assert 64 / 8 <= app.payloads.placed < 64
+
+
+async def test_an_answer_above_the_limit_fails_its_request_alone(
+    mode: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_MAX_FRAME_BYTES", "1000000")
+    settings.cache_clear()
+    app = Pipeline("app", url)
+
+    @app.subscriber(enlargements, group="g")
+    async def enlarge(event: Size) -> Image:
+        return image(event.n, 2_000_000 if event.n == 5 else 300_000)
+
+    async with app, serving(app):
+        asked = [app.request(enlargements, Size(n=n), timeout=10) for n in range(10)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        for n, answer in enumerate(answers):
+            if n == 5:
+                assert isinstance(answer, RequestFailed)
+                assert "PIPELINE_MAX_FRAME_BYTES" in str(answer)
+            else:
+                assert isinstance(answer, Image), answer
+                assert answer.n == n
+
+
+async def test_who_requests_may_be_told_more_than_is_published(mode: str, url: str) -> None:
+    """A requester gets the picture; the channel says only that there is one, unless nobody asked."""
+    app = Pipeline("app", url)
+
+    @app.subscriber(enlargements, group="g", publishes=copies)
+    async def enlarge(message: Message[Size]) -> list[Image | Reply[Image]]:
+        found = image(message.event.n)
+        return [Reply(found), image(message.event.n, 1)] if message.requested else [found]
+
+    async with app, app.watch(copies) as stream, serving(app):
+        answer = await app.request(enlargements, Size(n=1), timeout=10)
+        await app.publish(enlargements, Size(n=2))
+        published = [await anext(aiter(stream)) for _ in range(2)]
+    assert (answer.n, answer.pixels.shape) == (1, (602_112,))
+    assert [(message.event.n, message.event.pixels.shape) for message in published] == [(1, (1,)), (2, (602_112,))]
+
+
+# -- memory that is sent from where it is ----------------------------------------------------------------------------
+
+
+async def test_what_is_written_where_it_is_sent_from_is_not_copied(mode: str, url: str) -> None:
+    app, seen = Pipeline("app", url), []
+
+    @app.subscriber(pictures, group="g", publishes=copies)
+    async def invert(picture: Image) -> Image:
+        pixels = app.empty(picture.pixels.shape, np.uint8)
+        np.subtract(255, np.asarray(picture.pixels), out=pixels)
+        made.append(pixels.ctypes.data)
+        return Image(n=picture.n, pixels=pixels)
+
+    @app.subscriber(copies, group="h")
+    async def look(picture: Image) -> None:
+        seen.append((picture.n, int(np.asarray(picture.pixels)[0])))
+
+    made: list[int] = []
+    async with serving(app):
+        for n in range(6):
+            pixels = app.empty(500_000, np.uint8)
+            pixels[:] = n
+            inode = _mapped_file(pixels.ctypes.data)
+            await app.publish(pictures, Image(n=n, pixels=pixels))
+            assert inode.startswith(str(settings().shm_dir)), "there is a plane, for the app has a reader of tensors"
+            del pixels
+            await idle(app, "pictures")
+            await idle(app, "copies")
+        assert app.payloads.placed == 12
+        segments = [path for path in files(url) if not path.name.endswith(".lock")]
+        assert len(segments) <= 5, "and used again"
+    assert seen == [(n, 255 - n) for n in range(6)]
+    assert files(url) == []
+
+
+async def test_memory_that_is_still_held_is_not_given_out_again(mode: str, url: str) -> None:
+    app, sums = Pipeline("app", url), []
+
+    @app.subscriber(pictures, group="g")
+    async def total(picture: Image) -> None:
+        sums.append(int(np.asarray(picture.pixels).sum(dtype=np.int64)))
+
+    async with serving(app):
+        held = []
+        for n in range(4):
+            pixels = app.empty((100, 1000), "float32").view(np.uint8)
+            pixels[:] = n
+            await app.publish(pictures, Image(n=n, pixels=pixels))
+            await app.publish(pictures, Image(n=n, pixels=pixels))  # the second time it is copied
+            await idle(app, "pictures")
+            held.append(pixels)
+        assert [int(pixels[0, 0]) for pixels in held] == [0, 1, 2, 3]
+        dropped = app.empty(400_000, np.uint8)
+        where = dropped.ctypes.data
+        del dropped
+        assert app.empty(400_000, np.uint8).ctypes.data == where, "what was never sent is there again"
+    assert sums == [n * 400_000 for n in range(4) for _ in "ab"]
+    assert [int(pixels[0, 0]) for pixels in held] == [0, 1, 2, 3], "and outlives its pipeline"
+    assert app.url.startswith("redis")
+
+
+async def test_memory_is_ordinary_where_none_is_shared(url: str, mode: str) -> None:
+    async with Pipeline("app", url) as app:
+        for array in (app.empty((3, 4)), app.empty(0), app.empty((1000, 1000), np.float64)):
+            assert array.flags.writeable
+            assert not _mapped_file(array.ctypes.data).startswith(str(settings().shm_dir))
+        assert app.empty((3, 4)).dtype == np.float32
+
+
+def _mapped_file(address: int) -> str:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        low, _, high = line.split(" ", 1)[0].partition("-")
+        if int(low, 16) <= address < int(high, 16):
+            return line.split(None, 5)[5] if len(line.split(None, 5)) == 6 else ""
+    return ""
 
 
 async def test_readers_on_another_host_get_blobs(mode: str, valkey_url: str) -> None:

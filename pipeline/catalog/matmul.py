@@ -63,7 +63,10 @@ class MatmulJob(Event):
     kernel: str | None = None
     """None: the fastest, by measurement."""
     result: Literal["none", "event", "file"] = "none"
-    """Where the product goes: nowhere, into the result event, or into a file that the result event names."""
+    """Where the product goes: nowhere, into the result event, or into a file that the result event names.
+
+    Where the job is a request, the answer has the product, and what is published on `matmul.results` only its figures.
+    """
     blocks: Literal["auto", "never", "always"] = "auto"
     """Whether the workers share the product, tile by tile. auto: when one worker's memory is too small for it."""
 
@@ -87,7 +90,7 @@ class MatmulResult(Event):
     peak_share: float | None = None
     """0…1: gflops over what the device was measured to reach; of a product in tiles, while a worker computed."""
     product: Tensor | None = None
-    """With `result="event"`."""
+    """With `result="event"`: [..., m, n]."""
     file: str = ""
     """With `result="file"`: where the product is, relative to PIPELINE_MATMUL_DIR."""
     tiles: int = 1

@@ -30,7 +30,7 @@ __all__ = [
     "PartitionStats",
     "PayloadExpired",
     "Reader",
-    "Reply",
+    "Answered",
     "Retried",
     "SUSPICION",
     "Segment",
@@ -175,7 +175,7 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class Answered:
     """An answer for a requester that waits at `address`."""
 
     address: str
@@ -192,7 +192,7 @@ class Commit:
     retried: int = 0
     retries: list[Retried] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
-    replies: list[Reply] = field(default_factory=list)
+    replies: list[Answered] = field(default_factory=list)
 
 
 class Reader(Protocol):
@@ -326,12 +326,16 @@ class PayloadStore(Protocol):
         """Forget payloads that every group is past. Returns those of the owner's, and of `asked`, that nobody needs."""
         ...
 
-    async def upload(self, channel: str, partition: int, name: str, chunks: Sequence[Sequence[memoryview]]) -> None:
-        """Each chunk a list of parts, written one after the other."""
+    def place(self, channel: str, partition: int) -> str:
+        """What the keys of a partition's blobs begin with."""
         ...
 
-    async def download(self, channel: str, partition: int, name: str, chunks: int) -> list[bytes | None]:
-        """The chunks of a blob; None where one is gone."""
+    async def upload(self, place: str, name: str, chunks: Sequence[Sequence[memoryview]]) -> None:
+        """Each chunk a list of parts, written one after the other. `place`: of a partition, or where an answer goes."""
+        ...
+
+    async def download(self, place: str, name: str, chunks: int, *, last: bool = False) -> list[bytes | None]:
+        """The chunks of a blob, None where one is gone; deleted by the `last` who reads it."""
         ...
 
 

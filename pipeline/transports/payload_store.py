@@ -63,16 +63,17 @@ class RedisPayloadStore:
         found = await self._streams.run("collect", names, f"{base.base}:b:", *asked)
         return [reference.decode() for reference in found]
 
-    async def upload(self, channel: str, partition: int, name: str, chunks: Sequence[Sequence[memoryview]]) -> None:
-        prefix = f"{Keys.of(channel, partition).base}:b:{name}"
-        await self._in_thread(lambda: self._set(prefix, chunks), channel, PATIENCE)
+    def place(self, channel: str, partition: int) -> str:
+        return Keys.of(channel, partition).base
 
-    async def download(self, channel: str, partition: int, name: str, chunks: int) -> list[bytes | None]:
-        prefix = f"{Keys.of(channel, partition).base}:b:{name}"
-        keys = [f"{prefix}:{i}" for i in range(1, chunks + 1)]
-        return await self._in_thread(lambda: self._get(keys), channel, None)
+    async def upload(self, place: str, name: str, chunks: Sequence[Sequence[memoryview]]) -> None:
+        await self._in_thread(lambda: self._set(f"{place}:b:{name}", chunks), place, PATIENCE)
 
-    async def _in_thread(self, work: Callable[[], T], channel: str, patience: float | None) -> T:
+    async def download(self, place: str, name: str, chunks: int, *, last: bool = False) -> list[bytes | None]:
+        keys = [f"{place}:b:{name}:{i}" for i in range(1, chunks + 1)]
+        return await self._in_thread(lambda: self._get(keys, last=last), place, None)
+
+    async def _in_thread(self, work: Callable[[], T], place: str, patience: float | None) -> T:
         """Megabytes block: sockets of their own, and threads to wait in, keep them from events and from the loop."""
 
         async def once() -> T:
@@ -83,7 +84,7 @@ class RedisPayloadStore:
             except redis.ResponseError as error:
                 raise ReplyError(str(error)) from None
 
-        return await self._streams.client.persist(once, patience=patience, what=f"payload of {channel!r}")
+        return await self._streams.client.persist(once, patience=patience, what=f"payload at {place}")
 
     def _set(self, prefix: str, chunks: Sequence[Sequence[memoryview]]) -> None:
         with self._connection() as connection:
@@ -95,10 +96,11 @@ class RedisPayloadStore:
                 connection.send_packed_command([head, *parts, tail])
                 connection.read_response()
 
-    def _get(self, keys: list[str]) -> list[bytes | None]:
+    def _get(self, keys: list[str], *, last: bool) -> list[bytes | None]:
         with self._connection() as connection:
-            connection.send_packed_command([_get_command(key) for key in keys])
-            return [connection.read_response(disable_decoding=True) for _ in keys]
+            commands = [("GET", key) for key in keys] + [("UNLINK", key) for key in keys if last]
+            connection.send_packed_command([_command(*command) for command in commands])
+            return [connection.read_response(disable_decoding=True) for _ in commands][: len(keys)]
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[Any]:
@@ -117,5 +119,5 @@ class RedisPayloadStore:
         self._pool.disconnect()
 
 
-def _get_command(key: str) -> bytes:
-    return b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key.encode()), key.encode())
+def _command(name: str, key: str) -> bytes:
+    return b"*2\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name.encode(), len(key.encode()), key.encode())

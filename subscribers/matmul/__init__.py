@@ -13,7 +13,7 @@ import math
 import time
 from typing import Any
 
-from pipeline import Message, Pipeline, Reject, RetryPolicy, catalog
+from pipeline import Message, Pipeline, Reject, Reply, RetryPolicy, catalog
 from pipeline.catalog import MatmulJob, MatmulResult, MatmulTile, SystolicCycle, TileProgress
 from pipeline.settings import Settings, settings
 
@@ -38,7 +38,8 @@ PATIENT = RetryPolicy(attempts=1000)
 
 def make(options: Settings, url: str | None = None) -> Pipeline:
     """The app of a matmul worker."""
-    app, worker = Pipeline("matmul", url), Worker(options)
+    app = Pipeline("matmul", url)
+    worker = Worker(options, app.empty)
 
     @app.on_start
     async def start() -> None:
@@ -59,13 +60,11 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
         catalog.matmul_jobs, group="matmul", publishes=[catalog.matmul_results, catalog.systolic_cycles],
         concurrency=COORDINATING, lease=options.matmul_lease, retry=RetryPolicy(attempts=8),
     )  # fmt: skip
-    async def multiply(message: Message[MatmulJob]) -> list[MatmulResult | SystolicCycle]:
+    async def multiply(message: Message[MatmulJob]) -> list[Outcome]:
         """The product's figures, and where it is; of a systolic array, each of its cycles, too."""
-        work = await asyncio.to_thread(worker.open, message.event)
-        if worker.is_shared(work):
-            return [await share(message.id, work)]
-        result = await worker.run(worker.compute, message.id, work)
-        return [result, *cycles(result)]
+        done = await worker.run(worker.compute, message.id, message.event)
+        result = await share(message.id, done) if isinstance(done, Work) else done
+        return [*told(message, result), *cycles(result)]
 
     async def share(id_: str, work: Work) -> MatmulResult:
         plan, board = await worker.run(worker.share, id_, work)
@@ -109,6 +108,16 @@ def make(options: Settings, url: str | None = None) -> Pipeline:
         )  # fmt: skip
 
     return app
+
+
+Outcome = MatmulResult | Reply[MatmulResult] | SystolicCycle
+
+
+def told(message: Message[MatmulJob], result: MatmulResult) -> list[Outcome]:
+    """Who asked for a product gets it; `matmul.results` has it only if nobody did: it would be kept there in vain."""
+    if not message.requested or result.product is None:
+        return [result]
+    return [Reply(result), result.model_copy(update={"product": None})]
 
 
 def cycles(result: MatmulResult) -> list[SystolicCycle]:

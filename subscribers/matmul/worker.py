@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 
@@ -62,38 +64,19 @@ class Work:
         return [a.mT if self.job.transpose_a else a, b.mT if self.job.transpose_b else b, *c]
 
 
-class Room:
-    """Memory for one product at a time, kept from one to the next."""
-
-    def __init__(self) -> None:
-        self._bytes: torch.Tensor | None = None
-        self._used = False
-
-    def of(self, shapes: Shapes) -> torch.Tensor:
-        """[..., m, n], of undefined values."""
-        self._used = True
-        if self._bytes is None or self._bytes.nbytes < shapes.out_nbytes:
-            self._bytes = None  # before, not after: both would not fit
-            self._bytes = torch.empty(shapes.out_nbytes, dtype=torch.uint8)
-        flat = self._bytes[: shapes.out_nbytes].view(getattr(torch, shapes.out_dtype))
-        return flat.view(shapes.product)
-
-    def tidy(self) -> None:
-        """Give back what was not used since the last time."""
-        if not self._used:
-            self._bytes = None
-        self._used = False
+Empty = Callable[[tuple[int, ...], str], npt.NDArray[Any]]
+"""Memory for a product, by shape and dtype; see Pipeline.empty."""
 
 
 class Worker:
     """Raises Reject, from whatever it is asked to do, for jobs that cannot be."""
 
-    def __init__(self, options: Settings) -> None:
+    def __init__(self, options: Settings, empty: Empty = np.empty) -> None:
         self.folder = Folder(options.matmul_folder)
         self.memory = options.matmul_memory or psutil.virtual_memory().available // FREE_SHARE
         self.stopping = False
         self._limit = options.max_frame_bytes
-        self._room = Room()
+        self._empty = empty
         self._shared: SharedProduct | None = None
         self._shared_job = ""
         threads = options.matmul_threads
@@ -112,20 +95,18 @@ class Worker:
 
     # -- a product in this process -------------------------------------------------------------------------------
 
-    def is_shared(self, work: Work) -> bool:
-        """Whether a product is computed in tiles."""
-        blocks = work.job.blocks
-        too_big = blocks == "auto" and work.nbytes > self.memory
-        return (blocks == "always" or too_big) and work.shapes.operations > 0
-
-    def compute(self, id_: str, work: Work) -> MatmulResult:
-        job, shapes = work.job, work.shapes
+    def compute(self, id_: str, job: MatmulJob) -> MatmulResult | Work:
+        """The result; or what there is to do, where that is to be done in tiles."""
+        work = self.open(job)
+        if self._is_shared(work):
+            return work
+        shapes = work.shapes
         with _rejecting():
             kernel = choose(job.device, shapes.dtype, shapes.m, shapes.k, shapes.n, name=job.kernel)
             a, b, *c = (tensor.to(kernel.device) for tensor in work.operands())
             kernel.wait()
-            # What goes to a file is computed into memory that is used again: fresh pages cost a tenth of their product.
-            out = self._room.of(shapes) if job.result == "file" and kernel.device == "cpu" else None
+            # Into memory that is used again and sent from: fresh pages, or a copy, cost a tenth of their product.
+            out = self._out(shapes) if kernel.device == "cpu" and shapes.out_nbytes else None
             began = time.perf_counter()
             product = kernel.multiply(a, b, alpha=job.alpha, beta=job.beta, c=c[0] if c else None, out=out)
             kernel.wait()
@@ -141,6 +122,17 @@ class Worker:
             peak_share=share_of_peak(kernel.device, shapes.dtype, gflops),
             product=Tensor(product) if job.result == "event" else None, file=file,
         )  # fmt: skip
+
+    def _is_shared(self, work: Work) -> bool:
+        """Whether a product is computed in tiles."""
+        blocks = work.job.blocks
+        too_big = blocks == "auto" and work.nbytes > self.memory
+        return (blocks == "always" or too_big) and work.shapes.operations > 0
+
+    def _out(self, shapes: Shapes) -> torch.Tensor:
+        """[..., m, n], of undefined values."""
+        memory = torch.from_numpy(self._empty((shapes.out_nbytes,), "uint8"))
+        return memory.view(getattr(torch, shapes.out_dtype)).view(shapes.product)
 
     # -- a product that workers share ----------------------------------------------------------------------------
 
@@ -206,7 +198,6 @@ class Worker:
         """Let go of a job that is over, and of files that are too old."""
         if self._shared is not None and not (self._shared.where / PLAN).exists():
             self.close_shared()
-        self._room.tidy()
         self.folder.close_gone()
         self.folder.sweep(keep)
 

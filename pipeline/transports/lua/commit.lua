@@ -7,9 +7,9 @@
 --       (kind, n, body)… an output              kind: s stream · w<capacity> of one that is bounded · d<capacity> that drops
 --                                               its oldest · p Pub/Sub
 --       (address, body)… a reply
--- → {} when applied, else {status a segment}: 'ok', 'gone', or the progress string; an error when an output's blob has
--- expired. Scripts do not roll back, so every
--- check comes before the first write; what only removes comes first, so that a server out of memory lets commits pass.
+-- → {} when applied, else {status a segment}: 'ok', 'gone', or the progress string; an error when a blob of an output or a
+-- reply has expired. Scripts do not roll back, so every check comes before the first write; what only removes comes first, so
+-- that a server out of memory lets commits pass.
 local stream, h, group = KEYS[1], KEYS[2], ARGV[1]
 local keys = string.sub(h, 1, -2)
 local prog = keys .. 'prog'
@@ -30,6 +30,17 @@ for i = 0, n_outputs - 1 do
       references[i] = beside(body)
       if references[i] and not is_there(key, references[i]) then return redis.error_reply('EXPIRED a blob of ' .. key) end
     end
+  end
+end
+
+local blobs = {}
+for at = replies_at, replies_at + 2 * n_replies - 1, 2 do
+  local body = ARGV[at + 1]
+  if string.byte(body, 1) == 0 then
+    -- here: beside, chunks_of, is_there
+    local where, reference = ARGV[at] .. ':s', beside(body)
+    if reference and not is_there(where, reference) then return redis.error_reply('EXPIRED a blob of ' .. ARGV[at]) end
+    for _, key in ipairs(reference and chunks_of(where, reference) or {}) do blobs[#blobs + 1] = key end
   end
 end
 
@@ -127,4 +138,5 @@ for at = replies_at, replies_at + 2 * n_replies - 1, 2 do
   redis.call('RPUSH', ARGV[at], ARGV[at + 1])
   redis.call('PEXPIRE', ARGV[at], '60000')
 end
+for _, key in ipairs(blobs) do redis.call('PEXPIRE', key, '60000') end
 return {}
