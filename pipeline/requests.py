@@ -109,15 +109,20 @@ class Replies:
         self._address = Address(f"{REPLIES}{source}:{secrets.token_hex(4)}")
         self._backend = backend
         self._payloads = payloads
+        self._addresses: dict[Any, str] = {}
+        """By type of the answer."""
         self._waiting = _Waiting()
         self._task: asyncio.Task[None] | None = None
         self._opening: set[asyncio.Task[None]] = set()
 
     def address(self, channel: Channel[Any]) -> str:
         """Where answers to what is asked on a channel are to go."""
-        if not self._payloads.active or not reply_codec(channel.reply).tensors:
-            return self._address.key
-        return str(replace(self._address, host=self._payloads.host))
+        found = self._addresses.get(channel.reply)
+        if found is None:
+            beside = self._payloads.active and reply_codec(channel.reply).tensors
+            address = replace(self._address, host=self._payloads.host if beside else None)
+            found = self._addresses[channel.reply] = str(address)
+        return found
 
     def question(self, channel: Channel[Any], timeout: float) -> Question:
         """To be handed to an Outbox with its event. Raises ConfigurationError."""
