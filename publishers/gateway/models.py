@@ -26,6 +26,8 @@ class Models:
         self.pipeline = pipeline
         self.options = options
         self.measures = measures
+        self.opened = False
+        """Whether the pipeline is."""
         self.statuses: dict[str, ModelStatus] = {}
         """The newest of each model that a living worker serves."""
         self.known: dict[str, None] = {}
@@ -42,6 +44,7 @@ class Models:
 
     async def follow(self) -> None:
         """Learn from the workers' announcements and reports what is served."""
+        self.opened = True
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow_statuses())
             group.create_task(self._follow_reports())
@@ -82,8 +85,7 @@ class Models:
                 return "imagenet"
             return next(iter(self.known))
         if path.startswith("/models/") and path.endswith("/predict"):
-            name = path[8:-8]
-            return name if name != catalog.DIGIT_MODEL or name in self.statuses else None
+            return path[8:-8]
         return None
 
     def admission(self, model: str) -> Admission:
@@ -107,4 +109,5 @@ class Models:
             await self.pipeline.publish(catalog.cancellations, cancellation)
 
     def close(self) -> None:
+        self.opened = False
         self.decoders.shutdown(wait=False, cancel_futures=True)
