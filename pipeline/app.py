@@ -281,6 +281,11 @@ class Pipeline:
         return self._need_backend()
 
     @property
+    def connected(self) -> bool:
+        """Whether it is open, and Redis was there when it was last needed."""
+        return self._backend is not None and self._backend.connected
+
+    @property
     def registry(self) -> Registry:
         """What channels there are. Raises ConfigurationError when the pipeline is not open."""
         self._need_backend()

@@ -52,6 +52,16 @@ class Outcome:
     """Requests without any answer."""
     seconds: float = 0.0
 
+    def add(self, other: Outcome) -> None:
+        """What another test at the same time saw."""
+        self.statuses += other.statuses
+        self.labels += other.labels
+        self.latencies += other.latencies
+        self.refusals += other.refusals
+        self.batches += other.batches
+        self.lost += other.lost
+        self.seconds = max(self.seconds, other.seconds)
+
     def quantile(self, q: float) -> float:
         ordered = sorted(self.latencies)
         return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 
 import pytest
@@ -38,20 +39,22 @@ def run(admission: Admission, clock: Clock, count: int, seconds: float) -> None:
 
 
 class Worker:
-    """Takes what is queued, and `seconds` an item; `ask` says whether one more was admitted."""
+    """Takes what is queued, and `seconds` an item; `ask` says whether one more was admitted, by the first gateway or
+    another one."""
 
     def __init__(self, admission: Admission, clock: Clock, seconds: float) -> None:
         self.latencies: list[float] = []
         self._admission = admission
         self._clock = clock
         self._seconds = seconds
-        self._queue: deque[tuple[int, float]] = deque()
-        self._batch: list[tuple[int, float]] = []
+        self._queue: deque[tuple[Admission, int, float]] = deque()
+        self._batch: list[tuple[Admission, int, float]] = []
         self._until = 0.0
 
-    def ask(self) -> bool:
+    def ask(self, admission: Admission | None = None) -> bool:
+        admission = admission or self._admission
         try:
-            self._queue.append((self._admission.enter(1), self._clock.now))
+            self._queue.append((admission, admission.enter(1), self._clock.now))
         except Overloaded:
             return False
         return True
@@ -67,9 +70,9 @@ class Worker:
             if self._until > until:
                 break
             self._clock.now = max(self._clock.now, self._until)
-            for ticket, entered in self._batch:
+            for admission, ticket, entered in self._batch:
                 self.latencies.append(self._clock.now - entered)
-                self._admission.leave(ticket, 1, answered=True, computed=True)
+                admission.leave(ticket, 1, answered=True, computed=True)
             answered += len(self._batch)
             self._batch = []
         self._clock.now = until
@@ -157,6 +160,30 @@ def test_a_flood_is_refused_before_predictions_take_far_longer_than_one_alone(cl
     assert all(worker.ask() for _ in range(16)), "it is over"
 
 
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("seconds", [0.002, 0.03, 0.2])
+def test_a_flood_through_two_gateways_is_no_slower_than_through_one(clock: Clock, seconds: float, even: bool) -> None:
+    """Neither knows what the other admits. Uneven: chance deals, three to one."""
+    admissions, deal = [made(), made()], random.Random(1)
+    for admission in admissions:
+        admission.gateways = 2
+        run(admission, clock, 200, seconds)
+    worker, accepted = Worker(admissions[0], clock, seconds), 0
+    count = int(30 / seconds)
+    for number in range(3 * count):
+        if number == 90:
+            early = accepted  # before it is seen
+        accepted += worker.ask(admissions[number % 2 if even else deal.choices((0, 1), (3, 1))[0]])
+        worker.go_on(seconds / 3)
+    worker.go_on(10.0)
+    assert accepted > 0.9 * count, "the worker is kept busy"
+    latencies = sorted(worker.latencies[early:])
+    assert latencies[int(0.99 * len(latencies))] < (3 if even else 4) * seconds + 0.001
+    assert [admission.inflight for admission in admissions] == [0, 0]
+    clock.now += 20 * seconds + 2.0
+    assert all(worker.ask(admission) for admission in admissions for _ in range(8)), "it is over"
+
+
 @pytest.mark.parametrize(
     ("clients", "seconds"), [(64, 0.0007), (64, 0.0015), (64, 0.004), (6, 0.03), (8, 0.02), (32, 0.03), (64, 0.02)]
 )
@@ -167,6 +194,18 @@ def test_clients_that_wait_for_their_answers_are_not_refused(clock: Clock, clien
     assert all(worker.ask() for _ in range(clients))
     for _ in range(3000):
         assert all(worker.ask() for _ in range(worker.go_on(0.003)))
+
+
+def test_clients_of_two_gateways_that_wait_for_their_answers_are_not_refused(clock: Clock) -> None:
+    admissions = [made(), made()]
+    for admission in admissions:
+        admission.gateways = 2
+        run(admission, clock, 30, 0.024)
+    worker = Worker(admissions[0], clock, 0.02)
+    assert all(worker.ask(admissions[client % 2]) for client in range(64))
+    for _ in range(3000):
+        worker.go_on(0.003)
+        assert all(worker.ask(admission) for admission in admissions for _ in range(32 - admission.inflight))
 
 
 def test_what_a_dead_worker_holds_is_not_ahead_of_others(clock: Clock) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -21,9 +22,10 @@ from pipeline.settings import settings
 from publishers import gateway as gateway_module
 from publishers.gateway.app import Gateway, create
 from publishers.gateway.measures import Measures
+from publishers.stress import stress_test
 from subscribers import inference
 
-from .apps import serving, until
+from .apps import idle, serving, until
 from .processes import line_with
 from .programs import collect, events, finished, program, served
 
@@ -256,14 +258,42 @@ async def test_what_cannot_be_watched_is_answered_with_the_reason(
 # -- predict -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def front(valkey: Server) -> Iterator[str]:
+    """The base URL of a gateway whose Redis is emptied between tests."""
+    with running(valkey.url) as base:
+        yield base
+
+
+@asynccontextmanager
+async def predicting(base: str, **headers: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=base, timeout=10, headers=headers) as client:
+        await until_ready(client)
+        yield client
+
+
+def slow_digits(url: str, seconds: float) -> Pipeline:
+    """Classifies digits, so many seconds each."""
+    app = Pipeline("slow", url)
+
+    @app.subscriber(catalog.digits, group="inference", batch=Batch(8), run_in="thread")
+    def classify(batch: list[Digit]) -> list[Prediction]:
+        time.sleep(seconds * len(batch))
+        return [Prediction(model="digits", version=1, label=0, probabilities=[1.0], batch=len(batch)) for _ in batch]
+
+    return app
+
+
 async def test_a_digit_is_classified_by_the_inference_subscriber(
-    client: httpx.AsyncClient, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inference, "served", inference.Served())
-    async with served(inference.app, valkey_url):
-        answers = await asyncio.gather(
-            *(client.post("/models/digits/predict", json={"pixels": pixels(number)}) for number in range(50))
-        )
+    with running(valkey_url) as base:
+        async with served(inference.app, valkey_url), predicting(base) as client:
+            answers = await asyncio.gather(
+                *(client.post("/models/digits/predict", json={"pixels": pixels(number)}) for number in range(50))
+            )
+            assert 'gateway_predictions_total{model="digits",status="200"} 50.0' in (await client.get("/metrics")).text
     for response in answers:
         body = response.json()
         assert (response.status_code, body["success"], body["version"]) == (200, True, 0)
@@ -286,32 +316,74 @@ async def test_a_digit_is_classified_by_the_inference_subscriber(
         (b" " * 100_000, 413, "limit"),
     ],
 )
-async def test_what_is_no_digit_is_answered_with_what_one_is(
-    body: bytes, status: int, reason: str, client: httpx.AsyncClient
-) -> None:
-    response = await client.post("/models/digits/predict", content=body)
+async def test_what_is_no_digit_is_answered_with_what_one_is(body: bytes, status: int, reason: str, front: str) -> None:
+    async with predicting(front) as client:
+        response = await client.post("/models/digits/predict", content=body)
     assert (response.status_code, response.json()["success"]) == (status, False)
     assert reason in response.json()["error"]
 
 
-async def test_no_answer_in_time_is_a_504(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("publishers.gateway.app.PREDICT_SECONDS", 0.2)
-    response = await client.post("/models/digits/predict", json={"pixels": pixels()})
+async def test_a_digit_is_waited_for_until_its_deadline(front: str) -> None:
+    async with predicting(front, **{"x-deadline": "0.2"}) as client:
+        began = time.monotonic()
+        response = await client.post("/models/digits/predict", json={"pixels": pixels()})
+        assert time.monotonic() - began < 1.5
     assert (response.status_code, response.json()["success"]) == (504, False)
-    assert "is a subscriber of it running?" in response.json()["error"]
+    assert response.json()["error"] == "no answer within 0.2 s; is a subscriber of channel 'digits' running?"
+    async with predicting(front, **{"x-deadline": "soon"}) as client:
+        assert (await client.post("/models/digits/predict", json={"pixels": pixels()})).status_code == 400
 
 
-async def test_a_model_that_refuses_is_a_422_with_its_reason(client: httpx.AsyncClient, valkey_url: str) -> None:
+async def test_a_model_that_refuses_is_a_422_with_its_reason(valkey_url: str) -> None:
     app = Pipeline("picky", valkey_url)
 
     @app.subscriber(catalog.digits, group="inference", batch=Batch(8), run_in="thread")
     def refuse(batch: list[Digit]) -> list[Prediction | Reject]:
         return [Reject("not my day") for _ in batch]
 
-    async with serving(app):
-        response = await client.post("/models/digits/predict", json={"pixels": pixels()})
+    with running(valkey_url) as base:
+        async with serving(app), predicting(base) as client:
+            response = await client.post("/models/digits/predict", json={"pixels": pixels()})
     assert (response.status_code, response.json()["success"]) == (422, False)
     assert "not my day" in response.json()["error"]
+
+
+async def test_digits_whose_clients_hung_up_are_not_waited_for_and_count_until_they_are_answered(
+    valkey_url: str,
+) -> None:
+    with running(valkey_url, PIPELINE_GATEWAY_INFLIGHT="4") as base:
+        async with predicting(base) as client:
+
+            async def status() -> int:
+                answer = await client.post("/models/digits/predict", json={"pixels": pixels()}, timeout=0.5)
+                assert answer.status_code == 200 or int(answer.headers["retry-after"]) >= 1
+                return answer.status_code
+
+            found = await asyncio.gather(*(status() for _ in range(4)), return_exceptions=True)
+            assert [type(one) for one in found] == [httpx.ReadTimeout] * 4
+            assert await status() == 429
+            async with serving(slow_digits(valkey_url, 0.0)), Pipeline("t", valkey_url) as app:
+                await idle(app, "digits")
+                assert await status() == 200
+            page = (await client.get("/metrics")).text
+    assert 'gateway_inflight{model="digits"} 0.0' in page
+    for code, count in ((499, 4), (429, 1), (200, 1)):
+        assert f'gateway_predictions_total{{model="digits",status="{code}"}} {count}.0' in page
+
+
+async def test_more_digits_than_can_be_classified_are_refused_at_once(valkey_url: str) -> None:
+    body = "application/json", json.dumps({"pixels": pixels()}).encode()
+    with running(valkey_url) as base:
+        async with serving(slow_digits(valkey_url, 0.03)), predicting(base) as client, Pipeline("t", valkey_url) as app:
+            target = f"{base}/models/digits/predict"
+            calm = await stress_test(target, [body], requests=24)
+            flood = await stress_test(target, [body], rate=100.0, seconds=3.0)
+            await idle(app, "digits", 5.0)
+            assert 'gateway_inflight{model="digits"} 0.0' in (await client.get("/metrics")).text
+    assert set(flood.statuses) == {200, 429}
+    assert flood.statuses[200] > 50, "the worker is kept busy: 33 a second"
+    assert sorted(flood.refusals)[len(flood.refusals) // 2] < calm.quantile(0.5)
+    assert flood.quantile(0.5) < 4 * calm.quantile(0.5)
 
 
 # -- health and safety ---------------------------------------------------------------------------------------------
@@ -333,7 +405,7 @@ async def test_without_redis_the_gateway_lives_says_so_and_recovers() -> None:
                 responses = [
                     await client.get("/readyz"),
                     await client.get("/channels"),
-                    await client.post("/models/digits/predict", json={"pixels": pixels()}),
+                    await client.post("/models/digits/predict", json={"pixels": pixels()}, headers={"x-deadline": "1"}),
                 ]
                 assert [response.status_code for response in responses] == [503] * 3
                 assert responses[2].json()["success"] is False
@@ -370,6 +442,10 @@ async def test_the_channels_and_the_api_describe_themselves(app: Pipeline, clien
     assert "title" in listed["songs"]["schema"]["properties"]
     paths = (await client.get("/openapi.json")).json()["paths"]
     assert {"/channels/{name}", "/channels/{name}/events", "/models/digits/predict", "/healthz", "/readyz"} <= {*paths}
+    digit = paths["/models/digits/predict"]["post"]
+    assert digit["requestBody"]["content"]["application/json"]["schema"]["required"] == ["pixels"]
+    assert [parameter["name"] for parameter in digit["parameters"]] == ["x-deadline"]
+    assert {"200", "422", "429", "504"} <= {*digit["responses"]}
     for path in ("/predict", "/models/{name}/predict"):
         asked = paths[path]["post"]
         assert {"image/jpeg", "multipart/form-data", "application/x-npy"} <= {*asked["requestBody"]["content"]}

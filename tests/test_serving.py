@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -659,6 +659,24 @@ async def test_a_model_whose_workers_fell_silent_is_not_served_until_one_is_hear
         settings.cache_clear()
 
 
+async def test_gateways_know_how_many_they_are(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_METRICS_INTERVAL", "0.05")
+    settings.cache_clear()
+    try:
+        async with Pipeline("gateway", valkey_url) as app, Pipeline("serving", valkey_url):
+            models = Models(app, options("toy"), Measures())
+            following = app.spawn(models.follow())
+            admission = models.admission("toy")
+            async with Pipeline("gateway", valkey_url):
+                await until(lambda: admission.gateways == 2)
+                assert models.admission("another").gateways == 2
+            await until(lambda: admission.gateways == 1)
+            following.cancel()
+    finally:
+        monkeypatch.undo()
+        settings.cache_clear()
+
+
 async def test_an_upload_counts_towards_the_deadline(tmp_path: Path, valkey_url: str) -> None:
     body = b'{"inputs": [1, 2, 3, 4]}'
     head = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n" % len(body)
@@ -724,31 +742,46 @@ async def test_the_stress_test_survives_a_kill_and_a_replacement(tmp_path: Path,
 
 
 async def overloaded(
-    base: str, url: str, body: tuple[str, bytes], model: str, seconds: float
+    bases: list[str], url: str, body: tuple[str, bytes], model: str, seconds: float
 ) -> tuple[Outcome, Outcome]:
-    """What one client sees, and what comes of three times of what the workers can do; then nothing is left of it."""
-    target = f"{base}/models/{model}/predict"
-    calm = await stress_test(target, [body], requests=50 if seconds < 10 else 200)
-    capacity = await stress_test(target, [body], requests=80, clients=4)
+    """What one client sees, and what comes of three times of what the workers can do, by as much at every gateway; then
+    nothing is left of it."""
+    targets = [f"{base}/models/{model}/predict" for base in bases]
+    calm = Outcome()
+    for target in targets:  # each learns what one takes
+        calm.add(await stress_test(target, [body], requests=50 if seconds < 10 else 200))
+    capacity = await stress_test(targets[0], [body], requests=80, clients=4)
     rate = capacity.statuses[200] / capacity.seconds
-    flood = await stress_test(target, [body], rate=3 * rate, seconds=seconds)
+    each = 3 * rate / len(targets)
+    flood = Outcome()
+    for outcome in await asyncio.gather(
+        *(stress_test(target, [body], rate=each, seconds=seconds) for target in targets)
+    ):
+        assert set(outcome.statuses) == {200, 429}
+        flood.add(outcome)
     async with Pipeline("t", url) as app:
         await idle(app, f"models.{model}", 5.0)
-    async with httpx.AsyncClient(base_url=base) as client:
-        assert f'gateway_inflight{{model="{model}"}} 0.0' in (await client.get("/metrics")).text
-    assert set(flood.statuses) == {200, 429}
+    for base in bases:
+        async with httpx.AsyncClient(base_url=base) as client:
+            assert f'gateway_inflight{{model="{model}"}} 0.0' in (await client.get("/metrics")).text
     assert flood.lost == 0
     assert flood.statuses[200] > 0.5 * rate * seconds, "the workers are kept busy"
     return calm, flood
 
 
-async def test_overload_is_answered_at_once_and_what_is_admitted_is_quick(tmp_path: Path, valkey_url: str) -> None:
+@pytest.mark.parametrize("gateways", [1, 2])
+async def test_overload_is_answered_at_once_and_what_is_admitted_is_quick(
+    tmp_path: Path, valkey_url: str, gateways: int
+) -> None:
     """With the settings as they are. Without a bound by what is measured, half would wait for more than 2 s."""
-    with gateway(valkey_url) as base, workers(valkey_url, PIPELINE_MODELS=str(slow(tmp_path))):
-        await served(base, "toy")
+    with ExitStack() as stack:
+        bases = [stack.enter_context(gateway(valkey_url)) for _ in range(gateways)]
+        stack.enter_context(workers(valkey_url, PIPELINE_MODELS=str(slow(tmp_path))))
+        for base in bases:
+            await served(base, "toy")
         body = "application/json", b'{"inputs": [1, 2, 3, 4]}'
-        calm, flood = await overloaded(base, valkey_url, body, "toy", 6.0)
-        crowd = await stress_test(f"{base}/models/toy/predict", [body], requests=60, clients=32)
+        calm, flood = await overloaded(bases, valkey_url, body, "toy", 6.0)
+        crowd = await stress_test(f"{bases[0]}/models/toy/predict", [body], requests=60, clients=32)
     assert sorted(flood.refusals)[len(flood.refusals) // 2] < calm.quantile(0.5)
     assert flood.quantile(0.5) < 4 * calm.quantile(0.5)
     assert flood.quantile(0.99) < 20 * calm.quantile(0.5), "0.2 s before it is seen, and some for a busy machine"
@@ -756,10 +789,16 @@ async def test_overload_is_answered_at_once_and_what_is_admitted_is_quick(tmp_pa
 
 
 @pytest.mark.soak
-async def test_admitted_predictions_take_three_times_what_one_alone_takes(tmp_path: Path, valkey_url: str) -> None:
-    with gateway(valkey_url) as base, workers(valkey_url):
-        await served(base)
-        calm, flood = await overloaded(base, valkey_url, ("image/jpeg", picture("coffee", "JPEG")), "imagenet", 30.0)
+@pytest.mark.parametrize("gateways", [1, 2])
+async def test_admitted_predictions_take_three_times_what_one_alone_takes(
+    tmp_path: Path, valkey_url: str, gateways: int
+) -> None:
+    with ExitStack() as stack:
+        bases = [stack.enter_context(gateway(valkey_url)) for _ in range(gateways)]
+        stack.enter_context(workers(valkey_url))
+        for base in bases:
+            await served(base)
+        calm, flood = await overloaded(bases, valkey_url, ("image/jpeg", picture("coffee", "JPEG")), "imagenet", 30.0)
     unloaded = calm.quantile(0.99)
     print(f"p99 {1000 * flood.quantile(0.99):.0f} ms, of one client {1000 * unloaded:.0f} ms")
     assert flood.quantile(0.99) < 3 * unloaded

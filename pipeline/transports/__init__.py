@@ -353,6 +353,11 @@ class Backend(Protocol):
         """None: tensors travel inside their frames."""
         ...
 
+    @property
+    def connected(self) -> bool:
+        """Whether the server was there when it was last needed."""
+        ...
+
     async def open(self, patience: float | None) -> None:
         """Connect. Raises ServerUnavailable after `patience` seconds (None: waits for ever)."""
         ...

@@ -44,6 +44,10 @@ class MemoryBackend:
     def at(cls, url: str) -> MemoryBackend:
         return cls(url, _stores.setdefault(url, Store()))
 
+    @property
+    def connected(self) -> bool:
+        return self._open
+
     async def open(self, patience: float | None) -> None:
         self._open = True
         self.store.users += 1

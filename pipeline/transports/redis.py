@@ -37,6 +37,10 @@ class RedisBackend:
         self._client = self._streams.client
         self._reply_client = Client(url, f"{name}-replies")
 
+    @property
+    def connected(self) -> bool:
+        return self._client.current is not None
+
     async def open(self, patience: float | None) -> None:
         await self._client.persist(self._client.link, patience=patience, what="pipeline")
         reply = await self._client.call("INFO", "server")

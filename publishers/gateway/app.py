@@ -3,10 +3,12 @@
 POST /channels/{name}          a JSON event → 202 {"id": …}
 GET  /channels/{name}/events   server-sent events, ?since=5m on durable channels
 POST /models/digits/predict    {"pixels": [[…]]} → {"success": true, "predictions": [{"label", "probability"}, …]}
-POST /predict                  a picture (form field `image`, or the body) → five labels; see predictions.py
+POST /predict                  a picture (form field `image`, or the body) → five labels
 POST /models/{name}/predict    any served model: pictures, .npy, safetensors, raw bytes, JSON
 POST /models/{name}/load       swap it for another version, or roll back
 GET  /models · /channels · /schemas · /metrics · /healthz · /readyz · /openapi.json
+
+Predictions do not come here: see server.py, predictions.py and digits.py.
 """
 
 from __future__ import annotations
@@ -21,16 +23,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline import (
-    ChannelFull,
-    Pipeline,
-    PipelineError,
-    RequestFailed,
-    RequestTimeout,
-    ServerUnavailable,
-    Tensor,
-    catalog,
-)
+from pipeline import ChannelFull, Pipeline, PipelineError, ServerUnavailable, catalog
 from pipeline.errors import ConfigurationError, EventTypeError, PayloadTooLarge, PublishUncertain, UnknownChannel
 from pipeline.settings import settings
 
@@ -47,18 +40,8 @@ from .patrol import Patrol
 __all__ = ["create"]
 
 MOST_EVENT_BYTES = 8 << 20
-MOST_PREDICT_BYTES = 64 << 10
-PREDICT_SECONDS = 5.0
+MOST_LOAD_BYTES = 64 << 10
 PROBE_SECONDS = 1.0
-
-
-class PredictRequest(BaseModel):
-    """What `/models/digits/predict` takes."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    pixels: list[list[float]]
-    """8 rows of 8 intensities from 0 to 16."""
 
 
 class LoadRequest(BaseModel):
@@ -143,25 +126,6 @@ class Gateway:
 
     # -- models --------------------------------------------------------------------------------------------------
 
-    async def predict(self, request: Request) -> Response:
-        """Classify one handwritten digit; the ten labels, the likeliest first."""
-        with self._problems():
-            digit = _digit(await read_body(request, MOST_PREDICT_BYTES))
-            try:
-                answer = await self.pipeline.request(catalog.digits, digit, timeout=PREDICT_SECONDS)
-            except RequestTimeout:
-                await self._probe()
-                raise
-        ranked = sorted(enumerate(answer.probabilities), key=lambda item: -item[1])
-        return JSONResponse(
-            {
-                "success": True,
-                "model": answer.model,
-                "version": answer.version,
-                "predictions": [{"label": label, "probability": probability} for label, probability in ranked],
-            }
-        )
-
     async def served(self) -> Response:
         """The models that are served: what they take, which versions, by which workers."""
         return JSONResponse(
@@ -182,7 +146,7 @@ class Gateway:
     async def load(self, name: str, request: Request) -> Response:
         """Have every worker that serves a model load another version of it: {"source": …, "version": …}."""
         with self._problems():
-            body = await read_body(request, MOST_PREDICT_BYTES)
+            body = await read_body(request, MOST_LOAD_BYTES)
             try:
                 wanted = LoadRequest.model_validate_json(body)
             except ValidationError as error:
@@ -240,33 +204,16 @@ class Gateway:
             raise Problem(404, str(error)) from None
         except PayloadTooLarge as error:
             raise Problem(413, str(error)) from None
-        except (EventTypeError, RequestFailed) as error:
+        except EventTypeError as error:
             raise Problem(422, str(error)) from None
         except ConfigurationError as error:
             raise Problem(400, str(error)) from None
-        except RequestTimeout as error:
-            raise Problem(504, str(error)) from None
         except TimeoutError:
             raise Problem(408, "the body came too slowly") from None
         except (ServerUnavailable, ChannelFull, PublishUncertain, ConnectionError) as error:
             raise Problem(503, str(error)) from None
         except PipelineError as error:
             raise Problem(500, str(error)) from None
-
-
-def _digit(body: bytes) -> catalog.Digit:
-    """Raises Problem saying what a digit looks like."""
-    try:
-        pixels = PredictRequest.model_validate_json(body).pixels
-    except ValidationError as error:
-        malformed = error.errors(include_url=False)[0]["type"] == "json_invalid"
-        raise Problem(400 if malformed else 422, _first(error)) from None
-    rows, columns = catalog.DIGIT_SHAPE
-    if len(pixels) != rows or any(len(row) != columns for row in pixels):
-        raise Problem(422, f"pixels: expected {rows} rows of {columns} numbers each")
-    if not all(0 <= value <= catalog.INTENSITY for row in pixels for value in row):
-        raise Problem(422, f"pixels: expected numbers from 0 to {catalog.INTENSITY:g}")
-    return catalog.Digit(image=Tensor.from_json(pixels))
 
 
 def _first(error: ValidationError) -> str:
@@ -299,9 +246,7 @@ def create(pipeline: Pipeline | None = None) -> Front:
     add("/channels", gateway.channels, methods=["GET"])
     add("/channels/{name:path}/events", gateway.events, methods=["GET"], response_class=StreamingResponse)
     add("/channels/{name:path}", gateway.publish, methods=["POST"], status_code=202, openapi_extra=_body({}))
-    schema = PredictRequest.model_json_schema()
     add("/models", gateway.served, methods=["GET"])
-    add("/models/digits/predict", gateway.predict, methods=["POST"], openapi_extra=_body(schema))
     load = LoadRequest.model_json_schema()
     add("/models/{name}/load", gateway.load, methods=["POST"], status_code=202, openapi_extra=_body(load))
     add("/metrics", gateway.metrics, methods=["GET"])

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pipeline import Pipeline, PipelineError, catalog
 from pipeline.catalog import ModelStatus
-from pipeline.metrics import metrics_channel
+from pipeline.metrics import WorkerSample, metrics_channel
 from pipeline.settings import Settings
 
 from .admission import Admission
@@ -26,6 +26,8 @@ class Models:
         self.pipeline = pipeline
         self.options = options
         self.measures = measures
+        self.opened = False
+        """Whether the pipeline is."""
         self.statuses: dict[str, ModelStatus] = {}
         """The newest of each model that a living worker serves."""
         self.known: dict[str, None] = {}
@@ -37,11 +39,14 @@ class Models:
         self._serving: dict[tuple[str, str], ModelStatus] = {}
         """(model, worker) → what it serves, or served; the newest last."""
         self._presence = Presence()
+        self._gateways: set[str] = set()
+        """Of this app, each by its worker's name."""
         self.admissions: dict[str, Admission] = {}
         self.decoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "decode")
 
     async def follow(self) -> None:
         """Learn from the workers' announcements and reports what is served."""
+        self.opened = True
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow_statuses())
             group.create_task(self._follow_reports())
@@ -62,9 +67,19 @@ class Models:
         async with self.pipeline.watch(metrics_channel) as stream:
             async for message in stream:
                 self._presence.report(message.event)
+                self._count(message.event)
                 living = {key for key in self._said if self._presence.lives(key[1])}
                 if living != self.workers.keys():
                     self._show(living)
+
+    def _count(self, sample: WorkerSample) -> None:
+        """How many gateways ask the same workers."""
+        if sample.app != self.pipeline.name:
+            return
+        (self._gateways.discard if sample.last else self._gateways.add)(sample.worker)
+        self._gateways = {worker for worker in self._gateways if self._presence.lives(worker)}
+        for admission in self.admissions.values():
+            admission.gateways = max(1, len(self._gateways))
 
     def _show(self, living: set[tuple[str, str]]) -> None:
         """And forget who will not come back."""
@@ -82,8 +97,7 @@ class Models:
                 return "imagenet"
             return next(iter(self.known))
         if path.startswith("/models/") and path.endswith("/predict"):
-            name = path[8:-8]
-            return name if name != catalog.DIGIT_MODEL or name in self.statuses else None
+            return path[8:-8]
         return None
 
     def admission(self, model: str) -> Admission:
@@ -96,6 +110,7 @@ class Models:
                 options.gateway_wait,
                 options.gateway_slowdown,
             )
+            admission.gateways = max(1, len(self._gateways))
         return admission
 
     def cancel(self, model: str, request: str) -> None:
@@ -107,4 +122,5 @@ class Models:
             await self.pipeline.publish(catalog.cancellations, cancellation)
 
     def close(self) -> None:
+        self.opened = False
         self.decoders.shutdown(wait=False, cancel_futures=True)

@@ -6,6 +6,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from .digits import PATH as DIGITS
+from .digits import DigitRequest
 from .inputs import PICTURES
 
 __all__ = ["Documented"]
@@ -20,8 +22,11 @@ _BODY: dict[str, Any] = {
         "schema": {"type": "object", "required": ["inputs"], "properties": {"inputs": {"type": "array", "items": {}}}}
     },
 }
-_SCORE = {"type": "object", "properties": {"label": {"type": "string"}, "probability": {"type": "number"}}}
-_ANSWER = {
+_SCORE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"label": {"type": "string"}, "probability": {"type": "number"}},
+}
+_ANSWER: dict[str, Any] = {
     "type": "object",
     "required": ["success", "model", "version"],
     "properties": {
@@ -31,6 +36,16 @@ _ANSWER = {
         "predictions": {"type": "array", "items": _SCORE},
         "batch": {"type": "integer"},
         "output": {"description": "Nested lists of numbers, of models that do not classify."},
+    },
+}
+_DIGIT_BODY = {"application/json": {"schema": DigitRequest.model_json_schema()}}
+_DIGIT = {"type": "object", "properties": {**_SCORE["properties"], "label": {"type": "integer"}}}
+_DIGIT_ANSWER = {
+    "type": "object",
+    "required": ["success", "model", "version", "predictions"],
+    "properties": {
+        **{name: _ANSWER["properties"][name] for name in ("success", "model", "version")},
+        "predictions": {"type": "array", "items": _DIGIT},
     },
 }
 _REFUSAL = {
@@ -51,30 +66,30 @@ _REFUSALS = {
     504: "No answer within the deadline.",
 }
 _NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-_PARAMETERS = [
-    {
-        "name": "top", "in": "query", "description": "How many predictions.",
-        "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
-    },
-    {
-        "name": "x-deadline", "in": "header", "description": "Seconds after which an answer is of no use.",
-        "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 3600},
-    },
-]  # fmt: skip
+_TOP = {
+    "name": "top", "in": "query", "description": "How many predictions.",
+    "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
+}  # fmt: skip
+_DEADLINE = {
+    "name": "x-deadline", "in": "header", "description": "Seconds after which an answer is of no use.",
+    "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 3600},
+}  # fmt: skip
 
 
-def _operation(summary: str, *parameters: dict[str, Any]) -> dict[str, Any]:
+def _operation(
+    summary: str, *parameters: dict[str, Any], body: dict[str, Any] = _BODY, answer: dict[str, Any] = _ANSWER
+) -> dict[str, Any]:
     refusals = {
         str(status): {"description": reason, "content": {"application/json": {"schema": _REFUSAL}}}
         for status, reason in _REFUSALS.items()
     }
-    answer = {"description": "What the model says.", "content": {"application/json": {"schema": _ANSWER}}}
+    said = {"description": "What the model says.", "content": {"application/json": {"schema": answer}}}
     return {
         "post": {
             "summary": summary,
-            "parameters": [*parameters, *_PARAMETERS],
-            "requestBody": {"required": True, "content": _BODY},
-            "responses": {"200": answer, **refusals},
+            "parameters": [*parameters, _DEADLINE],
+            "requestBody": {"required": True, "content": body},
+            "responses": {"200": said, **refusals},
         }
     }
 
@@ -84,6 +99,10 @@ class Documented(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         document = super().openapi()
-        document["paths"]["/predict"] = _operation("Ask the picture model, or the first that is served")
-        document["paths"]["/models/{name}/predict"] = _operation("Ask a served model", _NAME)
+        document["paths"]["/predict"] = _operation("Ask the picture model, or the first that is served", _TOP)
+        document["paths"][DIGITS] = _operation(
+            "Classify one handwritten digit; the ten labels, the likeliest first",
+            body=_DIGIT_BODY, answer=_DIGIT_ANSWER,
+        )  # fmt: skip
+        document["paths"]["/models/{name}/predict"] = _operation("Ask a served model", _NAME, _TOP)
         return document

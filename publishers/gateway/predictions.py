@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import TypeAdapter
 from pydantic_core import to_json
 
-from pipeline import RequestFailed, RequestTimeout, ServerUnavailable, Tensor, catalog
+from pipeline import Channel, RequestFailed, RequestTimeout, ServerUnavailable, Tensor, catalog
 from pipeline.catalog import Answer, Inputs, Score
 from pipeline.errors import ChannelFull, PublishError
 from pipeline.requests import Question
@@ -27,7 +27,7 @@ from .bodies import NO_TOKEN
 from .inputs import BadInput, needs_thread, read_input
 from .models import Models
 
-__all__ = ["Connection", "Prediction"]
+__all__ = ["Connection", "Headers", "Prediction", "Refusal"]
 
 logger = logging.getLogger("publishers.gateway")
 
@@ -78,6 +78,7 @@ class Prediction:
     )  # fmt: skip
 
     message_event = _Nobody()
+    most_body = MOST_BODY
 
     def __init__(
         self,
@@ -133,12 +134,12 @@ class Prediction:
         if self.response_complete:
             return
         self._size += len(part)
-        if self._size <= MOST_BODY:
+        if self._size <= self.most_body:
             self._parts.append(part)
             if self._admission is not None and self._size > self._length:
                 self._grow(self._admission)
         elif self._started:
-            self._refuse(Refusal(413, f"the body exceeds the limit of {MOST_BODY:,} bytes", close=True))
+            self._refuse(self._too_big())
 
     def _grow(self, admission: Admission) -> None:
         """It did not say how long it is."""
@@ -170,6 +171,9 @@ class Prediction:
     def _late(self, *, close: bool = False) -> Refusal:
         return Refusal(504, f"{self._seconds:g} s had passed before a worker could be asked", close=close)
 
+    def _too_big(self) -> Refusal:
+        return Refusal(413, f"the body exceeds the limit of {self.most_body:,} bytes", close=True)
+
     def gone(self) -> None:
         """The client has hung up. Workers are told of what is on its way to them; until they have answered it counts as
         under way."""
@@ -191,16 +195,11 @@ class Prediction:
             raise Refusal(401, NO_TOKEN, [(b"www-authenticate", b"Bearer")])
         if self._method != b"POST":
             raise Refusal(405, "POST is expected", [(b"allow", b"POST")])
-        statuses = self._models.statuses
-        self._status = statuses.get(self.model)
-        if self._status is None:
-            served = ", ".join(sorted(statuses)) or "none yet"
-            status = 404 if statuses and self.model not in self._models.known else 503
-            raise Refusal(status, f"no worker serves model {self.model!r}; served are: {served}")
+        self._find()
         self._read_headers()
         self._length = max(self._length, self._size)
-        if self._length > MOST_BODY:
-            raise Refusal(413, f"the body has {self._length:,} bytes; the limit is {MOST_BODY:,}", close=True)
+        if self._length > self.most_body:
+            raise Refusal(413, f"the body has {self._length:,} bytes; the limit is {self.most_body:,}", close=True)
         admission = self._models.admission(self.model)
         try:
             self._ticket = admission.enter(self._length)
@@ -209,6 +208,15 @@ class Prediction:
         self._admission = admission
         if self._waits:
             self._connection.proceed()
+
+    def _find(self) -> None:
+        """What the model takes. Raises Refusal when nobody serves it."""
+        statuses = self._models.statuses
+        self._status = statuses.get(self.model)
+        if self._status is None:
+            served = ", ".join(sorted(statuses)) or "none yet"
+            status = 404 if statuses and self.model not in self._models.known else 503
+            raise Refusal(status, f"no worker serves model {self.model!r}; served are: {served}")
 
     def _read_headers(self) -> None:
         """Content type, declared length (0: none), deadline, top. Raises Refusal."""
@@ -232,10 +240,14 @@ class Prediction:
 
     def _go(self) -> None:
         """Raises Refusal, BadInput."""
-        if self._size > MOST_BODY:
-            raise Refusal(413, f"the body exceeds the limit of {MOST_BODY:,} bytes", close=True)
+        if self._size > self.most_body:
+            raise self._too_big()
         body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         self._parts.clear()
+        self._read(body)
+
+    def _read(self, body: bytes) -> None:
+        """Make of it what is to be asked. Raises Refusal, BadInput."""
         content_type = self._content_type.decode("latin-1")
         kind = content_type.partition(";")[0].strip().lower()
         status = self._status
@@ -258,37 +270,54 @@ class Prediction:
 
     def _ask(self, array: Any) -> None:
         """Raises Refusal."""
-        left = self._began + self._seconds - time.perf_counter()
-        if left <= 0:
-            raise self._late()
+        left = self._left()
         try:
             inputs = Inputs(data=Tensor(array), deadline=time.time() + left, top=self._top)
         except (TypeError, ValueError) as error:
             raise Refusal(422, str(error)) from None
-        channel = catalog.requests_of(self.model)
-        self._question = question = self._models.pipeline.ask(channel, inputs, timeout=left)
+        self._put(catalog.requests_of(self.model), inputs, left)
+
+    def _left(self) -> float:
+        """Seconds until the deadline. Raises Refusal."""
+        left = self._began + self._seconds - time.perf_counter()
+        if left <= 0:
+            raise self._late()
+        return left
+
+    def _put(self, channel: Channel[Any], event: Any, left: float) -> None:
+        self._question = question = self._models.pipeline.ask(channel, event, timeout=left)
         question.add_done_callback(self._heard)
 
     def _heard(self, question: asyncio.Future[Any]) -> None:
         if self.response_complete:
             answered = not question.cancelled() and question.exception() is None
-            spared = answered and question.result().expired
+            spared = answered and self._spared(question.result())
             self._leave(answered=answered and not spared)
             if spared:
                 self._models.measures.spared(self.model)
             return
         try:
-            answer: Answer = question.result()
+            answer = question.result()
         except (Exception, asyncio.CancelledError) as error:
             self._refuse(error)
             return
+        self._tell(answer)
+
+    def _spared(self, answer: Any) -> bool:
+        """Whether it was not computed."""
+        return bool(answer.expired)
+
+    def _tell(self, answer: Any) -> None:
         if answer.expired:
             self._refuse(Refusal(504, f"no worker came to it within {self._seconds:g} s"), answered=True)
         elif answer.error:
             self._refuse(Refusal(422, answer.error), answered=True)
         else:
-            self._end(200, answered=True, computed=True)
-            self._connection.respond(200, [], _success(answer), keep_alive=self.keep_alive)
+            self._succeed(_success(answer))
+
+    def _succeed(self, body: bytes) -> None:
+        self._end(200, answered=True, computed=True)
+        self._connection.respond(200, [], body, keep_alive=self.keep_alive)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -307,6 +336,8 @@ class Prediction:
         if isinstance(error, BadInput):
             return Refusal(error.status, str(error))
         if isinstance(error, RequestTimeout):
+            if not self._models.pipeline.connected:
+                return Refusal(503, "Redis does not answer", [(b"retry-after", b"1")])
             return Refusal(504, f"no answer within {self._seconds:g} s")
         if isinstance(error, RequestFailed):
             return Refusal(500, str(error))

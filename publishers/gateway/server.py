@@ -8,6 +8,8 @@ from urllib.parse import unquote
 from httptools import parse_url
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from .digits import PATH as DIGITS
+from .digits import DigitPrediction
 from .predictions import Headers, Prediction
 
 __all__ = ["Protocol"]
@@ -31,7 +33,7 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.app.patrol.discard(self)
         for cycle, _ in ((self.cycle, None), *self.pipeline):
-            if type(cycle) is Prediction:
+            if isinstance(cycle, Prediction):
                 cycle.gone()
         super().connection_lost(exc)
 
@@ -45,15 +47,15 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._awaits = ""
         path, query = _split(self.url)
-        model = self.app.models.route(path)
+        models = self.app.models
+        model = models.route(path)
         if model is None:
             super().on_headers_complete()
             return
         parser, before = self.parser, self.cycle
         keep_alive = parser.should_keep_alive() and parser.get_http_version() != "1.0"
-        self.cycle = cycle = Prediction(
-            self, self.app.models, model, parser.get_method(), query, self.headers, keep_alive=keep_alive
-        )
+        kind = DigitPrediction if path == DIGITS and model not in models.statuses else Prediction
+        self.cycle = cycle = kind(self, models, model, parser.get_method(), query, self.headers, keep_alive=keep_alive)
         if not self.app.guard.admits(path, self.headers):
             cycle.unauthorized = True
         if before is None or before.response_complete:
@@ -63,19 +65,19 @@ class Protocol(HttpToolsProtocol):
             self.pipeline.appendleft((cycle, self.app))  # type: ignore[arg-type]  # it is started below
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        if type(cycle) is Prediction:
+        if isinstance(cycle, Prediction):
             cycle.start()
         else:
             super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
-        if type(self.cycle) is Prediction:
+        if isinstance(self.cycle, Prediction):
             self.cycle.feed(body)
         else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if type(self.cycle) is Prediction:
+        if isinstance(self.cycle, Prediction):
             self.cycle.complete()
         else:
             super().on_message_complete()
@@ -112,7 +114,7 @@ class Protocol(HttpToolsProtocol):
 
     def look(self, now: float, patience: float) -> None:
         """Give up what takes too long."""
-        if type(self.cycle) is Prediction:
+        if isinstance(self.cycle, Prediction):
             self.cycle.look(patience)
         waited = now - self._since
         if self._awaits == "head" and waited > patience:
