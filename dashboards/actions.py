@@ -19,8 +19,8 @@ POST /api/models/load       {"model", "version", "source"}                      
 POST /api/models/rollback   {"model"}                                               202 {"id", "version", "source"}
 
 GET  /api/runs              200 [{"run", "id", "time", "state", "reason", "plan": {…}}, …], the newest first
-POST /api/runs/start        {"run"?, "mode"?, "workers"?, "rounds"?, "learning_rate"?, "batch"?, "rate"?, "seed"?}
-                            202 {"id", "run"}
+POST /api/runs/start        {"run"?, "mode"?, "compress"?, "workers"?, "rounds"?, "learning_rate"?, "batch"?, "rate"?,
+                            "seed"?}                                                202 {"id", "run"}
 
 GET  /api/schemas           200 [{"channel", "type", "durable"}, …]: what may be published to
 GET  /api/schemas?channel=… 200 {"channel", "type", "durable", "schema"}

@@ -233,8 +233,10 @@ async def test_rates_are_set_models_swapped_and_rolled_back_and_runs_asked_for(v
                 [run] = await page.until("/api/runs", bool)
                 assert (run["run"], run["state"], run["plan"]["rounds"]) == ("mine", "waiting", 3)
                 await page.post("/api/runs/start", 409, run="mine")
-                error = await page.post("/api/runs/start", 422, run="--rank", workers=0)
-                assert set(error["fields"]) == {"run", "workers"}
+                error = await page.post(
+                    "/api/runs/start", 422, run="--rank", workers=0, mode="hogwild", compress="int8"
+                )
+                assert set(error["fields"]) == {"run", "workers", "compress"}
                 assert (await page.post("/api/runs/start", 202))["run"].startswith("asked-")
 
 

@@ -131,7 +131,7 @@ async def published(app: Pipeline, channel: str, events: int) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"run": "--rank=0"}, {"run": "a b"}, {"workers": 0}, {"mode": "magic"}, {"learning_rate": 0}, {"rounds": -1},
-     {"rate": 0}, {"seed": 1.5}, {"command": "rm"}],
+     {"rate": 0}, {"seed": 1.5}, {"command": "rm"}, {"compress": "zip"}, {"mode": "hogwild", "compress": "bf16"}],
 )  # fmt: skip
 def test_an_impossible_run_is_no_event(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
@@ -139,10 +139,12 @@ def test_an_impossible_run_is_no_event(wrong: dict[str, object]) -> None:
 
 
 def test_a_run_is_the_trainers_command_line() -> None:
-    plan = StartRun(run="r", mode="local", workers=3, rounds=7, learning_rate=0.5, batch=8, rate=None, seed=2)
+    plan = StartRun(
+        run="r", mode="local", compress="topk:0.1", workers=3, rounds=7, learning_rate=0.5, batch=8, rate=None, seed=2
+    )  # fmt: skip
     assert launcher.command(plan)[1:] == [
         "-m", "publishers.training", "--run=r", "--runs=1", "--workers=3", "--rounds=7", "--batch=8",
-        "--learning-rate=0.5", "--rate=0", "--seed=2", "--mode=local",
+        "--learning-rate=0.5", "--rate=0", "--seed=2", "--mode=local", "--compress=topk:0.1",
     ]  # fmt: skip
 
 
@@ -155,12 +157,15 @@ async def test_a_trainer_that_goes_on_for_ever_starts_the_run_that_is_asked_for(
             program(*command, url=valkey_url) as trainer,
         ):
             await collect(app, catalog.training_metrics, 2, 60)
-            receipt = await app.publish(catalog.run_starts, StartRun(run="mine", workers=2, rounds=12, rate=None))
+            receipt = await app.publish(
+                catalog.run_starts, StartRun(run="mine", compress="int8", workers=2, rounds=12, rate=None)
+            )
             started, finished = events(await collect(app, catalog.run_statuses, 2, 60))
             assert (started.run, started.state, finished.state) == ("mine", "started", "finished")
             assert started.request == finished.request == receipt.id
-            logged = [one.step for one in await metrics(app) if one.run == "mine.1"]
-            assert sorted(logged) == list(range(12))
+            logged = [one for one in await metrics(app) if one.run == "mine.1"]
+            assert sorted(one.step for one in logged) == list(range(12))
+            assert all(one.values["bytes_saved"] > 0 for one in logged)
             await app.publish(catalog.rate_settings, SetRate(publisher="training", rate=0))
             await until(lambda: rates[-1].rate == 0, 20)
             await asyncio.sleep(0.5)

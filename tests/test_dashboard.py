@@ -37,12 +37,15 @@ from pipeline.catalog import (
     answers,
     model_status,
     requests_of,
+    run_starts,
     training_metrics,
 )
+from pipeline.catalog.compression import CODECS
 from pipeline.server import Server
 
 from .apps import serving
 from .processes import line_with
+from .programs import collect
 
 pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="module")]
 
@@ -339,6 +342,22 @@ async def accessible(page: Page, what: str, **options: str) -> None:
     found = await Axe().run(page, options={"resultTypes": ["violations"], **options})
     broken = [(one["id"], [node["target"] for node in one["nodes"]][:4]) for one in found.response["violations"]]
     assert broken == [], what
+
+
+async def test_a_run_is_started_from_the_page(server: Server, page: Page) -> None:
+    with dashboard(server.url) as address:
+        await page.goto(f"{address}/training")
+        await expect(page.locator("#smoothing-by")).to_be_visible()
+        await page.click("#start-run")
+        await expect(page.locator("#field-compress option")).to_have_text(list(CODECS))
+        await page.fill("#field-run", "mine")
+        await page.select_option("#field-mode", "local")
+        await page.select_option("#field-compress", "powersgd")
+        await page.locator("#dialog button[type=submit]").click()
+        await expect(page.locator(".toast.good")).to_contain_text("run mine is asked for")
+    async with Pipeline("t", server.url) as app:
+        [started] = await collect(app, run_starts, 1)
+    assert (started.event.run, started.event.mode, started.event.compress) == ("mine", "local", "powersgd")
 
 
 async def test_a_dead_letter_is_replayed_a_group_paused_and_an_event_published_from_the_page(

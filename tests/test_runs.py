@@ -671,6 +671,7 @@ def test_options_that_do_not_go_together_are_refused() -> None:
     for options, said in [
         ({"mode": "fast"}, "mode 'fast' is unknown; use one of sync, local, async, dogwild, hogwild"),
         ({"compress": "zip"}, "compression 'zip' is unknown"),
+        ({"mode": "hogwild", "compress": "bf16"}, "mode hogwild sends nothing that bf16 could compress"),
         ({"plane": "shm", "compress": "bf16"}, 'plane="shm" is for modes sync and local'),
         ({"plane": "torch", "compress": "int8"}, 'plane="torch" is for modes sync and local'),
         ({"mode": "async", "record": "x"}, "record= is for modes sync and local"),

@@ -185,6 +185,22 @@ async def test_no_worker_outlives_its_launcher(number: signal.Signals, valkey_ur
         assert await asyncio.to_thread(launcher.wait, 5) == (0 if number == signal.SIGTERM else -9)
 
 
+async def test_a_worker_that_is_stopped_ends_at_little_cost(aggregator: str) -> None:
+    """Where others want the cores, a second of computing is several: `pipeline up` would kill it."""
+    with program("-m", "publishers.training", "--workers", "1", "--rate", "20", url=aggregator) as launcher:
+        async with Pipeline("t", aggregator) as app:
+            await collect(app, catalog.rounds, 5, 60)
+        [worker] = workers_of(launcher)
+        before = now = worker.cpu_times()
+        launcher.send_signal(signal.SIGTERM)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while worker.status() != psutil.STATUS_ZOMBIE:
+                now = worker.cpu_times()
+                await asyncio.sleep(0.005)
+        assert await asyncio.to_thread(launcher.wait, 10) == 0
+    assert now.user + now.system - before.user - before.system < 0.25
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

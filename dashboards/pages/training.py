@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from dash import html
+
+from pipeline.catalog import Mode
+from pipeline.catalog.compression import CODECS
 
 from ..components import aria, button, charts, data, page, panel
 
@@ -21,7 +24,10 @@ def layout(**_: str) -> Any:
             tools=html.Div(
                 [
                     html.Button("All runs", id="all-runs", className="button small", **aria(pressed="false")),
-                    button("Start a run", "start-run", "small"),
+                    button(
+                        "Start a run", "start-run", "small",
+                        **data(modes=" ".join(get_args(Mode)), codecs=" ".join(CODECS)),
+                    ),
                 ],
                 className="actions",
             ),

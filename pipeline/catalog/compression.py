@@ -60,9 +60,11 @@ DENSE = {
 """Codec → dtype on the wire, and of the words numpy sees."""
 
 
-def check_codec(name: str) -> str:
-    """Return `name`, or raise ConfigurationError saying which there are."""
+def check_codec(name: str, mode: str = "sync") -> str:
+    """Return `name`, or raise ConfigurationError saying which there are, or that the mode sends nothing to compress."""
     _split_name(name)
+    if mode == "hogwild" and name != "none":
+        raise ConfigurationError(f"mode hogwild sends nothing that {name} could compress; use none")
     return name
 
 

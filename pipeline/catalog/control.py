@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from ..channel import Channel
 from ..events import Event
+from .compression import check_codec
 from .training import Mode
 
 __all__ = [
@@ -54,6 +55,8 @@ class StartRun(Event):
     run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")
     """Its metrics come as `<run>.1`."""
     mode: Mode = "sync"
+    compress: str = "none"
+    """See pipeline.catalog.compression."""
     workers: int = Field(default=2, ge=1, le=64)
     rounds: int = Field(default=600, ge=1, le=1_000_000)
     learning_rate: float = Field(default=6e-3, gt=0, le=10)
@@ -62,6 +65,11 @@ class StartRun(Event):
     rate: float | None = Field(default=8.0, gt=0, le=1e6)
     """At most so many rounds a second; None: as many as can be."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @field_validator("compress")
+    @classmethod
+    def _is_a_codec(cls, name: str, info: ValidationInfo) -> str:
+        return check_codec(name, info.data.get("mode", "sync"))
 
 
 class RunStatus(Event):

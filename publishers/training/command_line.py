@@ -34,7 +34,8 @@ __all__ = ["main"]
 logger = logging.getLogger("publishers.training")
 
 BACKOFF = 1.0
-STOP_SECONDS = 3.0
+STOP_SECONDS = 2.0
+"""Less than `pipeline up` gives all of this: a worker that hangs is not to take its launcher along."""
 HOPELESS = 2
 """Exit status of a worker that would fail again: its message says why."""
 
@@ -122,7 +123,10 @@ def _work_as_child(options: dict[str, Any]) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    sys.exit(_work(options))
+    status = _work(options)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # everything is closed; to take torch apart module by module costs a busy machine seconds
 
 
 def _work(options: dict[str, Any]) -> int:

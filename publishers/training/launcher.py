@@ -134,10 +134,9 @@ def command(plan: StartRun) -> list[str]:
     """The command line of a run."""
     options = {
         "run": plan.run, "runs": 1, "workers": plan.workers, "rounds": plan.rounds, "batch": plan.batch,
-        "learning-rate": plan.learning_rate, "rate": plan.rate or 0, "seed": plan.seed,
+        "learning-rate": plan.learning_rate, "rate": plan.rate or 0, "seed": plan.seed, "mode": plan.mode,
+        "compress": plan.compress,
     }  # fmt: skip
-    if plan.mode != "sync":
-        options["mode"] = plan.mode
     return [sys.executable, "-m", "publishers.training", *(f"--{name}={value}" for name, value in options.items())]
 
 

@@ -101,7 +101,7 @@ def join(
     Raises ConfigurationError for options that do not go together, and when the run is of another mode or model.
     """
     check_name("run", name)
-    check_codec(compress)
+    check_codec(compress, mode)
     options = Options(
         compress=compress, shards=shards, steps=steps, outer=outer, push_every=push_every, fetch_every=fetch_every,
         in_flight=in_flight, record=None if record is None else Path(record), metrics=metrics, timeout=timeout,

@@ -117,16 +117,24 @@ local function outstanding(meta, groups)
   return most
 end
 
+-- What XINFO GROUPS says of one group: its name, its last-delivered id, how many consumers it has.
+local function group_of(info)
+  local name, last, consumers
+  for i = 1, #info, 2 do
+    local field = info[i]
+    if field == 'name' then name = info[i + 1]
+    elseif field == 'last-delivered-id' then last = info[i + 1]
+    elseif field == 'consumers' then consumers = info[i + 1] end
+  end
+  return name, last, consumers
+end
+
 -- Each group's last-delivered id, by its name. The stream has to be there.
 local function positions(stream)
   local found = {}
   for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-    local name, id
-    for i = 1, #info, 2 do
-      if info[i] == 'name' then name = info[i + 1] end
-      if info[i] == 'last-delivered-id' then id = info[i + 1] end
-    end
-    found[name] = id
+    local name, last = group_of(info)
+    found[name] = last
   end
   return found
 end

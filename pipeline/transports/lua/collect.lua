@@ -12,11 +12,7 @@ if redis.call('EXISTS', stream) == 1 then
     if first then low = offset_of(first[1]) end
   end
   for _, group in ipairs(groups) do
-    local name, last
-    for i = 1, #group, 2 do
-      if group[i] == 'name' then name = group[i + 1] end
-      if group[i] == 'last-delivered-id' then last = group[i + 1] end
-    end
+    local name, last = group_of(group)
     -- A group made at 0-0 has read nothing, wherever it begins.
     low = math.min(low, offset_of(last) + 1)
     local pending = redis.call('XPENDING', stream, name)

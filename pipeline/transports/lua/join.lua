@@ -3,19 +3,14 @@
 -- payload has been released (see collect.lua), or all of them.
 local stream, meta, h = KEYS[1], KEYS[2], KEYS[3]
 redis.call('HDEL', h, '')  -- so that a server out of memory lets it pass
-if redis.call('EXISTS', stream) == 1 then
-  for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-    for i = 1, #info, 2 do
-      if info[i] == 'name' and info[i + 1] == ARGV[1] then
-        redis.call('SADD', KEYS[4], ARGV[1])
-        return 0
-      end
-    end
-  end
+local exists = redis.call('EXISTS', stream) == 1
+if exists and positions(stream)[ARGV[1]] then
+  redis.call('SADD', KEYS[4], ARGV[1])
+  return 0
 end
 local published = tonumber(redis.call('HGET', meta, 'published') or '0')
 local before, at = published, '$'
-if ARGV[2] == 'oldest' and redis.call('EXISTS', stream) == 1 then
+if ARGV[2] == 'oldest' and exists then
   local entry, previous = first_readable(stream, meta)
   if entry then
     before = offset_of(entry[1]) - tonumber(entry[2][2])

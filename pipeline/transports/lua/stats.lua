@@ -5,17 +5,12 @@
 local stream = KEYS[1]
 local function number(v) return tonumber(v or '0') or 0 end
 local published = number(redis.call('HGET', KEYS[2], 'published'))
-local groups, positions, consumers = {}, {}, {}
+local groups, last, consumers = {}, {}, {}
 local exists = redis.call('TYPE', stream).ok == 'stream'
 if exists then
   for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-    local name, last, many
-    for i = 1, #info, 2 do
-      if info[i] == 'name' then name = info[i + 1] end
-      if info[i] == 'last-delivered-id' then last = info[i + 1] end
-      if info[i] == 'consumers' then many = info[i + 1] end
-    end
-    positions[name], consumers[name] = last, many
+    local name, position, many = group_of(info)
+    last[name], consumers[name] = position, many
   end
 end
 for _, group in ipairs(redis.call('SMEMBERS', KEYS[3])) do
@@ -24,8 +19,8 @@ for _, group in ipairs(redis.call('SMEMBERS', KEYS[3])) do
     'paused')
   local pending = redis.call('ZCARD', base .. ':due') + number(h[7])
   local lag, oldest = 0, 0
-  if positions[group] then
-    lag = published - math.max(number(h[1]), offset_of(positions[group]))
+  if last[group] then
+    lag = published - math.max(number(h[1]), offset_of(last[group]))
     local from = '-'
     while true do
       local held = redis.call('XPENDING', stream, group, from, '+', 1000)

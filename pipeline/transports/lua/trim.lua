@@ -20,11 +20,7 @@ local function lower(m, s)
 end
 lower(now_ms() - tonumber(ARGV[1]), 0)
 for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-  local name, last
-  for i = 1, #group, 2 do
-    if group[i] == 'name' then name = group[i + 1] end
-    if group[i] == 'last-delivered-id' then last = group[i + 1] end
-  end
+  local name, last = group_of(group)
   local h = KEYS[2] .. ':' .. name .. ':h'
   local seen = tonumber(redis.call('HGET', h, 'seen') or '0')
   if seen > 0 and now_ms() - seen > tonumber(ARGV[2]) then

@@ -5,7 +5,6 @@ import * as runs from "../runs.js";
 import { facts, now } from "../store.js";
 import { change, onChange, view } from "../view.js";
 
-const MODES = ["sync", "async", "hogwild", "dogwild", "local"];
 let rows = new Map(), known = "";
 
 export function mount(root) {
@@ -75,11 +74,13 @@ function table(all) {
 }
 
 async function start() {
+  const { modes, codecs } = byId("start-run").dataset;
   await ask({
     title: "Start a training run", yes: "Start",
     text: "A launcher takes it up: python -m publishers.training",
     fields: [
-      { name: "run", label: "name", hint: "optional" }, { name: "mode", label: "mode", options: MODES, value: "sync" },
+      { name: "run", label: "name", hint: "optional" }, { name: "mode", label: "mode", options: modes.split(" "), value: "sync" },
+      { name: "compress", label: "compression", options: codecs.split(" "), value: "none", hint: "topk: of each hundred values one; powersgd: rank 2" },
       { name: "workers", label: "workers", type: "integer", value: 2 }, { name: "rounds", label: "rounds", type: "integer", value: 600 },
       { name: "learning_rate", label: "learning rate", type: "number", value: 0.006 }, { name: "batch", label: "batch", type: "integer", value: 64, hint: "samples a worker and round" },
       { name: "rate", label: "rounds a second at most", type: "number", value: 8, hint: "empty: as many as can be" },
