@@ -120,7 +120,7 @@ for i = 0, n_outputs - 1 do
     redis.call('HINCRBY', meta, 'published', n)
   else
     if kind ~= 's' then
-      -- here: positions, drop_oldest, in_events, weigh
+      -- here: group_of, positions, drop_oldest, in_events, weigh
       local capacity = string.sub(kind, 2)
       if string.byte(kind) == 100 then drop_oldest(key, meta, string.sub(key, 1, -2) .. 'g', n, in_events(meta, capacity)) end
       weigh(meta, capacity, n, body)
