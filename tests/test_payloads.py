@@ -394,8 +394,7 @@ async def test_an_answers_blob_that_expires_before_the_commit_is_uploaded_again(
     assert times[0] == times[1]
 
 
-async def test_an_answer_that_nobody_takes_goes_in_time(mode: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(payloads, "UNTAKEN", 0.5)
+async def test_an_answer_that_nobody_takes_goes_in_time(mode: str, url: str) -> None:
     app, worker = Pipeline("app", url), Pipeline("worker", url)
 
     @worker.subscriber(enlargements, group="g")
@@ -414,7 +413,9 @@ async def test_an_answer_that_nobody_takes_goes_in_time(mode: str, url: str, mon
                 await other.request(enlargements, Size(n=n), timeout=10)
         segments = [path for path in files(url) if not path.name.endswith(".lock")]
         assert len(segments) == 2, "what nobody took is not written on, what was taken is"
-        await asyncio.sleep(0.5)
+        (loan,) = [loan for sent in worker.payloads._loans._sent.values() for loan in sent if not loan.segment.taken]
+        assert 0 < loan.until - time.monotonic() <= payloads.UNTAKEN
+        loan.until = time.monotonic()
         worker.payloads._reclaim()
         assert worker.payloads._loans.rest() == []
     assert files(url) == []
