@@ -401,13 +401,14 @@ async def test_an_answer_that_nobody_takes_goes_in_time(mode: str, url: str) -> 
     async def enlarge(event: Size) -> Image:
         return image(event.n)
 
+    async with app:
+        app.ask(enlargements, Size(n=0), timeout=60)
+        assert app._replies is not None
+        assert app._replies._task is not None
+        app._replies._task.cancel()  # before it listens
+        await until(lambda: app._backend is not None and app._outboxes)
     async with serving(worker):
-        async with app:
-            asked = asyncio.create_task(app.request(enlargements, Size(n=0), timeout=10))
-            await until(lambda: app._replies is not None and app._replies._task is not None)
-            app._replies._task.cancel()  # type: ignore[union-attr]  # it will never listen
-            await until(lambda: worker.payloads.placed == 1)
-            asked.cancel()
+        await until(lambda: worker.payloads.placed == 1)
         for n in range(1, 3):
             async with Pipeline("other", url) as other:
                 await other.request(enlargements, Size(n=n), timeout=10)
