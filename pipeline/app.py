@@ -42,7 +42,7 @@ from .message import Message, Receipt
 from .metrics import GroupMetrics, WorkerSample, metrics_channel
 from .middleware import Middleware
 from .payloads import Payloads
-from .publishing import Outbox, check_delay
+from .publishing import Outbox, check_delay, check_envelope
 from .registry import Registry
 from .reporting import Reporter, read_ledger, with_drain
 from .requests import Question, Replies
@@ -327,7 +327,8 @@ class Pipeline:
         delay    seconds before any handler sees them (durable channels, and live ones while a subscriber lives)
         headers  strings that travel along; a handler's outputs take over `traceparent` and `tracestate`
 
-        Raises EventTypeError, PayloadTooLarge, ChannelFull, ServerUnavailable, PublishUncertain.
+        Raises ConfigurationError when these cannot travel; EventTypeError, PayloadTooLarge, ChannelFull,
+        ServerUnavailable, PublishUncertain.
         """
         events = list(event) if isinstance(event, (list, tuple)) else [event]
         if not events:
@@ -344,6 +345,8 @@ class Pipeline:
         headers: Mapping[str, str] | None,
         reply: str | None,
     ) -> Receipt:
+        if key is not None or headers:
+            check_envelope(key, headers)
         if channel.partitions == 1 or key is not None:
             outbox = self._outboxes.get((channel, channel.partition(key))) or await self._outbox(channel, key)
             return await outbox.publish(events, key=key, headers=headers, due=due, reply=reply)
@@ -385,7 +388,8 @@ class Pipeline:
         """Publish an event and wait for the subscriber's returned event, of the channel's `reply` type.
 
         The answer is part of the subscriber's commit; the first group's answer wins. `timeout` is in seconds.
-        Raises RequestTimeout; RequestFailed when the event was rejected, died, or None was returned.
+        Raises RequestTimeout; RequestFailed when the event was rejected, died, or None was returned; and what `publish`
+        raises.
         """
         return await self.ask(channel, event, timeout=timeout, key=key, headers=headers)
 
@@ -404,6 +408,8 @@ class Pipeline:
         self._need_backend()
         assert self._replies is not None
         self.codec(channel).check([event])
+        if key is not None or headers:
+            check_envelope(key, headers)
         question = self._replies.question(channel, timeout)
         reply = self._replies.address(channel)
         outbox = self._outboxes.get((channel, channel.partition(key))) if channel.partitions == 1 or key else None

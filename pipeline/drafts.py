@@ -336,11 +336,10 @@ class Draft:
         flight: Flight | None,
         traces: dict[int, dict[str, str]] | None = None,
     ) -> Iterator[Output]:
-        if channel.raw:
-            bodies = [event.encode() if isinstance(event, str) else event for event in events]
-            yield from (Output(channel, 0, body, 1) for body in bodies)
-            return
         codec = self._codecs(channel)
+        if channel.raw:
+            yield from (Output(channel, 0, codec.bare(event), 1) for event in events)
+            return
         place = flight.placer(channel, partition) if flight is not None else None
         base = None if channel.durable else self._sources.published.get(channel.name, 0) + 1
         source = self._sources.of(channel, partition)

@@ -23,10 +23,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import PydanticSerializationError, from_json, to_json
+from pydantic_core import from_json, to_json
 
 from .channel import Channel
 from .errors import EventTypeError, FrameError, FrameInvalid, FrameTruncated, FrameVersionError
+from .events import check_schema
 from .message import Message, trace_of, utc
 from .tensors import ALIGNMENT, Buffers, Tensor, TensorBytes
 
@@ -175,11 +176,12 @@ class Codec(Generic[T]):
     def __init__(self, channel: Channel[T]) -> None:
         self.channel = channel
         item: Any = dict[str, Any] if channel.type is dict else channel.type
-        config = None
-        if not (isinstance(item, type) and issubclass(item, BaseModel)):
-            config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="strings")
+        # What NaN is in unions and Any, which would take the strings of Event.model_config for text.
+        config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants")
         self._list: TypeAdapter[list[T]] = TypeAdapter(list[item], config=config)
-        self._one: TypeAdapter[T] = TypeAdapter(item, config=config)
+        own = isinstance(item, type) and issubclass(item, BaseModel)
+        self._one: TypeAdapter[T] = TypeAdapter(item, config=None if own else config)
+        check_schema(f"channel {channel.name!r}", self._list.core_schema)
         self._body = _Body[item]
         self._dump: Callable[..., bytes] = self._list.serializer.to_json  # pydantic's own methods take longer to call
         self._validate: Callable[..., _Body[T]] = self._body.__pydantic_validator__.validate_json
@@ -248,15 +250,17 @@ class Codec(Generic[T]):
         if reply is not None:
             header["reply"] = reply
         if header:
-            text += b"," + to_json(header)[1:-1]
+            try:
+                text += b"," + to_json(header)[1:-1]
+            except ValueError as error:
+                raise EventTypeError(f"channel {self.channel.name!r}: keys and headers are text: {error}") from None
         return self._join(text, events, place)
 
     def reencode(self, frame: Frame[T], index: int, *, attempt: int) -> bytes:
         """A frame of one event of another: same id, time, key and headers, with its attempt. For retries."""
-        event = frame.events[index]
         values = frame.header.headers
         return self.encode(
-            [event.value if isinstance(event, Invalid) else event],
+            [frame.events[index]],
             source=frame.header.source,
             sequence=frame.sequence + index,
             time=frame.time(index),
@@ -266,17 +270,24 @@ class Codec(Generic[T]):
             reply=frame.header.reply,
         )
 
+    def bare(self, event: str | bytes) -> bytes:
+        """What travels alone, on a live channel of text or bytes. Raises EventTypeError."""
+        try:
+            return event.encode() if isinstance(event, str) else event
+        except UnicodeEncodeError as error:
+            raise EventTypeError(f"channel {self.channel.name!r}: not text: {error}") from None
+
     def _join(self, header: bytes, events: Sequence[Any], place: Placer | None) -> bytes:
         buffers = Buffers() if self.tensors else None
         try:
-            data = self._dump(events, context=buffers, warnings="error")
-        except PydanticSerializationError as error:
-            if all(isinstance(event, dict) for event in events):
-                data = to_json(events, inf_nan_mode="strings", fallback=_tensor_json)
+            if isinstance(events[0], Invalid):  # alone, as a dead letter
+                data = to_json([events[0].value])
+            elif self.channel.type is dict:
+                data = to_json(events, bytes_mode="base64", fallback=_tensor_json)
             else:
-                raise EventTypeError(
-                    f"channel {self.channel.name!r}: an event does not match its type: {error}"
-                ) from None
+                data = self._dump(events, context=buffers, warnings="error", by_alias=True)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise EventTypeError(f"channel {self.channel.name!r}: an event does not match its type: {error}") from None
         text = header + b',"data":' + data + b"}"
         if buffers is None or not buffers.parts:
             return text
@@ -307,7 +318,7 @@ class Codec(Generic[T]):
         text, buffers = split(payload)
         buffers = beside or buffers
         try:
-            body = self._validate(text, context=buffers)
+            body = self._validate(text, context=buffers, by_name=True)
             events: list[Any] = body.data
             invalid: list[int] = []
             if buffers is not None and self.channel.type is dict:  # nobody's class makes tensors of the references
@@ -338,21 +349,25 @@ class Codec(Generic[T]):
                 raise FrameInvalid(f"not UTF-8 text: {error}") from None
             return self._from_plain([event], len(payload))
         if payload.startswith((_JSON_START, MAGIC)):
-            return self.decode(payload)
+            try:
+                return self.decode(payload)
+            except FrameError:
+                if not _is_bare(payload):
+                    raise
         try:
             if payload.lstrip()[:1] == b"[":
-                return self._from_plain(self._list.validate_json(payload), len(payload))
-            return self._from_plain([self._one.validate_json(payload)], len(payload))
+                return self._from_plain(self._list.validate_json(payload, by_name=True), len(payload))
+            return self._from_plain([self._one.validate_json(payload, by_name=True)], len(payload))
         except ValidationError as error:
             raise FrameInvalid(_reason(error)) from None
 
     def parse(self, value: bytes | str) -> T:
         """One event from JSON. Raises pydantic's ValidationError."""
-        return self._one.validate_json(value)
+        return self._one.validate_json(value, by_name=True)
 
     def to_json(self, event: Any) -> Any:
         """One event as plain JSON values, tensors in their self-contained form."""
-        return from_json(to_json(event, inf_nan_mode="strings", bytes_mode="base64", fallback=_tensor_json))
+        return _proper(to_json(event, bytes_mode="base64", fallback=_tensor_json))
 
     def _from_plain(self, events: list[Any], nbytes: int) -> Frame[T]:
         header = Header(pipeline=VERSION, source="plain", time=time.time())
@@ -383,7 +398,7 @@ class Codec(Generic[T]):
         invalid: list[int] = []
         for index, value in enumerate(values):
             try:
-                events.append(self._one.validate_json(to_json(value), context=buffers))
+                events.append(self._one.validate_json(to_json(value), context=buffers, by_name=True))
             except ValidationError as cause:
                 invalid.append(index)
                 events.append(Invalid(plain(value, buffers), _reason(cause)))
@@ -465,7 +480,17 @@ def preview(payload: bytes) -> Any:
         raw = from_json(text)
     except (FrameError, ValueError):
         return None
-    return plain(raw.get("data"), buffers) if isinstance(raw, dict) else None
+    if not isinstance(raw, dict):
+        return None
+    return _proper(to_json(plain(raw.get("data"), buffers)))
+
+
+def _proper(text: bytes) -> Any:
+    """Values of JSON; its bare words, which are not JSON, as text."""
+    value = from_json(text)
+    if b"NaN" in text or b"Infinity" in text:
+        value = from_json(to_json(value, inf_nan_mode="strings"))
+    return value
 
 
 def outline(data: Any) -> Any:
@@ -475,6 +500,15 @@ def outline(data: Any) -> Any:
             return f"<{data['dtype']} {data['shape']}>"
         return {name: outline(value) for name, value in data.items()}
     return [outline(item) for item in data] if isinstance(data, list) else data
+
+
+def _is_bare(payload: bytes) -> bool:
+    """Whether what begins like a frame is an object of somebody whose first field is called `pipeline`."""
+    try:
+        raw = from_json(payload)
+    except ValueError:
+        return False
+    return not (isinstance(raw["pipeline"], int) and isinstance(raw.get("data"), list))
 
 
 def _tensor_json(value: Any) -> Any:

@@ -333,7 +333,7 @@ class Outbox:
         return max(1, min(left, self.channel.frame, by_bytes))
 
     def _bare(self, event: Any) -> Outgoing:
-        body = event.encode() if isinstance(event, str) else bytes(event)
+        body = self._codec.bare(event)
         self._check_size(len(body))
         self._next += 1
         return Outgoing(body, 1, self.source, self._next - 1)
@@ -360,6 +360,27 @@ def _alike(parcels: list[_Parcel]) -> list[list[_Parcel]]:
         else:
             runs.append([parcel])
     return runs
+
+
+def check_envelope(key: object, headers: object) -> None:
+    """Raise ConfigurationError unless these are what can travel: readers refuse a whole frame for one that is not."""
+    if key is not None and not _is_text(key):
+        raise ConfigurationError(f"key={key!r:.80}: a string, or None; use str(…)")
+    if headers and not (
+        isinstance(headers, Mapping) and all(_is_text(text) for pair in headers.items() for text in pair)
+    ):
+        raise ConfigurationError("headers: a dict of strings to strings; use str(…)")
+
+
+def _is_text(value: object) -> bool:
+    """Not every string is: half of a surrogate pair has no bytes."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_delay(delay: float | None) -> float | None:

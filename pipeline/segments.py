@@ -13,6 +13,7 @@ The one reader of an answer notes in the header that it was taken, which spares 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import itertools
 import json
@@ -262,16 +263,55 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+class _Apart:
+    """The memory of an array over a segment, mapped once more: a page that is written becomes the writer's own.
+
+    By hand, because each of Python's maps takes a file descriptor.
+    """
+
+    def __init__(self, array: npt.NDArray[Any], descriptor: int, at: int) -> None:
+        low = at - at % PAGE
+        size = at - low + array.nbytes
+        address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, descriptor, low)
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), "mmap")
+        weakref.finalize(self, _libc.munmap, address, size).atexit = False
+        self._pin = array
+        data = (address + at - low, False)
+        self.__array_interface__ = {"version": 3, "data": data, "shape": array.shape, "typestr": array.dtype.str}
+
+
+class _Shown(mmap.mmap):
+    """A segment's file, for all to read."""
+
+    descriptor: int
+
+    def apart(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """An array over this as somebody gets it who may write, but only to a copy of his own."""
+        at = array.ctypes.data - int(np.frombuffer(self, np.uint8).ctypes.data)
+        try:
+            return np.asarray(_Apart(array, self.descriptor, at))
+        except OSError:  # the kernel has no more maps for us
+            return array.copy()
+
+
 class _Mapping:
     """A segment as a reader sees it, mapped once and pinned while arrays over it exist."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            self._map = mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ)
+            self._map = _Shown(self._descriptor, 0, prot=mmap.PROT_READ)
         except (OSError, ValueError):
             os.close(self._descriptor)
             raise
+        self._map.descriptor = self._descriptor
         self._pins: dict[int, weakref.ref[Any]] = {}
         self._numbers = itertools.count()
         self._closing = False

@@ -1,13 +1,16 @@
 """Tensors as values: numpy or torch in; read-only and zero-copy out, for both.
 
 A `Tensor` is an immutable view of raw bytes with a dtype and a shape. `np.asarray(t)` and
-`torch.as_tensor(t)` share its memory (DLPack); neither numpy nor torch may write to it. bfloat16,
-which numpy lacks, is kept as raw 16-bit words: torch gets bfloat16 itself, numpy an exact float32 copy.
+`torch.as_tensor(t)` share its memory (DLPack). Neither may write to it: to change it, copy it, with `np.array(t)` or
+`torch.tensor(t)`. numpy refuses; torch has no read-only tensors, but what it writes stays in this process, and retries
+and dead letters carry what was published. bfloat16, which numpy lacks, is kept as raw 16-bit words: torch gets bfloat16
+itself, numpy an exact float32 copy.
 
 Wire forms of a tensor inside JSON:
 - `{"$tensor": [dtype, shape, offset]}`: raw little-endian bytes at `offset` of the frame's buffers.
 - `{"dtype": …, "shape": …, "data": base64}`: self-contained, what people and other languages see.
-- nested lists (or a bare number): accepted on input, read as numpy would, floats as float32.
+- nested lists (or a bare number): accepted on input, and by events' fields; read as numpy would (integers as int64),
+  but floats as float32; what is beyond its range is refused.
 """
 
 from __future__ import annotations
@@ -47,27 +50,32 @@ class Tensor:
     """An immutable tensor: `dtype` (str), `shape` (tuple of int), `nbytes`.
 
     Accepts a numpy array, a torch tensor (moved to the CPU), another Tensor, or anything `np.asarray` takes.
-    The input's memory is shared, not copied, when it is contiguous: do not change it before it is published.
+    The input's memory is shared, not copied, when it is contiguous: do not change it before it is published. To change
+    a tensor that was received, copy it: `np.array(x)`, `torch.tensor(x)`.
     Two tensors are equal when dtype, shape and every byte are.
 
-    Raises TypeError for dtypes that cannot travel (object, str, …).
+    Raises TypeError for what cannot travel: dtypes (object, str, …), more than 32 dimensions, sparse tensors.
     """
 
-    __slots__ = ("_array", "dtype")
+    __slots__ = ("_array", "_kept", "dtype")
 
     dtype: str
     _array: npt.NDArray[Any]
+    _kept: npt.NDArray[Any]
+    """What is compared and sent on: `_array`, or a copy from before torch could write to that."""
 
     def __init__(self, value: Any) -> None:
         if isinstance(value, Tensor):
             array, dtype = value._array, value.dtype
-        elif type(value).__module__.partition(".")[0] == "torch":
+        elif isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ())):
             array, dtype = _from_torch(value)
         else:
             array = np.asarray(value)
             dtype = _NAMES.get(array.dtype) or array.dtype.name
         if dtype not in DTYPES:
             raise TypeError(f"a tensor of dtype {dtype!r} cannot travel; use one of {', '.join(DTYPES)}")
+        if array.ndim > MAX_DIMENSIONS:
+            raise TypeError(f"a tensor of {array.ndim} dimensions cannot travel; use at most {MAX_DIMENSIONS}")
         self._init(np.asarray(array, dtype=DTYPES[dtype], order="C"), dtype)
 
     def _init(self, array: npt.NDArray[Any], dtype: str) -> None:
@@ -76,7 +84,7 @@ class Tensor:
         if flags.writeable:
             array = array.view()
             array.flags.writeable = False
-        self._array = array
+        self._array = self._kept = array
         self.dtype = dtype
 
     @classmethod
@@ -107,7 +115,7 @@ class Tensor:
 
     def buffer(self) -> memoryview:
         """The raw little-endian bytes, C order, without copying."""
-        return self._array.reshape(-1).view(np.uint8).data if self.nbytes else memoryview(b"")
+        return self._kept.reshape(-1).view(np.uint8).data if self.nbytes else memoryview(b"")
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         array = _widen(self._array) if self.dtype == "bfloat16" else self._array
@@ -116,12 +124,23 @@ class Tensor:
         return array.copy() if copy else array
 
     def __dlpack__(self, **options: Any) -> Any:
+        array = self._lend()
         if self.dtype == "bfloat16":
             torch = sys.modules.get("torch")
             if torch is None:
                 raise BufferError("numpy has no bfloat16: import torch before exporting this tensor by DLPack")
-            return torch.from_dlpack(self._array).view(torch.bfloat16).__dlpack__(**options)
-        return self._array.__dlpack__(**options)
+            return torch.from_dlpack(array).view(torch.bfloat16).__dlpack__(**options)
+        return array.__dlpack__(**options)
+
+    def _lend(self) -> npt.NDArray[Any]:
+        """For torch, which has no read-only tensors: in shared memory it would crash where it writes, and of a frame's
+        bytes retries and dead letters are made."""
+        memory: Any = self._array
+        while isinstance(memory, (np.ndarray, memoryview)):
+            memory = memory.base if isinstance(memory, np.ndarray) else memory.obj
+        if isinstance(memory, bytes) and self._kept is self._array:
+            self._kept = self._array.copy()
+        return memory.apart(self._array) if hasattr(memory, "apart") else self._array
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (1, 0)
@@ -173,7 +192,11 @@ class Tensor:
         except ValueError:
             raise ValueError("a tensor given as nested lists must be rectangular") from None
         if array.dtype == np.float64 or array.size == 0:
-            array = array.astype(np.float32)
+            try:
+                with np.errstate(over="raise"):
+                    array = array.astype(np.float32)
+            except FloatingPointError:
+                raise ValueError('a number is too big for float32: use {"dtype": "float64", …}, or an array') from None
         if array.dtype.name not in DTYPES:
             raise ValueError("a tensor given as nested lists must hold only numbers or only booleans")
         return cls(array)
@@ -290,7 +313,10 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _from_torch(value: Any) -> tuple[npt.NDArray[Any], str]:
-    value = value.detach().cpu().contiguous()
+    try:
+        value = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    except RuntimeError as error:  # sparse, meta, quantized
+        raise TypeError(f"a torch tensor that cannot travel: {error}; make it a dense one with values") from None
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype == "bfloat16":
         value = value.view(sys.modules["torch"].int16)

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .channel import Channel
 from .drafts import Sequences
@@ -86,7 +86,7 @@ class Beginning:
 class Watch(Generic[T]):
     """`async with app.watch(channel, since=…) as stream: async for message in stream`. Listening begins on entry.
 
-    `dropped` counts events this watcher is known to have missed.
+    `dropped` counts events this watcher is known to have missed, those among them that are not of the channel's type.
     """
 
     def __init__(
@@ -106,6 +106,7 @@ class Watch(Generic[T]):
         self._tails: list[Tail] = []
         self._sequences = Sequences()
         self._missed = 0
+        self._said = False
         self._messages: AsyncIterator[Message[T]] | None = None
 
     @property
@@ -138,6 +139,8 @@ class Watch(Generic[T]):
                 frame = await self._decode(partition, entry)
                 if frame is None:
                     continue
+                if frame.invalid:
+                    self._leave_out([frame.events[index] for index in frame.invalid])
                 for index in range(self._first(frame), len(frame.events)):
                     if index not in frame.invalid:
                         yield frame.message(index)
@@ -162,6 +165,13 @@ class Watch(Generic[T]):
             return None
         self._missed += missed
         return frame
+
+    def _leave_out(self, invalid: list[Any]) -> None:
+        """Count them all, and say it once: who publishes another shape goes on."""
+        self._missed += len(invalid)
+        if not self._said:
+            self._said = True
+            logger.warning("channel %r: invalid events are left out: %s", self._channel.name, invalid[0].reason)
 
     def _first(self, frame: Frame[T]) -> int:
         """Skip, in the frame that holds it, up to and including the message whose id was given as since=."""

@@ -473,6 +473,25 @@ async def test_a_bad_event_in_a_good_frame_is_buried_alone(anywhere: str) -> Non
     assert "n: Input should be a valid integer" in letter.event.reason
 
 
+async def test_events_that_are_no_objects_hold_nobody_up(anywhere: str) -> None:
+    app, seen = Pipeline("app", anywhere), []
+
+    @app.subscriber(Channel("redeclared", Number), group="g")
+    async def work(event: Number) -> None:
+        seen.append(event.n)
+
+    text = Channel("redeclared", str)
+    async with Pipeline("other", anywhere) as other:
+        await other.publish(text, ["hello", "again"])
+        await other.publish(text, "later", delay=0.01)
+        async with serving(app):
+            await app.publish(Channel("redeclared", Number), Number(n=1))
+            ledger = await idle(app, "redeclared")
+            letters = await app.dead_letters("redeclared")
+    assert (seen, ledger.groups["g"].handled, ledger.groups["g"].dead) == ([1], 1, 3)
+    assert all("Input should be an object" in letter.event.reason for letter in letters)
+
+
 async def test_an_unreadable_frame_becomes_a_dead_letter_and_the_worker_goes_on(url: str) -> None:
     app, seen = Pipeline("app", url), []
 
@@ -967,11 +986,35 @@ async def test_what_may_not_be_published_is_refused_with_a_reason(valkey_url: st
             await app.publish(numbers, Sub(n=1))
         with pytest.raises(EventTypeError, match="carries Number, not Square"):
             await app.publish(numbers, [Number(n=1), Square(n=1, squared=1)])  # type: ignore[list-item]
+        for key in (5, b"k", "\ud800"):
+            for channel in (numbers, Channel("parted", Number, partitions=3)):
+                with pytest.raises(ConfigurationError, match="key="):
+                    await app.publish(channel, Number(n=1), key=key)  # type: ignore[arg-type]
+        for headers in ({"a": 1}, {1: "a"}, {"a": "\ud800"}, [("a", "b")]):
+            with pytest.raises(ConfigurationError, match="headers: "):
+                await app.publish(numbers, Number(n=1), headers=headers)  # type: ignore[arg-type]
+            with pytest.raises(ConfigurationError, match="headers: "):
+                await app.request(numbers, Number(n=1), headers=headers)  # type: ignore[arg-type]
         with pytest.raises(ConfigurationError, match="declares no reply="):
             await app.request(squares, Square(n=1, squared=1))
         await app.publish(numbers, Number(n=1))
         with pytest.raises(ChannelConflict, match="durable=False here, but is in use with durable=True"):
             await app.publish(Channel("numbers", Number, durable=False), Number(n=1))
+
+
+async def test_an_event_that_cannot_be_written_fails_its_publisher_alone(anywhere: str) -> None:
+    class Text(Event):
+        text: str
+
+    texts, bare = Channel("texts", Text), Channel("bare", str, durable=False)
+    async with Pipeline("app", anywhere) as app:
+        for channel in (texts, bare):
+            many: list[Any] = ["a", "b", "\ud800", "c"]
+            if channel is texts:
+                many = [Text.model_construct(text=text) for text in many]
+            # the first is being written while the others gather
+            done = await asyncio.gather(*(app.publish(channel, event) for event in many), return_exceptions=True)
+            assert [type(one).__name__ for one in done] == ["Receipt", "Receipt", "EventTypeError", "Receipt"]
 
 
 async def test_a_handler_that_returns_what_it_does_not_publish_fails_that_event_alone(valkey_url: str) -> None:

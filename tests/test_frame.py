@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, ValidationError, computed_field
 
 from pipeline import Channel, Event, EventTypeError, Tensor
 from pipeline.errors import ConfigurationError, FrameError, FrameInvalid, FrameTruncated, FrameVersionError
@@ -124,6 +125,123 @@ def test_one_bad_event_among_good_ones_is_marked_and_keeps_its_reason() -> None:
     assert preview(again.reencode(frame, 1, attempt=2)) == [{**bad.value}]
 
 
+@pytest.mark.parametrize("value", ["5", '"hello"', "[1]", "NaN"])
+def test_an_event_that_is_no_object_is_written_again_as_it_was(value: str) -> None:
+    text = f'{{"pipeline":1,"data":[{{"name":"a","value":1}},{value}]}}'.encode()
+    for kind in (Rich, dict):
+        reader: Codec[Any] = Codec(Channel("c", kind))
+        frame = reader.decode(text)
+        assert frame.invalid == [1]
+        again = reader.reencode(frame, 1, attempt=2)
+        assert again.endswith(f',"data":[{value}]}}'.encode())
+        assert reader.decode(again).invalid == [0]
+
+
+class Loose(Event):
+    mixed: int | float | bool
+    text: float | str
+    any: Any
+    nested: dict[str, bool | int | float | str | None]
+
+
+class Exact(Event):
+    model_config = ConfigDict(strict=True)
+    value: float
+
+
+class Partly(Event):
+    value: StrictFloat
+
+
+@given(st.floats())
+def test_nan_and_infinity_are_kept_whatever_the_field_allows(number: float) -> None:
+    loose = Loose(mixed=number, text=number, any=[number], nested={"a": number})
+    for event in (loose, Exact(value=number), Partly(value=number), {"a": number}):
+        reader: Codec[Any] = Codec(Channel("floats", type(event)))
+        frame = reader.decode(reader.encode([event], source="s", sequence=1, time=0.0))
+        assert repr(frame.events) == repr([event])
+        json.loads(json.dumps(reader.to_json(event)), parse_constant=pytest.fail)  # what browsers see is JSON
+
+
+def test_aliases_are_the_names_in_json() -> None:
+    class Inner(BaseModel):
+        y: int = Field(alias="Y")
+
+    class Aliased(Event):
+        x: int = Field(alias="X")
+        z: int = Field(default=0, validation_alias="Z")
+        inner: Inner
+
+    reader = Codec(Channel("aliased", Aliased))
+    event = Aliased(X=1, Z=2, inner=Inner(Y=3))
+    frame = reader.encode([event], source="s", sequence=1, time=0.0)
+    assert frame.endswith(b'"data":[{"X":1,"z":2,"inner":{"Y":3}}]}')
+    assert reader.decode(frame).events == [event]
+    assert reader.parse('{"X":1,"Z":2,"inner":{"Y":3}}') == event
+
+
+def test_a_type_whose_fields_would_be_lost_is_refused_with_its_channel() -> None:
+    class Excluded(Event):
+        x: int = Field(default=0, exclude=True)
+
+    class Computed(Event):
+        @computed_field  # type: ignore[prop-decorator]
+        @property
+        def y(self) -> int:
+            return 1
+
+    class Split(Event):
+        z: int = Field(validation_alias="a", serialization_alias="b")
+
+    class Nested(Event):
+        many: list[Excluded]
+
+    for kind, reason in (
+        (Excluded, "Excluded.x is excluded"),
+        (Computed, "Computed.y is computed"),
+        (Split, "Split.z is written as 'b' and read as 'a'"),
+        (Nested, "Excluded.x is excluded"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"channel 'lossy': {reason}"):
+            Codec(Channel("lossy", kind))
+
+
+def test_a_nested_subclass_is_refused_as_it_would_lose_its_fields() -> None:
+    class Base(Event):
+        a: int = 0
+
+    class Derived(Base):
+        b: int = 0
+
+    class Outer(Event):
+        one: Base
+        many: list[Base] = Field(default_factory=list)
+
+    assert Outer(one=Base(a=1), many=[Base()]).one.a == 1
+    with pytest.raises(ValidationError, match=r"(?s)one\.b.*Extra inputs.*many\.0\.b"):
+        Outer(one=Derived(), many=[Derived()])
+
+
+def test_a_tensor_may_be_a_default() -> None:
+    class Padded(Event):
+        pad: Tensor = np.zeros(3)  # type: ignore[assignment]
+
+    assert Padded() == Padded(pad=Tensor(np.zeros(3)))
+
+
+def test_what_cannot_be_written_is_an_error_that_says_so() -> None:
+    for event, header in (
+        (Rich.model_construct(name="\ud800", value=1.0), {}),
+        (Rich(name="a", value=1), {"keys": ["\ud800"]}),
+        (Rich(name="a", value=1), {"headers": [{"a": object()}]}),
+    ):
+        with pytest.raises(EventTypeError, match="channel 'rich'"):
+            encode([event], **header)
+    plain = Codec(Channel("plain", dict))
+    with pytest.raises(EventTypeError, match="channel 'plain'"):
+        plain.encode([{"a": object()}], source="s", sequence=1, time=0.0)
+
+
 @pytest.mark.parametrize(
     ("reference", "reason"),
     [
@@ -168,6 +286,39 @@ def test_tensors_share_memory_and_refuse_to_be_written(array: np.ndarray[Any, An
         assert torch.as_tensor(event.window).data_ptr() == out.ctypes.data
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_torch_writes_in_place_is_not_in_the_retry(dtype: torch.dtype) -> None:
+    event = Rich(name="a", value=1, window=Tensor(torch.ones(4, dtype=dtype)))
+    frame = codec.decode(encode([event]))
+    received: Any = frame.events[0]
+    for _ in range(2):
+        torch.as_tensor(received.window).add_(1)
+    assert torch.as_tensor(received.window).tolist() == [3, 3, 3, 3]
+    assert codec.decode(codec.reencode(frame, 0, attempt=2)).events == [event]
+
+
+class Plain(torch.Tensor):
+    """Whose module is not torch."""
+
+
+def test_torch_tensors_that_are_views_or_ones_own_are_resolved() -> None:
+    complex_ = torch.complex(torch.ones(2), torch.ones(2))
+    for given_, wanted in (
+        (complex_.conj(), [1 - 1j] * 2),
+        (torch._neg_view(torch.ones(2)), [-1, -1]),
+        (torch.ones(2, requires_grad=True).as_subclass(Plain), [1, 1]),
+    ):
+        assert Tensor(given_).tolist() == wanted
+
+
+@pytest.mark.parametrize("bad", [torch.eye(2).to_sparse(), torch.empty(2, device="meta"), np.ones([1] * 33)])
+def test_a_tensor_that_cannot_travel_is_refused_when_it_is_made(bad: Any) -> None:
+    with pytest.raises(TypeError, match="cannot travel"):
+        Tensor(bad)
+    with pytest.raises(ValidationError, match="cannot travel"):
+        Rich(name="a", value=1, window=bad)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8, torch.bool, torch.complex64])
 def test_torch_tensors_come_back_as_torch_tensors(dtype: torch.dtype) -> None:
     tensor = torch.arange(6).reshape(2, 3).T.to(dtype)
@@ -188,6 +339,7 @@ def test_tensors_in_json_are_lists_or_base64_and_say_what_is_wrong() -> None:
         '{"dtype":"int8","shape":[9],"data":"AA=="}',
         '{"dtype":"int8"}',
         '{"$tensor":[]}',
+        "[1e300]",
     ):
         with pytest.raises(ValidationError):
             codec.parse(f'{{"name":"a","value":1,"window":{bad}}}')

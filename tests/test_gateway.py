@@ -125,6 +125,7 @@ async def test_raw_text_goes_out_as_text_on_live_channels(app: Pipeline, client:
         ("songs", b"{", 400, ["not JSON"]),
         ("songs", b"", 400, ["not JSON"]),
         ("songs", b"[" * 100_000, 400, ["not JSON"]),
+        ("songs", b'{"title": "\\ud800"}', 400, ["not JSON: "]),
         ("songs", b'{"plays": "many", "extra": 1}', 422, ["'title' is a required property", "plays", "extra"]),
         ("songs", b"[]", 422, ["is not of type 'object'"]),
         ("digits", b'{"image": [[1, 2], [3]]}', 422, ["image: Value error, a tensor given as nested lists must be"]),

@@ -87,6 +87,39 @@ async def test_an_event_comes_out_as_json_and_plain_json_goes_in(url: str, live_
     assert np.asarray(heard[3].picture).tolist() == [[1, 2], [3, 4]]
 
 
+async def test_an_object_with_a_field_called_pipeline_is_no_frame(valkey_url: str) -> None:
+    class Deploy(Event):
+        pipeline: str | int
+        data: str = ""
+
+    app, heard = Pipeline("listener", valkey_url), []
+
+    @app.subscriber(Channel("deploys", Deploy, durable=False), group="g")
+    async def listen(deploy: Deploy) -> None:
+        heard.append(deploy.pipeline)
+
+    with redis.Redis.from_url(valkey_url) as bare:
+        async with app, serving(app):
+            for text in ('{"pipeline":"prod","data":"x"}', '{"pipeline":1}', '{"data":"y","pipeline":"test"}'):
+                bare.publish("deploys", text)
+            bare.publish("deploys", '{"pipeline":2,"data":[{"pipeline":"of a later release"}]}')
+            async with asyncio.timeout(5):
+                while not (letters := await app.dead_letters("deploys")):
+                    await asyncio.sleep(0.01)
+    assert heard == ["prod", 1, "test"]
+    assert "frame version 2" in letters[0].event.reason
+
+
+async def test_who_watches_is_told_of_invalid_events(valkey_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with Pipeline("watcher", valkey_url) as app, app.watch(alerts) as stream:
+        with redis.Redis.from_url(valkey_url) as bare:
+            for _ in range(2):
+                bare.publish("alerts", '{"pipeline":1,"data":[5,{"sensor":"a"},{"sensor":6}]}')
+        assert [(await first(stream)).event.sensor for _ in range(2)] == ["a", "a"]
+        assert stream.dropped == 4
+    assert caplog.text.count("channel 'alerts': invalid events are left out: event: Input should be an object") == 1
+
+
 async def test_what_a_publisher_repeats_because_it_had_no_answer_is_heard_once(url: str) -> None:
     app, heard = Pipeline("listener", url), []
 

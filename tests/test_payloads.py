@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
+import torch
 
 from pipeline import (
     Batch,
@@ -204,6 +205,32 @@ async def test_retries_and_dead_letters_keep_their_tensors(mode: str, url: str) 
         await app.settle_dead(await app.dead_letters("pictures"), replay=True)
         await idle(app, "pictures")
     assert sorted(sums) == sorted([n * 602_112 for n in range(40)] + [2 * 602_112])
+
+
+@pytest.mark.parametrize("mode", ["shm", "blobs", "inline"], indirect=True)
+async def test_what_torch_writes_in_place_is_seen_by_nobody_else(mode: str, url: str) -> None:
+    app, seen, kept = Pipeline("app", url), [], []
+
+    @app.subscriber(pictures, group="g", retry=RetryPolicy(2, base=0.01))
+    async def change(message: Message[Image]) -> None:
+        tensor = torch.as_tensor(message.event.pixels)
+        seen.append((message.event.n, tensor.unique().tolist()))
+        tensor.add_(100)
+        kept.append((message.event.n, tensor))
+        raise ValueError("again")
+
+    async with serving(app):
+        for n in range(8):  # those that are not kept for long are used again
+            await app.publish(pictures, [image(n), image(n + 50)])
+            await idle(app, "pictures")
+            del kept[: len(kept) - 2]
+        letters = await app.dead_letters("pictures")
+        await app.settle_dead(letters[:1], replay=True)
+        await idle(app, "pictures")
+    assert len(seen) == 34
+    assert all(values == [n] for n, values in seen)
+    assert all((tensor == n + 100).all() for n, tensor in kept)
+    del kept[:]
 
 
 async def test_a_handler_may_keep_what_it_was_given(mode: str, valkey_url: str) -> None:
