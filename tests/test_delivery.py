@@ -6,6 +6,7 @@ import asyncio
 import signal
 import threading
 import time
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
+from pydantic import field_serializer
 
 from pipeline import (
     Batch,
@@ -29,6 +31,7 @@ from pipeline import (
     RetryPolicy,
     Tensor,
 )
+from pipeline.deadletters import describe
 from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError
 from pipeline.server import Server
 from pipeline.testing import first
@@ -989,6 +992,85 @@ async def test_a_handler_that_returns_what_it_does_not_publish_fails_that_event_
     assert (
         letter.event.reason == f"{HandlerError.__name__}: the handler returned a Number; it publishes squares (Square)"
     )
+
+
+class Stubborn(Event):
+    n: int
+
+    @field_serializer("n")
+    def refuse(self, n: int) -> int:
+        if n % 2 and stubborn.is_set():
+            raise ValueError("not again")
+        return n
+
+
+stubborn = threading.Event()
+
+
+@pytest.mark.parametrize("durable", [True, False])
+async def test_an_event_that_cannot_be_encoded_is_tried_again_and_buried_as_it_came(
+    durable: bool, anywhere: str
+) -> None:
+    app, events = Pipeline("app", anywhere), Channel("stubborn", Stubborn, durable=durable)
+    out, calls, published = Channel("out", Stubborn), Counter[int](), asyncio.Event()
+
+    @app.subscriber(events, group="g", publishes=out, retry=RetryPolicy(attempts=2, base=0.01))
+    async def work(event: Stubborn) -> Stubborn:
+        await published.wait()
+        calls[event.n] += 1
+        if event.n == 3:
+            raise OSError("a name that is no text: \udcff")
+        return event
+
+    stubborn.clear()
+    async with app, serving(app):
+        await app.publish(events, [Stubborn(n=n) for n in (2, 3, 5)])
+        stubborn.set()
+        published.set()
+        async with asyncio.timeout(10):
+            while len(letters := await app.dead_letters("stubborn")) < 2:
+                await asyncio.sleep(0.01)
+        ledger = await idle(app, events)
+        stubborn.clear()
+    assert (ledger.groups["g"].handled, ledger.groups["g"].dead, calls) == (1, 2, Counter({2: 1, 3: 2, 5: 2}))
+    reasons = {describe(letter)["events"][0]["n"]: letter.event.reason for letter in letters}
+    assert r"a name that is no text: \udcff" in reasons[3]
+    assert "its output cannot be published" in reasons[5]
+
+
+async def test_a_delayed_event_that_cannot_be_encoded_waits_as_it_came(anywhere: str) -> None:
+    app, events, seen = Pipeline("app", anywhere), Channel("stubborn", Stubborn), []
+
+    @app.subscriber(events, group="g")
+    async def work(event: Stubborn) -> None:
+        seen.append(event.n)
+
+    stubborn.clear()
+    async with app:
+        await app.publish(events, [Stubborn(n=1), Stubborn(n=2)], delay=0.3)
+        stubborn.set()
+        async with serving(app):
+            await idle(app, events)
+        stubborn.clear()
+    assert sorted(seen) == [1, 2]
+
+
+async def test_an_error_that_cannot_be_shown_is_buried_all_the_same(anywhere: str) -> None:
+    class Shy(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    app = Pipeline("app", anywhere)
+
+    @app.subscriber(numbers, group="g", retry=RetryPolicy(attempts=1))
+    async def work(event: Number) -> None:
+        raise (Shy, Reject(None), Retry(2.0))[event.n]  # type: ignore[arg-type]
+
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=n) for n in range(3)])
+        await idle(app, "numbers")
+        reasons = [letter.event.reason for letter in await app.dead_letters("numbers")]
+    assert reasons == ["Shy: (Shy that cannot be shown)", "None", "retries exhausted: 2.0"]
 
 
 async def test_a_subscriber_waits_while_the_channel_it_publishes_to_is_full(anywhere: str) -> None:
