@@ -25,7 +25,7 @@ from .channel import Channel
 from .deadletters import reason_of
 from .drafts import Draft, Held, Sequences, Sources, Unit, open_indexes, reply_codec, segments
 from .errors import FrameError, HandlerError, PipelineError, Reject, Retry
-from .executors import Executor, make
+from .executors import Executor, make, never_run, undone
 from .flow import Flow
 from .frame import Codec, header_of
 from .metrics import GroupMetrics
@@ -657,7 +657,7 @@ def _outcomes(result: Any, count: int) -> list[Any]:
                 f"the batch had {count} events and the handler returned {len(result)} results; one each, in order"
             )
         )
-    return list(result)
+    return [item if item is None or not undone(type(item)) else never_run(item) for item in result]
 
 
 def _delay(outcome: Any, attempt: int, backoff: Callable[[int], float]) -> float | None:

@@ -12,7 +12,7 @@ from .batching import Batch
 from .channel import Channel, check_name
 from .errors import ConfigurationError
 from .events import Event
-from .executors import RunIn
+from .executors import RunIn, is_async
 from .message import Message
 from .retries import RetryPolicy
 
@@ -60,11 +60,10 @@ def declare(
     """Check a declaration. Raises ConfigurationError saying what to change."""
     where = f"subscriber {getattr(handler, '__name__', handler)!r} of {channel.name!r}"
     check_name("group", group)
-    is_async = inspect.iscoroutinefunction(handler)
-    run_in = run_in or ("loop" if is_async else "thread")
+    run_in = run_in or ("loop" if is_async(handler) else "thread")
     if run_in not in ("loop", "thread", "process"):
         raise ConfigurationError(f"{where}: run_in is 'loop', 'thread' or 'process', not {run_in!r}")
-    if is_async and run_in != "loop":
+    if is_async(handler) and run_in != "loop":
         raise ConfigurationError(f"{where}: an async handler runs in the loop; make it a plain function for {run_in!r}")
     if concurrency < 1:
         raise ConfigurationError(f"{where}: concurrency must be at least 1, not {concurrency}")
@@ -108,5 +107,13 @@ def _wants_messages(handler: Callable[[Any], Any], where: str) -> bool:
         annotation = parameters[0].annotation
     if isinstance(annotation, str):
         return "Message[" in annotation or annotation.endswith("Message")
-    inner = typing.get_args(annotation)[:1] if typing.get_origin(annotation) is list else (annotation,)
-    return any(item is Message or typing.get_origin(item) is Message for item in inner)
+    return _is_of_messages(annotation)
+
+
+def _is_of_messages(annotation: Any) -> bool:
+    """Message, or any collection of them."""
+    return (
+        annotation is Message
+        or typing.get_origin(annotation) is Message
+        or any(map(_is_of_messages, typing.get_args(annotation)))
+    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from pipeline import (
     Tensor,
 )
 from pipeline.deadletters import describe
-from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError
+from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError, PipelineError
 from pipeline.server import Server
 from pipeline.testing import first
 from pipeline.transports import Commit, Group, Segment
@@ -1071,6 +1073,128 @@ async def test_an_error_that_cannot_be_shown_is_buried_all_the_same(anywhere: st
         await idle(app, "numbers")
         reasons = [letter.event.reason for letter in await app.dead_letters("numbers")]
     assert reasons == ["Shy: (Shy that cannot be shown)", "None", "retries exhausted: 2.0"]
+
+
+@pytest.mark.parametrize("kind", ["waits", "waits_for_many", "asks", "asks_for_many", "asks in a process"])
+async def test_a_handler_whose_help_was_cancelled_fails_and_the_worker_goes_on(kind: str, valkey_url: str) -> None:
+    app, name = Pipeline("app", valkey_url), kind.split(maxsplit=1)[0]
+    run_in: Any = "process" if "process" in kind else None
+    batch = Batch(4) if "many" in kind else None
+    app.subscriber(numbers, group="g", run_in=run_in, batch=batch, retry=RetryPolicy(attempts=1))(globals()[name])
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=n) for n in range(5)])
+        ledger = await idle(app, "numbers")
+        (letter,) = await app.dead_letters("numbers")
+    assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (4, 1)
+    assert "what the handler waited for was cancelled" in letter.event.reason
+
+
+async def waits(event: Number) -> None:
+    if event.n == 1:
+        helper = asyncio.ensure_future(asyncio.sleep(10))
+        helper.cancel()
+        await helper
+
+
+async def waits_for_many(batch: list[Number]) -> None:
+    for event in batch:
+        await waits(event)
+
+
+def asks(event: Number) -> None:
+    asyncio.run(waits(event))
+
+
+def asks_for_many(batch: list[Number]) -> None:
+    for event in batch:
+        asks(event)
+
+
+async def test_a_worker_one_of_whose_tasks_ends_does_not_look_alive(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
+
+    @app.subscriber(numbers, group="g")
+    async def work(event: Number) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+
+    async with app:
+        serving = asyncio.create_task(app.serve())
+        await app.ready.wait()
+        await app.publish(numbers, Number(n=1))
+        with pytest.raises(PipelineError, match="work numbers/g ended, and nobody had stopped it"):
+            await asyncio.wait_for(serving, 10)
+        assert not app.ready.is_set()
+
+
+def logged(handler: Any) -> Any:
+    """The example of pipeline.middleware."""
+
+    @functools.wraps(handler)
+    def call(event: Any) -> Any:
+        return handler(event)
+
+    return call
+
+
+async def test_work_that_a_plain_function_or_an_object_returns_is_awaited(anywhere: str) -> None:
+    app, ran = Pipeline("app", anywhere, middleware=[logged]), Counter[str]()
+
+    class Object:
+        async def __call__(self, event: Number) -> None:
+            ran["object"] += 1
+
+    async def work(event: Number) -> None:
+        ran["work"] += 1
+
+    async def sums(batch: Iterable[Message[Number]]) -> None:
+        ran["sums"] += sum(message.attempt for message in batch)
+
+    async def hands_on(event: Number) -> Any:
+        return work(event)
+
+    app.subscriber(numbers, group="object")(Object())
+    app.subscriber(numbers, group="middleware")(work)
+    app.subscriber(numbers, group="wrapped", run_in="loop")(logged(work))
+    app.subscriber(numbers, group="hands-on")(hands_on)
+    app.subscriber(numbers, group="batch", batch=Batch(4))(sums)
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=n) for n in range(4)])
+        groups = (await idle(app, "numbers")).groups
+    assert {group.handled for group in groups.values()} == {4}
+    assert ran == {"object": 4, "work": 12, "sums": 4}
+
+
+async def never(event: Any) -> None:
+    raise AssertionError("nobody awaits this")
+
+
+@logged
+async def wrapped(event: Number) -> None:
+    await never(event)
+
+
+def slots(batch: list[Number]) -> Any:
+    return [never(event) if event.n == 1 else None for event in batch]
+
+
+@pytest.mark.parametrize(
+    ("run_in", "handler", "batch"),
+    [("thread", wrapped, None), ("thread", wrapped, Batch(2)), ("thread", slots, Batch(2)), ("process", wrapped, None)],
+)
+async def test_work_that_nobody_would_do_is_a_failure_that_says_so(
+    run_in: Any, handler: Any, batch: Batch | None, valkey_url: str
+) -> None:
+    app = Pipeline("app", valkey_url)
+    app.subscriber(numbers, group="g", batch=batch, run_in=run_in, retry=RetryPolicy(attempts=1))(handler)
+    async with app, serving(app):
+        await app.publish(numbers, Number(n=1))
+        ledger = await idle(app, "numbers")
+        (letter,) = await app.dead_letters("numbers")
+    assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (0, 1)
+    assert "returned a coroutine: nobody awaits it here; make the handler an `async def`" in letter.event.reason
 
 
 async def test_a_subscriber_waits_while_the_channel_it_publishes_to_is_full(anywhere: str) -> None:
