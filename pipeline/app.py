@@ -498,11 +498,25 @@ class Pipeline:
         finally:
             self.ready.clear()
             self._joining.clear()
-            for hook in self._stop_hooks:
-                await hook()
-            await drain([router for router, _ in self._routers], self.settings.drain_seconds)
-            await self._close()
             self._stop = None
+            await self._wind_up()
+
+    async def _wind_up(self) -> None:
+        """Each step, whatever becomes of those before it; then the first failure."""
+
+        async def let_go() -> None:
+            await drain([router for router, _ in self._routers], self.settings.drain_seconds)
+
+        failures = []
+        for step in (*self._stop_hooks, let_go, self._close):
+            try:
+                await step()
+            except Exception as error:
+                name = getattr(step, "__qualname__", step)
+                logger.error("pipeline %r stops, though %s failed", self.name, name, exc_info=error)
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def stop(self) -> None:
         """Let `serve` drain and return."""
@@ -516,6 +530,7 @@ class Pipeline:
         for hook in self._hooks:
             await hook()
         self._joining.set()
+        self._routers.clear()  # of a `serve` before, while the app stayed open
         for subscriber in self.subscribers:
             metrics = GroupMetrics()
             context = Context(

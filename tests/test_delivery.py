@@ -1197,6 +1197,55 @@ async def test_work_that_nobody_would_do_is_a_failure_that_says_so(
     assert "returned a coroutine: nobody awaits it here; make the handler an `async def`" in letter.event.reason
 
 
+async def test_a_hook_that_fails_as_serving_stops_leaves_nothing_running(
+    anywhere: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, handled, hooks = Pipeline("app", anywhere), [], []
+
+    @app.subscriber(numbers, group="g")
+    async def work(event: Number) -> None:
+        await asyncio.sleep(0.2)
+        handled.append(event.n)
+
+    @app.on_stop
+    async def fails() -> None:
+        raise OSError("cannot let go")
+
+    @app.on_stop
+    async def other() -> None:
+        hooks.append("other")
+
+    publisher = Pipeline("publisher", anywhere)
+    async with publisher:
+        serving = asyncio.create_task(app.serve(stop := asyncio.Event()))
+        await app.ready.wait()
+        await publisher.publish(numbers, Number(n=1))
+        await asyncio.sleep(0.1)
+        stop.set()
+        with pytest.raises(OSError, match="cannot let go"):
+            await serving
+        assert (handled, hooks) == ([1], ["other"])
+        assert (await publisher.stats()).channels["numbers"].groups["g"].handled == 1
+        with pytest.raises(ConfigurationError, match="is not open"):
+            _ = app.backend
+    assert "fails failed" in caplog.text
+
+
+async def test_an_open_app_may_serve_again(anywhere: str) -> None:
+    app, handled = Pipeline("app", anywhere), []
+
+    @app.subscriber(numbers, group="g")
+    async def work(event: Number) -> None:
+        handled.append(event.n)
+
+    async with app:
+        for n in range(2):
+            async with serving(app):
+                await app.publish(numbers, Number(n=n))
+                await idle(app, "numbers")
+    assert handled == [0, 1]
+
+
 async def test_a_subscriber_waits_while_the_channel_it_publishes_to_is_full(anywhere: str) -> None:
     app, other = Pipeline("app", anywhere), Pipeline("other", anywhere)
     narrow = Channel("narrow", Square, capacity=20)
