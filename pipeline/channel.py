@@ -10,13 +10,15 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 from .errors import ConfigurationError
 from .events import Event
 
-__all__ = ["Channel", "Overflow", "check_name"]
+__all__ = ["Channel", "MOST_EVENTS", "Overflow", "check_name"]
 
 T = TypeVar("T")
 Overflow = Literal["wait", "raise", "drop_oldest"]
 
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
+MOST_EVENTS = 65536
+"""In one frame."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-/]{0,199}")
 
 
@@ -66,8 +68,8 @@ class Channel(Generic[T]):
                 continue
             if kind not in (str, bytes, dict) and not (isinstance(kind, type) and issubclass(kind, Event)):
                 raise ConfigurationError(f"{where}: {role} must be an Event subclass, str, bytes or dict, not {kind!r}")
-        if not (isinstance(self.frame, int) and 1 <= self.frame <= 65536):
-            raise ConfigurationError(f"{where}: frame must be between 1 and 65536 events, not {self.frame!r}")
+        if not (isinstance(self.frame, int) and 1 <= self.frame <= MOST_EVENTS):
+            raise ConfigurationError(f"{where}: frame must be between 1 and {MOST_EVENTS} events, not {self.frame!r}")
         if not (isinstance(self.partitions, int) and 1 <= self.partitions <= 1024):
             raise ConfigurationError(f"{where}: partitions must be between 1 and 1024, not {self.partitions!r}")
         if self.overflow not in get_args(Overflow):
