@@ -108,6 +108,7 @@ class Pipeline:
         self._routers: list[tuple[Router, GroupMetrics]] = []
         self._spawned: set[asyncio.Task[Any]] = set()
         self._backend: Backend | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._registry: Registry | None = None
         self._replies: Replies | None = None
         self._payloads: Payloads | None = None
@@ -212,6 +213,11 @@ class Pipeline:
         await self._close()
 
     async def _open(self, patience: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        if self._opened and self._loop is not loop:
+            raise ConfigurationError(
+                f"pipeline {self.name!r} is open in another event loop: use it there, or make one more for this loop"
+            )
         if self._opened == 0:
             backend = self._make_backend()
             try:
@@ -222,7 +228,7 @@ class Pipeline:
             if self._opened_by != os.getpid():
                 self._identify()
             self._opened_by = 0
-            self._backend = backend
+            self._backend, self._loop = backend, loop
             self._registry = Registry(backend)
             self._payloads = Payloads(
                 backend.payloads, self.settings.payloads, self.settings.inline_bytes, self.settings.max_frame_bytes,
@@ -303,6 +309,8 @@ class Pipeline:
         """How a channel's frames are written and read."""
         codec = self._codecs.get(channel)
         if codec is None:
+            if not isinstance(channel, Channel):
+                raise ConfigurationError(f"{channel!r} is not a Channel")
             codec = self._codecs[channel] = Codec(channel)
         return codec
 
@@ -333,6 +341,8 @@ class Pipeline:
         events = list(event) if isinstance(event, (list, tuple)) else [event]
         if not events:
             return Receipt(())
+        if not isinstance(channel, Channel):
+            raise ConfigurationError(f"publish(channel, event): {channel!r} is not a Channel")
         return await self._publish(channel, events, key=key, due=check_delay(delay), headers=headers, reply=None)
 
     async def _publish(
@@ -361,8 +371,6 @@ class Pipeline:
         partition = channel.partition(key, turn)
         outbox = self._outboxes.get((channel, partition))
         if outbox is None:
-            if not isinstance(channel, Channel):
-                raise ConfigurationError(f"publish(channel, event): {channel!r} is not a Channel")
             codec = self.codec(channel)
             await self.registry.register(channel, codec)
             outbox = self._outboxes.get((channel, partition)) or self._open_outbox(channel, partition, codec)
@@ -456,10 +464,10 @@ class Pipeline:
         or a message id (which is left out; when the channel keeps it no more, all that it does keep comes). Listening
         begins when the context is entered.
         """
+        codec = self.codec(channel)
         at = None if since is None else position(since)
         if since is not None and not channel.durable:
             raise ConfigurationError(f"channel {channel.name!r} is live: it has no past to watch since={since!r}")
-        codec = self.codec(channel)
         backend = self._need_backend()
         transport = backend.durable if channel.durable else backend.live
 
@@ -509,11 +517,25 @@ class Pipeline:
         finally:
             self.ready.clear()
             self._joining.clear()
-            for hook in self._stop_hooks:
-                await hook()
-            await drain([router for router, _ in self._routers], self.settings.drain_seconds)
-            await self._close()
             self._stop = None
+            await self._wind_up()
+
+    async def _wind_up(self) -> None:
+        """Each step, whatever becomes of those before it; then the first failure."""
+
+        async def let_go() -> None:
+            await drain([router for router, _ in self._routers], self.settings.drain_seconds)
+
+        failures = []
+        for step in (*self._stop_hooks, let_go, self._close):
+            try:
+                await step()
+            except Exception as error:
+                name = getattr(step, "__qualname__", step)
+                logger.error("pipeline %r stops, though %s failed", self.name, name, exc_info=error)
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def stop(self) -> None:
         """Let `serve` drain and return."""
@@ -527,6 +549,7 @@ class Pipeline:
         for hook in self._hooks:
             await hook()
         self._joining.set()
+        self._routers.clear()  # of a `serve` before, while the app stayed open
         for subscriber in self.subscribers:
             metrics = GroupMetrics()
             context = Context(

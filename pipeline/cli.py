@@ -28,6 +28,7 @@ from .errors import ConfigurationError, EventTypeError, PipelineError, UnknownCh
 from .message import Receipt
 from .server import supervise
 from .settings import redact, settings
+from .supervisor import BACKOFF, HEALTHY_SECONDS
 from .supervisor import up as supervise_processes
 from .watchdog import watchdog
 
@@ -173,16 +174,10 @@ class _Workers:
     """Several processes of one command. A dead one is started again; signals reach all; files may be watched."""
 
     def __init__(self, command: list[str], count: int, reload: bool) -> None:
-        self._command = command
-        self._children = [self._start() for _ in range(count)]
+        self._workers = [_Worker(command) for _ in range(count)]
         self._reload = reload
-        self._stop = False
-        self._backoff = 0.2
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        child = subprocess.Popen(self._command)
-        watchdog().watch(child.pid)
-        return child
+        self._stop = 0
+        """The signal that asked for it."""
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -195,32 +190,61 @@ class _Workers:
                 click.echo("reloading", err=True)
                 self._signal_all(signal.SIGTERM)
                 self._wait()
-            self._revive()
+            for worker in self._workers:
+                if not self._stop and worker.is_due():
+                    worker.start()
+                    if self._stop:  # which came before there was a process to tell
+                        worker.tell(self._stop)
         self._wait()
         return 0
 
-    def _revive(self) -> None:
-        for index, child in enumerate(self._children):
-            if child.poll() is not None and not self._stop:
-                watchdog().forget(child.pid)
-                if child.returncode not in (0, -signal.SIGTERM):
-                    click.echo(f"worker {child.pid} ended with status {child.returncode}; starting another", err=True)
-                    time.sleep(self._backoff)
-                    self._backoff = min(5.0, self._backoff * 2)
-                self._children[index] = self._start()
-
     def _on_signal(self, number: int, _: object) -> None:
-        again, self._stop = self._stop, True
-        self._signal_all(signal.SIGKILL if again else signal.Signals(number))
+        again, self._stop = self._stop, number
+        self._signal_all(signal.SIGKILL if again else number)
 
-    def _signal_all(self, number: signal.Signals) -> None:
-        for child in self._children:
-            if child.poll() is None:
-                child.send_signal(number)
+    def _signal_all(self, number: int) -> None:
+        for worker in self._workers:
+            worker.tell(number)
 
     def _wait(self) -> None:
-        for child in self._children:
-            child.wait()
+        for worker in self._workers:
+            worker.process.wait()
+
+
+class _Worker:
+    """One of them: the present run, and when the next begins."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._command = command
+        self._backoff = BACKOFF[0]
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command)
+        watchdog().watch(self.process.pid)
+        self._began, self._due = time.monotonic(), 0.0
+
+    def is_due(self) -> bool:
+        """It has ended, and is to be started again now."""
+        if self.process.poll() is None:
+            return False
+        if not self._due:
+            watchdog().forget(self.process.pid)
+            self._due = time.monotonic() + self._delay()
+        return time.monotonic() >= self._due
+
+    def _delay(self) -> float:
+        status = self.process.returncode
+        if status in (0, -signal.SIGTERM):
+            return 0.0
+        delay = BACKOFF[0] if time.monotonic() - self._began > HEALTHY_SECONDS else self._backoff
+        self._backoff = min(BACKOFF[1], delay * 2)
+        click.echo(f"worker {self.process.pid} ended with status {status}; starting another in {delay:g} s", err=True)
+        return delay
+
+    def tell(self, number: int) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
 
 
 def _newest_change() -> float:

@@ -66,13 +66,22 @@ def describe(message: Message[DeadLetter]) -> dict[str, Any]:
 
 def reason_of(error: BaseException) -> str:
     if isinstance(error, Reject):
-        return error.reason
+        return _text(error.reason)
     if isinstance(error, Retry):
-        return f"retries exhausted{': ' + error.reason if error.reason else ''}"
-    return f"{type(error).__name__}: {error}"
+        return f"retries exhausted{': ' + _text(error.reason) if error.reason else ''}"
+    return f"{type(error).__name__}: {_text(error)}"
 
 
 def traceback_of(error: Any) -> str:
     if isinstance(error, (Reject, Retry)) and error.__traceback__ is None:
         return ""
-    return "".join(traceback.format_exception(error))[-8000:]
+    return _text("".join(traceback.format_exception(error)))[-8000:]
+
+
+def _text(value: object) -> str:
+    """What a letter can carry of anything: errors hold file names with bytes that are no text, or cannot be shown."""
+    try:
+        text = str(value)
+    except Exception:
+        text = f"({type(value).__name__} that cannot be shown)"
+    return text.encode(errors="backslashreplace").decode()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from pydantic_core import from_json
+
 from .channel import Channel
 from .deadletters import DeadLetter, dead_channel, reason_of, traceback_of
-from .errors import HandlerError
+from .errors import HandlerError, PublishError
 from .events import Event
-from .frame import Address, Codec, Frame
+from .frame import Address, Codec, Frame, Invalid, plain, split
 from .message import Message, Reply
 from .metrics import GroupMetrics
 from .payloads import Flight, Oversized, too_large
@@ -123,6 +126,22 @@ class Held:
             object.__setattr__(message, "attempt", self.attempt)
         return message
 
+    def again(self, codec: Codec[Any], index: int, attempt: int) -> bytes:
+        """A frame of one event, for a retry or a dead letter. An event that cannot be encoded goes as it came."""
+        try:
+            return codec.reencode(self.frame, index, attempt=attempt)
+        except (PublishError, ValueError, TypeError) as error:
+            events = list(self.frame.events)
+            events[index] = Invalid(self._raw(index), str(error))
+            return codec.reencode(replace(self.frame, events=events), index, attempt=attempt)
+
+    def _raw(self, index: int) -> Any:
+        """An event as plain JSON, from the entry's bytes."""
+        raw = from_json(split(self.entry.body)[0])
+        if isinstance(raw, dict) and isinstance(raw.get("pipeline"), int) and isinstance(raw.get("data"), list):
+            raw = raw["data"]
+        return plain(raw[index] if isinstance(raw, list) else raw, self.frame.buffers)
+
     def segments(self, indexes: list[int]) -> list[Segment]:
         """`indexes` (ascending) as runs."""
         return segments(self.entry.id, len(self.frame.events), indexes)
@@ -197,13 +216,13 @@ class Draft:
     def retry(self, held: Held, index: int, delay: float) -> None:
         self._mark(held, index)
         self._commit.retried += 1
-        body = self._codec.reencode(held.frame, index, attempt=held.attempt + 1)
+        body = held.again(self._codec, index, held.attempt + 1)
         self._commit.retries.append(Retried(delay, body, origin=held.entry.origin))
 
     def fail(self, held: Held, index: int, error: BaseException) -> None:
         self._mark(held, index)
         frame = held.frame
-        original = self._codec.reencode(frame, index, attempt=1)
+        original = held.again(self._codec, index, 1)
         self.bury(
             held.entry, held.partition, error,
             key=frame.key(index), event_id=frame.id(index), attempts=held.attempt, original=original, count=1,
@@ -360,7 +379,7 @@ class Draft:
 
     def _cut(self, count: int, size: int, encode: Callable[[int, int], bytes]) -> Iterator[tuple[bytes, int]]:
         """Frames of so many events, `size` in each at most, as (body, its events)."""
-        start = 0
+        start, nbytes = 0, min(FRAME_BYTES, self._limit // 2)
         while start < count:
             end = min(start + size, count)
             try:
@@ -368,8 +387,8 @@ class Draft:
             except Oversized as error:
                 size = max(1, (end - start) * error.most // error.nbytes)
                 continue
-            if len(body) > 2 * FRAME_BYTES and end - start > 1:
-                size = max(1, (end - start) * FRAME_BYTES // len(body))
+            if len(body) > 2 * nbytes and end - start > 1:
+                size = max(1, (end - start) * nbytes // len(body))
                 continue
             yield body, end - start
             start = end

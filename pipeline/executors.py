@@ -14,17 +14,19 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Executor as PoolExecutor
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Literal, Protocol
+from types import CoroutineType, GeneratorType
+from typing import Any, Literal
 
 from .errors import ConfigurationError, HandlerError, Reject, Retry
 from .middleware import Handler, Middleware, wrap
 
-__all__ = ["Executor", "RunIn", "make"]
+__all__ = ["Executor", "RunIn", "is_async", "make", "never_run", "undone"]
 
 RunIn = Literal["loop", "thread", "process"]
 
@@ -38,16 +40,22 @@ Results = list[tuple[Any, Any]]
 """(unit, what the handler returned or the exception it raised)"""
 
 
-class Executor(Protocol):
+class Executor:
     async def each(self, source: Source, argument: Argument, results: Results) -> None:
         """Call the handler for units of `source`, one at a time, for a slice of time; `results` grow as it goes."""
-        ...
+        raise NotImplementedError
 
     async def once(self, argument: Any) -> Any:
         """Call the handler with one argument (a batch). Raises what it raises."""
-        ...
+        results: Results = []
+        await self.each(deque([argument]), lambda unit: unit, results)
+        outcome = results[0][1]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give back threads or processes."""
 
 
 def make(handler: Handler, run_in: RunIn, concurrency: int, middleware: list[Middleware]) -> Executor:
@@ -59,52 +67,87 @@ def make(handler: Handler, run_in: RunIn, concurrency: int, middleware: list[Mid
     return _Loop(wrapped)
 
 
-class _Loop:
+def is_async(handler: Handler) -> bool:
+    """Whether it is an `async def`, or an object that is called like one."""
+    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__)
+
+
+def _undone(kind: type) -> bool:
+    return hasattr(kind, "__await__") or hasattr(kind, "__anext__") or issubclass(kind, GeneratorType)
+
+
+undone: Callable[[type], bool] = lru_cache(1024)(_undone)
+"""Whether what a handler returned is, by its type, no result but work: a coroutine, a future, or a generator."""
+
+
+def never_run(result: Any) -> HandlerError:
+    """What a handler returned is work that nobody would do: a failure, or its event would pass as handled."""
+    if isinstance(result, CoroutineType):
+        result.close()
+    if hasattr(result, "__await__"):
+        what = "nobody awaits it here; make the handler an `async def`, or declare it with run_in='loop'"
+    else:
+        what = "nobody runs it; return a list instead of `yield`"
+    return HandlerError(f"the handler returned a {type(result).__name__}: {what}")
+
+
+def _cancelled(error: asyncio.CancelledError) -> HandlerError:
+    failure = HandlerError("what the handler waited for was cancelled")
+    failure.__cause__ = error
+    return failure
+
+
+class _Loop(Executor):
     """`async def` handlers; also plain functions that are too short to be worth a thread."""
 
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
-        self._async = inspect.iscoroutinefunction(handler)
+        self._async = is_async(handler)
 
     async def each(self, source: Source, argument: Argument, results: Results) -> None:
-        if not self._async:
-            _each(source, argument, results, self._handler)
-            return
-        handler: Callable[[Any], Awaitable[Any]] = self._handler
+        handler, waits = self._handler, self._async
         clock = time.perf_counter
         deadline = clock() + SLICE
         while source:
             unit = source.popleft()
             outcome: Any
             try:
-                outcome = await handler(argument(unit))
+                outcome = handler(argument(unit))
+                if waits:
+                    outcome = await outcome
+                if outcome is not None and undone(type(outcome)):
+                    outcome = await _finish(outcome)
+            except asyncio.CancelledError as error:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                outcome = _cancelled(error)
             except Exception as error:
                 outcome = error
             results.append((unit, outcome))
             if clock() > deadline:
                 break
 
-    async def once(self, argument: Any) -> Any:
-        result = self._handler(argument)
-        return await result if self._async else result
 
-    def close(self) -> None:
-        """Nothing to give back."""
+async def _finish(result: Any) -> Any:
+    """What comes of a coroutine, such as a plain function returns around an `async def`."""
+    while hasattr(result, "__await__"):
+        result = await result
+    if undone(type(result)):
+        raise never_run(result)
+    return result
 
 
-class _Threads:
+class _Threads(Executor):
     def __init__(self, handler: Handler, concurrency: int) -> None:
-        if inspect.iscoroutinefunction(handler):
-            raise ConfigurationError(f"{handler.__name__} is async: it runs in the loop, not in a thread")
+        if is_async(handler):
+            raise ConfigurationError(f"{_name(handler)} is async: it runs in the loop, not in a thread")
         self._handler = handler
         self._pool: PoolExecutor = ThreadPoolExecutor(concurrency, thread_name_prefix=f"handler-{_name(handler)}")
 
     async def each(self, source: Source, argument: Argument, results: Results) -> None:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._pool, _each, source, argument, results, self._handler)
-
-    async def once(self, argument: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, _once, self._handler, argument)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -121,6 +164,10 @@ def _each(source: Source, argument: Argument, results: Results, handler: Handler
         outcome: Any
         try:
             outcome = handler(argument(unit))
+            if outcome is not None and undone(type(outcome)):
+                outcome = never_run(outcome)
+        except asyncio.CancelledError as error:
+            outcome = _cancelled(error)
         except Exception as error:
             outcome = error
         results.append((unit, outcome))
@@ -128,14 +175,7 @@ def _each(source: Source, argument: Argument, results: Results, handler: Handler
             return
 
 
-def _once(handler: Handler, argument: Any) -> Any:
-    try:
-        return handler(argument)
-    except StopIteration as error:  # a future cannot carry it
-        raise RuntimeError("the handler raised StopIteration") from error
-
-
-class _Processes:
+class _Processes(Executor):
     """Spawned processes, for handlers that hold the GIL. A process that dies takes one call with it, not the worker.
 
     Arguments and results pass through the operating system's pipes between a process and its own children, pickled by
@@ -143,9 +183,9 @@ class _Processes:
     """
 
     def __init__(self, handler: Handler, concurrency: int, middleware: list[Middleware]) -> None:
-        if inspect.iscoroutinefunction(handler):
+        if is_async(handler):
             raise ConfigurationError(f"{_name(handler)} is async: it cannot run in a process; make it a plain function")
-        if "<locals>" in handler.__qualname__:
+        if "<" in getattr(handler, "__qualname__", "<"):  # <locals>, <lambda>, or an object without a name
             raise ConfigurationError(f"{_name(handler)}: run_in='process' needs a function at the top of a module")
         self._where = (handler.__module__, handler.__qualname__, middleware)
         self._concurrency = concurrency
@@ -164,27 +204,21 @@ class _Processes:
         many = max(1, min(256, int(SLICE / self._seconds)))
         units = [source.popleft() for _ in range(min(many, len(source)))]
         started = time.perf_counter()
-        outcomes = await self._run(_child_each, [argument(unit) for unit in units], len(units))
+        outcomes = await self._run([argument(unit) for unit in units])
         self._seconds = max(1e-6, (time.perf_counter() - started) / max(1, len(units)))
         results.extend(zip(units, outcomes, strict=True))
 
-    async def once(self, argument: Any) -> Any:
-        outcome = (await self._run(_child_once, argument, 1))[0]
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    async def _run(self, call: Callable[[Any], list[Any]], argument: Any, count: int) -> list[Any]:
+    async def _run(self, arguments: list[Any]) -> list[Any]:
         pool = self._pool
         try:
-            outcomes = await asyncio.get_running_loop().run_in_executor(pool, call, argument)
+            outcomes = await asyncio.get_running_loop().run_in_executor(pool, _child_each, arguments)
         except BrokenProcessPool:
             if self._pool is pool:
                 pool.shutdown(wait=False)
                 self._pool = self._spawn()
-            return [HandlerError("the handler's process died while it ran (killed, or out of memory)")] * count
+            return [HandlerError("the handler's process died while it ran (killed, or out of memory)")] * len(arguments)
         except Exception as error:
-            return [HandlerError(f"the event cannot be passed to the handler's process: {error}")] * count
+            return [HandlerError(f"the event cannot be passed to the handler's process: {error}")] * len(arguments)
         return [_revive(outcome) for outcome in outcomes]
 
     def close(self) -> None:
@@ -209,13 +243,14 @@ def _child_each(arguments: list[Any]) -> list[Any]:
     return [_child_one(argument) for argument in arguments]
 
 
-def _child_once(argument: Any) -> list[Any]:
-    return [_child_one(argument)]
-
-
 def _child_one(argument: Any) -> bytes | _Died:
     try:
-        return bytes(ForkingPickler.dumps(_child_handler(argument)))  # here, where what fails has no neighbours
+        result = _child_handler(argument)
+        if result is not None and undone(type(result)):
+            raise never_run(result)
+        return bytes(ForkingPickler.dumps(result))  # here, where what fails has no neighbours
+    except asyncio.CancelledError as error:
+        return _Died.of(_cancelled(error))
     except Exception as error:
         return _Died.of(error)
 

@@ -22,6 +22,7 @@ import signal
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
+from .errors import PipelineError
 from .router import Router
 
 __all__ = ["drain", "first_failure", "on_signals", "run", "unless"]
@@ -47,18 +48,17 @@ async def drain(routers: list[Router], seconds: float) -> None:
 
 
 async def first_failure(tasks: Iterable[asyncio.Task[None]], stop: asyncio.Event) -> None:
-    """Wait for `stop`. A task that fails ends the wait too, with its error: a broken worker must not look alive."""
+    """Wait for `stop`. A task that ends before it, however, ends the wait with an error: a broken worker must not look
+    alive."""
     stopping = asyncio.create_task(stop.wait())
-    watched = {*tasks}
     try:
-        while True:
-            done, _ = await asyncio.wait({*watched, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if stopping in done:
-                return
-            for task in done:
-                watched.discard(task)
-                if not task.cancelled() and (error := task.exception()) is not None:
-                    raise error
+        done, _ = await asyncio.wait({*tasks, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if stopping in done:
+            return
+        for task in done:
+            if not task.cancelled():
+                task.result()
+        raise PipelineError(f"{' and '.join(task.get_name() for task in done)} ended, and nobody had stopped it")
     finally:
         stopping.cancel()
 

@@ -1,7 +1,7 @@
 """Middleware: functions from handler to handler.
 
     def logged(handler):
-        def call(event):            # `async def call` around an async handler
+        def call(event):            # around an async handler, too
             log.info("%s", event)
             return handler(event)
         return call

@@ -25,7 +25,7 @@ from .channel import Channel
 from .deadletters import reason_of
 from .drafts import Draft, Held, Sequences, Sources, Unit, open_indexes, reply_codec, segments
 from .errors import FrameError, HandlerError, PipelineError, Reject, Retry
-from .executors import Executor, make
+from .executors import Executor, make, never_run, undone
 from .flow import Flow
 from .frame import Codec, header_of
 from .metrics import GroupMetrics
@@ -56,6 +56,8 @@ READER_PATIENCE = 1.0
 """Seconds for which a drain waits for a read to end, and to hand work back."""
 LAST_COMMITS = 2.0
 """Seconds that what is done has at least to be committed in a drain."""
+NOT_WRITTEN = (PipelineError, ValueError, TypeError)
+"""What drafting a commit may raise, which talks to nobody: an outcome that cannot be put in bytes."""
 
 
 class Lane:
@@ -320,7 +322,7 @@ class Router:
 
     async def _set_apart(self, held: Held, delay: float, indexes: list[int], deliveries: int) -> None:
         """Move open events of a frame to the retries, each by itself: nothing was tried, nothing is counted."""
-        bodies = [self._codec.reencode(held.frame, index, attempt=held.frame.header.attempt) for index in indexes]
+        bodies = [held.again(self._codec, index, held.frame.header.attempt) for index in indexes]
         retries = [Retried(delay, body, deliveries=deliveries, origin=held.entry.origin) for body in bodies]
         commit = Commit(segments=held.segments(indexes), retries=retries)
         if await self._insist(lambda: held.reader.commit(commit), len(indexes), while_draining=False):
@@ -517,16 +519,15 @@ class Router:
     async def _commit(self, reader: Reader, items: list[tuple[Unit, Any]]) -> None:
         everything = items
         while items:
-            draft = self._draft()
-            for (held, index), outcome in items:
-                self._resolve(draft, held, index, outcome)
-            flight = self._flight()
+            draft, flight = self._draft(), self._flight()
             try:
                 if flight is not None:
                     await self._prepare()
                 try:
+                    for (held, index), outcome in items:
+                        self._resolve(draft, held, index, outcome)
                     commit = draft.commit(flight)
-                except PipelineError as error:
+                except NOT_WRITTEN as error:
                     items = self._blame(items, error)
                     continue
                 repeats, self._repeats = self._repeats, 0
@@ -589,15 +590,17 @@ class Router:
         except HandlerError as error:
             self._resolve(draft, held, index, error)
 
-    def _blame(self, items: list[tuple[Unit, Any]], error: PipelineError) -> list[tuple[Unit, Any]]:
+    def _blame(self, items: list[tuple[Unit, Any]], error: Exception) -> list[tuple[Unit, Any]]:
         """An output could not be written: find whose it was, and fail that event alone."""
         judged, found = [], False
         for unit, outcome in items:
             alone, flight = self._draft(), self._flight()
-            self._resolve(alone, unit[0], unit[1], outcome)
             try:
+                self._resolve(alone, unit[0], unit[1], outcome)
                 alone.commit(flight)
-            except PipelineError as cause:
+            except NOT_WRITTEN as cause:
+                if isinstance(outcome, (BaseException, Final)):
+                    raise  # it has failed already, and nothing can be made of it
                 judged.append((unit, HandlerError(f"its output cannot be published: {cause}")))
                 found = True
             else:
@@ -654,7 +657,7 @@ def _outcomes(result: Any, count: int) -> list[Any]:
                 f"the batch had {count} events and the handler returned {len(result)} results; one each, in order"
             )
         )
-    return list(result)
+    return [item if item is None or not undone(type(item)) else never_run(item) for item in result]
 
 
 def _delay(outcome: Any, attempt: int, backoff: Callable[[int], float]) -> float | None:

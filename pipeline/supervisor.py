@@ -29,7 +29,7 @@ from .server import answers
 from .settings import settings
 from .watchdog import watchdog
 
-__all__ = ["up"]
+__all__ = ["BACKOFF", "HEALTHY_SECONDS", "up"]
 
 _SERVER = "redis"
 """The Procfile's name for the server: started first and stopped last, because draining workers commit to it."""
@@ -37,8 +37,8 @@ _SERVER = "redis"
 _SERVER_WAIT = 10.0
 _DRAIN_SECONDS = 3.0
 _STOP_SECONDS = 4.0
-_BACKOFF = (0.5, 10.0)
-_HEALTHY_SECONDS = 30.0
+BACKOFF = (0.5, 10.0)
+HEALTHY_SECONDS = 30.0
 _LONGEST_LINE = 64 << 10
 
 
@@ -176,7 +176,7 @@ class _Process:
 
     async def keep(self) -> None:
         """Run it, after a crash again, until it finishes by itself or is stopped."""
-        delay, crashes = _BACKOFF[0], 0
+        delay, crashes = BACKOFF[0], 0
         while not self._stopped.is_set():
             started = time.monotonic()
             status = await self._run()
@@ -187,12 +187,12 @@ class _Process:
                 return
             else:
                 lived = time.monotonic() - started
-                delay, crashes = (_BACKOFF[0], 1) if lived > _HEALTHY_SECONDS else (delay, crashes + 1)
+                delay, crashes = (BACKOFF[0], 1) if lived > HEALTHY_SECONDS else (delay, crashes + 1)
                 again = f"starts again in {delay:g} s" + (f" (crash {crashes} in a row)" if crashes > 1 else "")
                 self._output.say(f"{self.plan.name} {_fate(status)} after {lived:.1f} s; {again}")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopped.wait(), delay)
-                delay = min(delay * 2, _BACKOFF[1])
+                delay = min(delay * 2, BACKOFF[1])
 
     def terminate(self) -> None:
         """Ask it to stop: its program alone, which tells its own children; its group where a shell is in between."""

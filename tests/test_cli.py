@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import psutil
 import pytest
 import redis
 
-from pipeline import Channel, Event, Pipeline, Reject, RetryPolicy, Tensor
+from pipeline import Channel, Event, Pipeline, Reject, RetryPolicy, Tensor, cli
 
 from .apps import idle, serving, until
 from .processes import ended, line_with
@@ -215,6 +216,32 @@ async def test_serving_in_several_processes_survives_a_kill_and_stops_at_once(ur
         assert await asyncio.to_thread(process.wait, 10) == 0
         assert time.monotonic() - began < 3.0
         assert ended(*again)
+
+
+async def test_a_stop_that_comes_while_a_crashed_worker_waits_starts_no_other(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken"
+    broken.touch()
+    monkeypatch.setenv("CRASHES_WHILE", str(broken))
+    with running(url, "serve", "tests.served:fragile", "--workers", "2") as process:
+        await asyncio.to_thread(line_with, "starting another in 1 s", process)
+        broken.unlink()
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 8) == 0
+
+
+def test_a_worker_that_was_healthy_is_started_again_soon(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = cli._Worker([sys.executable, "-S", "-c", "raise SystemExit(3)"])
+    for healthy_after in (60.0, 60.0, 0.0):
+        monkeypatch.setattr(cli, "HEALTHY_SECONDS", healthy_after)
+        worker.process.wait()
+        assert not worker.is_due()
+        worker.start()
+    worker.process.wait()
+    assert [line.rpartition(" in ")[2] for line in capsys.readouterr().err.splitlines()] == ["0.5 s", "1 s", "0.5 s"]
 
 
 def app_workers(parent: psutil.Process) -> list[psutil.Process]:

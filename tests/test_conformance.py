@@ -427,16 +427,17 @@ async def test_a_foreign_entry_is_left_out_loudly(url: str, caplog: pytest.LogCa
     there = Place(backend, Channel("c", bytes), url)
     reader = await there.join()
     with redis.Redis.from_url(url) as client:
-        client.xadd("pipeline:{c}:s", {"hello": "world"})
-        client.xadd("pipeline:{c}:s", {"n": "many", "b": "world"})
-        client.xadd("pipeline:{c}:s", {"x": "1"})
-        client.xreadgroup("g", "killed before it could say so", {"pipeline:{c}:s": ">"}, count=2)
+        foreign: Any = [{"hello": "world"}, *({"n": n, "b": "x"} for n in ("many", 0, 65537, "9" * 5000)), {"x": "1"}]
+        for number, fields in enumerate(foreign * 2, 1):
+            client.xadd("pipeline:{c}:s", fields, id=f"1-{number}")
+        client.xreadgroup("g", "killed before it could say so", {"pipeline:{c}:s": ">"}, count=len(foreign))
     await there.publish(1)
     assert [entry.body for entry in await take(reader, 1)] == [b"s:1+4"]
     assert "was not written by the pipeline" in caplog.text
     assert await reader.read(10, 3 * LEASE) == []
     with redis.Redis.from_url(url) as client:
         assert client.xpending("pipeline:{c}:s", "g")["pending"] == 1
+    assert (await there.stats()).pending == 4
     await reader.close()
     await backend.close()
 
@@ -455,5 +456,20 @@ async def test_an_output_key_of_another_type_is_refused_with_nothing_written(url
         assert client.get("pipeline:{out}:s") == b"mine"
     stats = await there.stats()
     assert (stats.handled, stats.pending) == (0, 4)
+    await reader.close()
+    await backend.close()
+
+
+async def test_an_answer_to_a_key_of_another_type_is_dropped_and_the_rest_is_written_once(url: str) -> None:
+    backend = RedisBackend(url, "conformance")
+    await backend.open(1.0)
+    reader = await Place(backend, Channel("c", bytes, durable=False), url).join()
+    answers = [Answered("pipeline:reply:mine", b"a"), Answered("pipeline:reply:awaited", b"b")]
+    with redis.Redis.from_url(url) as client:
+        client.set("pipeline:reply:mine", "mine")
+        await reader.commit(Commit(handled=1, outputs=[Output(Channel("out", bytes), 0, b"x", 1)], replies=answers))
+        assert (client.get("pipeline:reply:mine"), client.ttl("pipeline:reply:mine")) == (b"mine", -1)
+        assert await backend.replies("pipeline:reply:awaited", 1.0) == [b"b"]
+        assert client.xlen("pipeline:{out}:s") == 1
     await reader.close()
     await backend.close()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import signal
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
+from pydantic import field_serializer
 
 from pipeline import (
     Batch,
@@ -29,7 +33,8 @@ from pipeline import (
     RetryPolicy,
     Tensor,
 )
-from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError
+from pipeline.deadletters import describe
+from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError, PipelineError
 from pipeline.server import Server
 from pipeline.testing import first
 from pipeline.transports import Commit, Group, Segment
@@ -1032,6 +1037,256 @@ async def test_a_handler_that_returns_what_it_does_not_publish_fails_that_event_
     assert (
         letter.event.reason == f"{HandlerError.__name__}: the handler returned a Number; it publishes squares (Square)"
     )
+
+
+class Stubborn(Event):
+    n: int
+
+    @field_serializer("n")
+    def refuse(self, n: int) -> int:
+        if n % 2 and stubborn.is_set():
+            raise ValueError("not again")
+        return n
+
+
+stubborn = threading.Event()
+
+
+@pytest.mark.parametrize("durable", [True, False])
+async def test_an_event_that_cannot_be_encoded_is_tried_again_and_buried_as_it_came(
+    durable: bool, anywhere: str
+) -> None:
+    app, events = Pipeline("app", anywhere), Channel("stubborn", Stubborn, durable=durable)
+    out, calls, published = Channel("out", Stubborn), Counter[int](), asyncio.Event()
+
+    @app.subscriber(events, group="g", publishes=out, retry=RetryPolicy(attempts=2, base=0.01))
+    async def work(event: Stubborn) -> Stubborn:
+        await published.wait()
+        calls[event.n] += 1
+        if event.n == 3:
+            raise OSError("a name that is no text: \udcff")
+        return event
+
+    stubborn.clear()
+    async with app, serving(app):
+        await app.publish(events, [Stubborn(n=n) for n in (2, 3, 5)])
+        stubborn.set()
+        published.set()
+        async with asyncio.timeout(10):
+            while len(letters := await app.dead_letters("stubborn")) < 2:
+                await asyncio.sleep(0.01)
+        ledger = await idle(app, events)
+        stubborn.clear()
+    assert (ledger.groups["g"].handled, ledger.groups["g"].dead, calls) == (1, 2, Counter({2: 1, 3: 2, 5: 2}))
+    reasons = {describe(letter)["events"][0]["n"]: letter.event.reason for letter in letters}
+    assert r"a name that is no text: \udcff" in reasons[3]
+    assert "its output cannot be published" in reasons[5]
+
+
+async def test_a_delayed_event_that_cannot_be_encoded_waits_as_it_came(anywhere: str) -> None:
+    app, events, seen = Pipeline("app", anywhere), Channel("stubborn", Stubborn), []
+
+    @app.subscriber(events, group="g")
+    async def work(event: Stubborn) -> None:
+        seen.append(event.n)
+
+    stubborn.clear()
+    async with app:
+        await app.publish(events, [Stubborn(n=1), Stubborn(n=2)], delay=0.3)
+        stubborn.set()
+        async with serving(app):
+            await idle(app, events)
+        stubborn.clear()
+    assert sorted(seen) == [1, 2]
+
+
+async def test_an_error_that_cannot_be_shown_is_buried_all_the_same(anywhere: str) -> None:
+    class Shy(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    app = Pipeline("app", anywhere)
+
+    @app.subscriber(numbers, group="g", retry=RetryPolicy(attempts=1))
+    async def work(event: Number) -> None:
+        raise (Shy, Reject(None), Retry(2.0))[event.n]  # type: ignore[arg-type]
+
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=n) for n in range(3)])
+        await idle(app, "numbers")
+        reasons = [letter.event.reason for letter in await app.dead_letters("numbers")]
+    assert reasons == ["Shy: (Shy that cannot be shown)", "None", "retries exhausted: 2.0"]
+
+
+@pytest.mark.parametrize("kind", ["waits", "waits_for_many", "asks", "asks_for_many", "asks in a process"])
+async def test_a_handler_whose_help_was_cancelled_fails_and_the_worker_goes_on(kind: str, valkey_url: str) -> None:
+    app, name = Pipeline("app", valkey_url), kind.split(maxsplit=1)[0]
+    run_in: Any = "process" if "process" in kind else None
+    batch = Batch(4) if "many" in kind else None
+    app.subscriber(numbers, group="g", run_in=run_in, batch=batch, retry=RetryPolicy(attempts=1))(globals()[name])
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=n) for n in range(5)])
+        ledger = await idle(app, "numbers")
+        (letter,) = await app.dead_letters("numbers")
+    assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (4, 1)
+    assert "what the handler waited for was cancelled" in letter.event.reason
+
+
+async def waits(event: Number) -> None:
+    if event.n == 1:
+        helper = asyncio.ensure_future(asyncio.sleep(10))
+        helper.cancel()
+        await helper
+
+
+async def waits_for_many(batch: list[Number]) -> None:
+    for event in batch:
+        await waits(event)
+
+
+def asks(event: Number) -> None:
+    asyncio.run(waits(event))
+
+
+def asks_for_many(batch: list[Number]) -> None:
+    for event in batch:
+        asks(event)
+
+
+async def test_a_worker_one_of_whose_tasks_ends_does_not_look_alive(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
+
+    @app.subscriber(numbers, group="g")
+    async def work(event: Number) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+
+    async with app:
+        serving = asyncio.create_task(app.serve())
+        await app.ready.wait()
+        await app.publish(numbers, Number(n=1))
+        with pytest.raises(PipelineError, match="work numbers/g ended, and nobody had stopped it"):
+            await asyncio.wait_for(serving, 10)
+        assert not app.ready.is_set()
+
+
+def logged(handler: Any) -> Any:
+    """The example of pipeline.middleware."""
+
+    @functools.wraps(handler)
+    def call(event: Any) -> Any:
+        return handler(event)
+
+    return call
+
+
+async def test_work_that_a_plain_function_or_an_object_returns_is_awaited(anywhere: str) -> None:
+    app, ran = Pipeline("app", anywhere, middleware=[logged]), Counter[str]()
+
+    class Object:
+        async def __call__(self, event: Number) -> None:
+            ran["object"] += 1
+
+    async def work(event: Number) -> None:
+        ran["work"] += 1
+
+    async def sums(batch: Iterable[Message[Number]]) -> None:
+        ran["sums"] += sum(message.attempt for message in batch)
+
+    async def hands_on(event: Number) -> Any:
+        return work(event)
+
+    app.subscriber(numbers, group="object")(Object())
+    app.subscriber(numbers, group="middleware")(work)
+    app.subscriber(numbers, group="wrapped", run_in="loop")(logged(work))
+    app.subscriber(numbers, group="hands-on")(hands_on)
+    app.subscriber(numbers, group="batch", batch=Batch(4))(sums)
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=n) for n in range(4)])
+        groups = (await idle(app, "numbers")).groups
+    assert {group.handled for group in groups.values()} == {4}
+    assert ran == {"object": 4, "work": 12, "sums": 4}
+
+
+async def never(event: Any) -> None:
+    raise AssertionError("nobody awaits this")
+
+
+@logged
+async def wrapped(event: Number) -> None:
+    await never(event)
+
+
+def slots(batch: list[Number]) -> Any:
+    return [never(event) if event.n == 1 else None for event in batch]
+
+
+@pytest.mark.parametrize(
+    ("run_in", "handler", "batch"),
+    [("thread", wrapped, None), ("thread", wrapped, Batch(2)), ("thread", slots, Batch(2)), ("process", wrapped, None)],
+)
+async def test_work_that_nobody_would_do_is_a_failure_that_says_so(
+    run_in: Any, handler: Any, batch: Batch | None, valkey_url: str
+) -> None:
+    app = Pipeline("app", valkey_url)
+    app.subscriber(numbers, group="g", batch=batch, run_in=run_in, retry=RetryPolicy(attempts=1))(handler)
+    async with app, serving(app):
+        await app.publish(numbers, Number(n=1))
+        ledger = await idle(app, "numbers")
+        (letter,) = await app.dead_letters("numbers")
+    assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (0, 1)
+    assert "returned a coroutine: nobody awaits it here; make the handler an `async def`" in letter.event.reason
+
+
+async def test_a_hook_that_fails_as_serving_stops_leaves_nothing_running(
+    anywhere: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, handled, hooks = Pipeline("app", anywhere), [], []
+
+    @app.subscriber(numbers, group="g")
+    async def work(event: Number) -> None:
+        await asyncio.sleep(0.2)
+        handled.append(event.n)
+
+    @app.on_stop
+    async def fails() -> None:
+        raise OSError("cannot let go")
+
+    @app.on_stop
+    async def other() -> None:
+        hooks.append("other")
+
+    publisher = Pipeline("publisher", anywhere)
+    async with publisher:
+        serving = asyncio.create_task(app.serve(stop := asyncio.Event()))
+        await app.ready.wait()
+        await publisher.publish(numbers, Number(n=1))
+        await asyncio.sleep(0.1)
+        stop.set()
+        with pytest.raises(OSError, match="cannot let go"):
+            await serving
+        assert (handled, hooks) == ([1], ["other"])
+        assert (await publisher.stats()).channels["numbers"].groups["g"].handled == 1
+        with pytest.raises(ConfigurationError, match="is not open"):
+            _ = app.backend
+    assert "fails failed" in caplog.text
+
+
+async def test_an_open_app_may_serve_again(anywhere: str) -> None:
+    app, handled = Pipeline("app", anywhere), []
+
+    @app.subscriber(numbers, group="g")
+    async def work(event: Number) -> None:
+        handled.append(event.n)
+
+    async with app:
+        for n in range(2):
+            async with serving(app):
+                await app.publish(numbers, Number(n=n))
+                await idle(app, "numbers")
+    assert handled == [0, 1]
 
 
 async def test_a_subscriber_waits_while_the_channel_it_publishes_to_is_full(anywhere: str) -> None:

@@ -125,6 +125,25 @@ async def test_after_flushall_and_after_a_restart_without_data_work_goes_on(own:
         assert (ledger.published, ledger.groups["g"].handled) == (10, 10)
 
 
+async def test_a_live_group_is_in_the_ledger_again_with_the_first_it_handles_after_flushall(own: Server) -> None:
+    app, lively, handled = Pipeline("app", own.url), Channel("lively", Number, durable=False), []
+
+    @app.subscriber(lively, group="g")
+    async def work(event: Number) -> None:
+        handled.append(event.n)
+        if event.n:
+            raise Reject
+
+    async with app, serving(app):
+        for n in range(2):
+            with redis.Redis.from_url(own.url) as client:
+                client.flushall()
+            await app.publish(lively, Number(n=n))
+            ledger = await idle(app, lively)
+            assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (1 - n, n)
+    assert handled == [0, 1]
+
+
 async def test_connections_cut_by_the_server_are_made_anew(valkey_url: str) -> None:
     app, handled = Pipeline("app", valkey_url), []
 

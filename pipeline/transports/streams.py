@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from ..channel import Channel
+from ..channel import MOST_EVENTS, Channel
 from ..errors import ConfigurationError, PublishUncertain, ServerUnavailable
 from . import SUSPICION, Commit, Entry, Group, Guarantees, Holding, Outgoing, PayloadExpired, Retried, channel_full
 from .client import Argument, Client, Link, LinkLost, ReplyError, transient
@@ -676,7 +676,11 @@ def _entry(id_: bytes, count: int, body: bytes, done: str = "", deliveries: int 
 
 
 def _is_frame(fields: list[bytes]) -> bool:
-    return len(fields) == 4 and (fields[0], fields[2]) == (b"n", b"b") and fields[1].isdigit()
+    """As claim.lua has it: of 1 to MOST_EVENTS events."""
+    if len(fields) != 4 or fields[0] != b"n" or fields[2] != b"b":
+        return False
+    count = fields[1]
+    return count.isdigit() and len(count) <= 5 and 0 < int(count) <= MOST_EVENTS
 
 
 def _weight(rid: str) -> int:

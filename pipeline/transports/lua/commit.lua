@@ -104,9 +104,12 @@ for _, s in ipairs(segments) do
     end
   end
 end
-if handled ~= 0 then redis.call('HINCRBY', h, 'handled', handled) end
-if dead ~= 0 then redis.call('HINCRBY', h, 'dead', dead) end
-if retried ~= 0 then redis.call('HINCRBY', h, 'retried', retried) end
+-- A live group's first count is its first since it joined, or since the server lost its data and forgot the group.
+local first = n_segments == 0
+if handled ~= 0 then first = redis.call('HINCRBY', h, 'handled', handled) == handled and first end
+if dead ~= 0 then first = redis.call('HINCRBY', h, 'dead', dead) == dead and first end
+if retried ~= 0 then first = redis.call('HINCRBY', h, 'retried', retried) == retried and first end
+if first then redis.call('SADD', string.sub(stream, 1, -2) .. 'g', group) end
 
 for at = retries_at, outputs_at - 1, 5 do
   local delay, count, taken, origin = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
@@ -135,8 +138,8 @@ for i = 0, n_outputs - 1 do
   end
 end
 for at = replies_at, replies_at + 2 * n_replies - 1, 2 do
-  redis.call('RPUSH', ARGV[at], ARGV[at + 1])
-  redis.call('PEXPIRE', ARGV[at], '60000')
+  -- Nobody can wait at a key that holds something else.
+  if type(redis.pcall('RPUSH', ARGV[at], ARGV[at + 1])) == 'number' then redis.call('PEXPIRE', ARGV[at], '60000') end
 end
 for _, key in ipairs(blobs) do redis.call('PEXPIRE', key, '60000') end
 return {}
