@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import threading
 import time
@@ -1076,6 +1077,22 @@ async def test_handled_events_go_when_they_are_old_and_unhandled_ones_stay(valke
         await idle(app, "brief")
         await streams._trim(Keys.of("brief"), 0.0)
         assert (await app.stats()).channels["brief"].retained == 1, "the newest always stays"
+
+
+async def test_a_channel_that_cannot_be_looked_after_leaves_the_others_alone(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.transports.streams.TRIM_EVERY", 0.05)
+    brief = Channel("brief", Number, frame=1, keep=0.0)
+    async with Pipeline("app", valkey_url) as app:
+        streams: Any = app.backend.durable
+        streams._known[Keys.of("endless")] = math.inf
+        await app.publish(brief, [Number(n=n) for n in range(6)])
+        async with asyncio.timeout(5):
+            while (await app.stats()).channels["brief"].retained > 1:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+    assert caplog.text.count("pipeline:{endless} cannot be looked after") == 1
 
 
 async def test_fsync_waits_for_the_disk_or_says_what_the_server_lacks(redis7: Server, tmp_path: Path) -> None:
