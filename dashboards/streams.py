@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.deadletters import internal
+
 from .facts import facts
 from .figures import PAGES, Figure, on_page
 from .rings import LEVELS, Histogram, Ring, level_of
@@ -103,7 +105,7 @@ def series_of(state: State, figure: Figure, view: View) -> Iterator[tuple[str, R
             channel, _, group = name.partition(" → ")
             if channel == view.channel:
                 yield group or name, ring
-        elif name.startswith(prefix) and not name.startswith("pipeline.") and not name.endswith(".dead"):
+        elif name.startswith(prefix) and not internal(name):
             yield name, ring
 
 

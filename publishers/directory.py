@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from pipeline import Channel, EventTypeError, Pipeline, catalog
 from pipeline.registry import Record
@@ -87,10 +87,10 @@ class Directory:
 def _registered(record: Record, channel: Channel[Any]) -> Known:
     def parse(text: bytes | str) -> Any:
         try:
-            return record.validate(json.loads(text))
+            return record.validate(from_json(text))
         except EventTypeError as error:
             raise BadEvent(str(error)) from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise BadEvent(f"not JSON: {error}", malformed=True) from None
 
     return Known(channel, parse)

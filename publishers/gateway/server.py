@@ -54,8 +54,7 @@ class Protocol(HttpToolsProtocol):
         self.cycle = cycle = Prediction(
             self, self.app.models, model, parser.get_method(), query, self.headers, keep_alive=keep_alive
         )
-        if not self.app.guard.admits(path, self.headers):
-            cycle.unauthorized = True
+        cycle.objection = self.app.guard.objection(path, self.headers)
         if before is None or before.response_complete:
             cycle.start()
         else:
