@@ -453,7 +453,7 @@ class Pipeline:
         transport = backend.durable if channel.durable else backend.live
 
         async def begin() -> Beginning:
-            await self.registry.register(channel, codec)
+            await self.registry.check(channel)
             if codec.tensors:
                 await self.payloads.announce(channel, watched=True)
             if since is None or at is not None:

@@ -623,7 +623,8 @@ async def test_watching_begins_in_the_past_now_or_after_a_message(anywhere: str)
         moment = datetime.now(UTC)
         await asyncio.sleep(0.01)
         await app.publish(numbers, [Number(n=n) for n in range(10, 13)])
-        for since, first in ((60, 0), ("1m", 0), (moment, 10), (receipt.ids[4], 5)):
+        text = moment.isoformat()
+        for since, first in ((60, 0), ("1m", 0), ("60", 0), (moment, 10), (text, 10), (receipt.ids[4], 5)):
             async with app.watch(numbers, since=since) as stream:  # type: ignore[arg-type]
                 assert (await anext(aiter(stream))).event.n == first
         async with app.watch(numbers) as stream:
@@ -655,7 +656,9 @@ async def test_since_a_message_is_since_its_time_in_the_other_partitions(anywher
     assert sorted(seen) == list(range(10, 20))
 
 
-@pytest.mark.parametrize("since", ["nand", "infs", float("nan"), float("inf"), "-5m", -1.0, "", "yesterday", "5x"])
+@pytest.mark.parametrize(
+    "since", ["nand", "infs", float("nan"), float("inf"), "-5m", -1.0, "", "yesterday", "5x", "nan", "2026-01-01T00:00"]
+)
 async def test_a_time_that_is_none_is_refused(since: Any) -> None:
     async with Pipeline("app", "memory://since") as app:
         with pytest.raises(ConfigurationError, match="since="):
@@ -973,6 +976,27 @@ async def test_what_may_not_be_published_is_refused_with_a_reason(valkey_url: st
         await app.publish(numbers, Number(n=1))
         with pytest.raises(ChannelConflict, match="durable=False here, but is in use with durable=True"):
             await app.publish(Channel("numbers", Number, durable=False), Number(n=1))
+
+
+async def test_a_channel_without_a_class_is_the_one_that_is_registered(anywhere: str) -> None:
+    async with Pipeline("owner", anywhere) as owner, Pipeline("other", anywhere) as other:
+        await owner.publish(Channel("jobs", dict, partitions=4), {"n": 1})
+        for channel in (Channel("jobs", dict), Channel("jobs", dict, durable=False)):
+            with pytest.raises(ChannelConflict, match="but is in use with"):
+                await other.publish(channel, {"n": 2})
+        await other.publish(Channel("jobs", dict, partitions=4), {"n": 3}, key="a")
+        assert (await owner.stats()).channels["jobs"].published == 2
+
+
+async def test_who_only_watches_does_not_say_what_a_channel_is(anywhere: str) -> None:
+    async with Pipeline("watcher", anywhere) as watcher, Pipeline("owner", anywhere) as owner:
+        async with watcher.watch(Channel("numbers", Number, durable=False)):
+            await owner.publish(Channel("numbers", Number, partitions=2), Number(n=1))
+        with pytest.raises(ChannelConflict, match="in use with durable=True"):
+            async with watcher.watch(Channel("numbers", Number, durable=False)):
+                pass
+        record = await watcher.registry.record("numbers")
+    assert (record.durable, record.limits["partitions"]) == (True, 2)
 
 
 async def test_a_handler_that_returns_what_it_does_not_publish_fails_that_event_alone(valkey_url: str) -> None:
