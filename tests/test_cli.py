@@ -160,6 +160,18 @@ def test_a_url_that_is_none_is_one_clear_line(url: str, reason: str) -> None:
         RedisBackend(url, "app")
 
 
+def test_a_product_that_cannot_be_is_refused_before_anybody_computes_it(url: str, tmp_path: Path) -> None:
+    file = str(tmp_path / "a.npy")
+    np.save(file, np.eye(3))
+    for options, reason in (
+        (("-o", f"{tmp_path}/none/c.npy"), "there is no folder"),
+        (("-o", f"{tmp_path}/c.csv"), "a product's name ends in .npy or .safetensors"),
+        (("--alpha", "nan"), "nan is not a finite number"),
+    ):
+        done = pipeline(url, "matmul", file, file, "--timeout", "1", *options)
+        assert (done.returncode, reason in done.stderr, "Traceback" in done.stderr) == (2, True, False), done
+
+
 def test_without_redis_every_verb_says_what_to_do() -> None:
     done = pipeline("redis://127.0.0.1:9/0", "stats")
     assert done.returncode == 1
