@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
-from collections.abc import Mapping
-from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
 
-__all__ = ["COOKIE", "Access", "Denied", "foreign"]
+from pipeline.origins import foreign, loopback, names_this_machine
+
+__all__ = ["COOKIE", "Access", "Denied", "from_elsewhere"]
 
 COOKIE = "pipeline_token"
 
@@ -42,7 +41,7 @@ class Access:
         """Who acts: "token" or "local". Raises Denied."""
         if not self.knows(connection):
             raise Denied(401, "a token is set: open /?token=…, or send Authorization: Bearer …")
-        if foreign(connection.headers):
+        if from_elsewhere(connection):
             raise Denied(403, "a page of another origin may not act; use the dashboard's own address")
         if self.token is not None:
             return "token"
@@ -54,10 +53,9 @@ class Access:
         return "local"
 
 
-def foreign(headers: Mapping[str, str]) -> bool:
+def from_elsewhere(connection: HTTPConnection) -> bool:
     """Whether a page of another origin sent this."""
-    origin = headers.get("origin")
-    return origin is not None and urlsplit(origin).netloc != headers.get("host")
+    return foreign(connection.headers.get("origin"), connection.headers.get("host"))
 
 
 def _local(connection: HTTPConnection) -> bool:
@@ -65,14 +63,4 @@ def _local(connection: HTTPConnection) -> bool:
     headers = connection.headers
     if "forwarded" in headers or "x-forwarded-for" in headers or connection.client is None:
         return False
-    name = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-    return _loopback(connection.client.host) and (name == "localhost" or _loopback(name))
-
-
-def _loopback(address: str) -> bool:
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
-    return (mapped or found).is_loopback
+    return loopback(connection.client.host) and names_this_machine(headers.get("host", ""))

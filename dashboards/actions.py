@@ -77,10 +77,11 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from pipeline import Channel, ChannelFull, Pipeline, PipelineError, ServerUnavailable, catalog
 from pipeline.catalog import Action, LoadModel, SetRate, StartRun
-from pipeline.deadletters import describe
+from pipeline.deadletters import describe, internal
 from pipeline.errors import ConfigurationError, PublishError, PublishUncertain, UnknownChannel
 from pipeline.frame import outline
 from pipeline.registry import Record
@@ -408,13 +409,13 @@ class _Actions:
         async with _redis(self.app):
             if name is None:
                 records = await self.app.registry.records()
-                listed = [_summary(record) for record in records.values() if _writable(record.name)]
+                listed = [_summary(record) for record in records.values() if not internal(record.name)]
                 return JSONResponse(listed)
             record = await self._record(name)
         return JSONResponse({**_summary(record), "schema": record.schema})
 
     async def publish(self, wanted: _TestEvent) -> Done:
-        if not _writable(wanted.channel):
+        if internal(wanted.channel):
             raise Refused(403, f"channel {wanted.channel!r} is the framework's own; it can be watched, not written")
         async with _redis(self.app):
             record = await self._record(wanted.channel)
@@ -549,8 +550,8 @@ async def _body(request: Request) -> Any:
         if len(body) > MOST_BYTES:
             raise Refused(413, f"the body is above {MOST_BYTES >> 20} MiB")
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
+        return from_json(bytes(body))
+    except ValueError as error:
         raise Refused(422, f"not JSON: {error}", {"": "not JSON"}) from None
 
 
@@ -567,10 +568,6 @@ def _parsed(kind: Any, value: Any) -> Any:
 
 def _summary(record: Record) -> dict[str, Any]:
     return {"channel": record.name, "type": record.type, "durable": record.durable}
-
-
-def _writable(name: str) -> bool:
-    return not name.startswith("pipeline.") and not name.endswith(".dead")
 
 
 def _counts(names: Any) -> dict[str, int]:

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 from urllib.parse import urlencode
 
+from pipeline.deadletters import internal
 from pipeline.ledger import GroupLedger
 
-from .state import State, internal, pair
+from .state import State, pair
 
 __all__ = ["Alert", "alerts"]
 

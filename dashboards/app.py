@@ -132,7 +132,7 @@ def _routes(app: FastAPI, feed: Feed, hub: Hub) -> None:
             while True:
                 try:
                     hub.show(viewer, View.parse(await socket.receive_json()))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     await socket.close(1003, str(error)[:120])
                     break
         except (WebSocketDisconnect, RuntimeError, KeyError):

@@ -59,7 +59,7 @@ async def _listen(
 ) -> list[Message[Any]]:
     newest: deque[Message[Any]] = deque(maxlen=count)
     try:
-        async with asyncio.timeout(LOOK), app.watch(channel, since) as stream:
+        async with asyncio.timeout(LOOK), app.watch(channel, since, declare=False) as stream:
             items = aiter(stream)
             while True:
                 async with asyncio.timeout(patience):

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.deadletters import internal
 from pipeline.metrics import LATENCY_BOUNDS
 
 from .alerts import alerts
 from .flow import diagram
 from .rings import LEVELS, quantiles
-from .state import State, internal, pair
+from .state import State, pair
 
 __all__ = ["channels", "facts", "totals", "workers"]
 

@@ -6,7 +6,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from .state import GONE_AFTER, State, internal, pair
+from pipeline.deadletters import internal
+
+from .state import GONE_AFTER, State, pair
 
 __all__ = ["diagram"]
 

@@ -6,7 +6,7 @@ from fastapi import Request, Response, WebSocket
 from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .access import COOKIE, Access, foreign
+from .access import COOKIE, Access, from_elsewhere
 
 __all__ = ["Guard"]
 
@@ -21,7 +21,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             socket = WebSocket(scope, receive, send)
-            if foreign(socket.headers):
+            if from_elsewhere(socket):
                 await socket.close(1008)
                 return
             if not self._access.knows(socket):

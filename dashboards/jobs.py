@@ -38,6 +38,8 @@ class Jobs:
 
     def on_cycle(self, cycle: SystolicCycle) -> None:
         active = np.asarray(cycle.active, bool)
+        if active.ndim != 2 or not active.size:  # by somebody who is no systolic array
+            return
         rows, columns = active.shape
         step = 1
         while (rows // step) * (columns // step) > MOST_CELLS:

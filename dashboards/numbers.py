@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.deadletters import internal
+
 from .facts import channels, totals
 from .rings import LEVELS, Ring
-from .state import State, internal
+from .state import State
 
 __all__ = ["numbers"]
 

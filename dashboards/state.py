@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.catalog import Answer, MatmulResult, ModelStatus, Prediction, TrainingMetrics
+from pipeline.deadletters import internal
 from pipeline.ledger import ChannelLedger, GroupLedger, Ledger, ledger_channel
 from pipeline.metrics import GroupSample, WorkerSample
 
@@ -18,7 +19,7 @@ from .rings import Gauge, Histogram, Ring, Sum, spread
 from .runs import Runs
 from .thumbnails import Pictures
 
-__all__ = ["GONE_AFTER", "State", "Worker", "internal", "pair"]
+__all__ = ["GONE_AFTER", "State", "Worker", "pair"]
 
 RECENT = "last 10 s"
 ALL = "all so far"
@@ -35,11 +36,6 @@ R = TypeVar("R", bound=Ring)
 def pair(channel: str, group: str) -> str:
     """The name of a group's series."""
     return f"{channel} → {group}"
-
-
-def internal(channel: str) -> bool:
-    """The framework's own, and dead letters, which have a page of their own."""
-    return channel.startswith("pipeline.") or channel.endswith(".dead")
 
 
 @dataclass(slots=True)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.deadletters import internal
+
 from .facts import facts
 from .figures import PAGES, Figure, on_page
 from .rings import LEVELS, Histogram, Ring, level_of
@@ -54,8 +56,10 @@ class View:
     channel: str | None = None
 
     @classmethod
-    def parse(cls, values: dict[str, Any]) -> View:
+    def parse(cls, values: Any) -> View:
         """From what a browser sends. Raises ValueError that says what is wrong."""
+        if not isinstance(values, dict):
+            raise ValueError("a view is an object")
         page, axis = str(values.get("page")), values.get("axis") or "step"
         if page not in PAGES:
             raise ValueError(f"page {page!r}: one of {', '.join(PAGES)}")
@@ -80,7 +84,10 @@ def _number(values: dict[str, Any], name: str) -> float | None:
     value = values.get(name)
     if value is None or value == "":
         return None
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
     if not abs(number) < MOST:
         raise ValueError(f"{name} {value!r}: a number")
     return number
@@ -103,7 +110,7 @@ def series_of(state: State, figure: Figure, view: View) -> Iterator[tuple[str, R
             channel, _, group = name.partition(" → ")
             if channel == view.channel:
                 yield group or name, ring
-        elif name.startswith(prefix) and not name.startswith("pipeline.") and not name.endswith(".dead"):
+        elif name.startswith(prefix) and not internal(name):
             yield name, ring
 
 

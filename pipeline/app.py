@@ -459,10 +459,12 @@ class Pipeline:
 
     # -- watch ---------------------------------------------------------------------------------------------------
 
-    def watch(self, channel: Channel[T], since: Since = None) -> Watch[T]:
+    def watch(self, channel: Channel[T], since: Since = None, *, declare: bool = True) -> Watch[T]:
         """Read a channel beside its groups, from now, or on durable channels from `since`: "5m", seconds, a datetime,
         or a message id (which is left out; when the channel keeps it no more, all that it does keep comes). Listening
-        begins when the context is entered.
+        begins when the context is entered. `declare=False` is for tools that only guess what a channel is.
+
+        Raises ConfigurationError; on entry ChannelConflict, and ServerUnavailable.
         """
         codec = self.codec(channel)
         at = None if since is None else position(since)
@@ -472,7 +474,10 @@ class Pipeline:
         transport = backend.durable if channel.durable else backend.live
 
         async def begin() -> Beginning:
-            await self.registry.register(channel, codec)
+            if declare:
+                await self.registry.register(channel, codec)
+            else:
+                await self.registry.check(channel)
             if codec.tensors:
                 await self.payloads.announce(channel, watched=True)
             if since is None or at is not None:

@@ -6,15 +6,19 @@ Exit status: 0 done · 1 it failed (one line says why) · 2 wrong usage or bad i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+import traceback
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -24,18 +28,39 @@ import click
 from . import render
 from .app import Pipeline
 from .channel import Channel
-from .errors import ConfigurationError, EventTypeError, PipelineError, UnknownChannel
-from .message import Receipt
+from .errors import (
+    ConfigurationError,
+    EventTypeError,
+    FrameError,
+    PipelineError,
+    ServerUnavailable,
+    UnknownChannel,
+)
+from .message import Message, Receipt
+from .registry import Record
 from .server import supervise
 from .settings import redact, settings
 from .supervisor import BACKOFF, HEALTHY_SECONDS
 from .supervisor import up as supervise_processes
 from .watchdog import watchdog
+from .watching import position
 
-__all__ = ["cli", "main"]
+__all__ = ["Number", "cli", "main"]
 
 BAD_INPUT = 2
 TOO_FEW = 3
+LOOK = 0.2
+"""Seconds between two looks for a channel that nobody has registered yet."""
+
+
+class Number(click.FloatRange):
+    """A finite number, perhaps in a range: click's own lets nan pass everywhere."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
 class _Verbs(click.Group):
@@ -85,6 +110,9 @@ def main() -> None:
         sys.exit(0)
     except (EventTypeError, ConfigurationError) as error:
         _complain(error)
+        sys.exit(BAD_INPUT)
+    except UnicodeEncodeError as error:
+        _complain(ValueError(f"{error.object!r} is not {error.encoding} text"))
         sys.exit(BAD_INPUT)
     except PipelineError as error:
         _complain(error)
@@ -149,25 +177,41 @@ def serve(target: str, workers: int, reload: bool) -> None:
     sys.path.insert(0, str(Path.cwd()))
     app = _load(target)
     if workers == 1 and not reload:
-        app.run()
+        try:
+            app.run()
+        except Exception as error:
+            raise error if isinstance(error, PipelineError) else PipelineError(_told(target, "failed", error)) from None
         return
     command = [sys.executable, "-m", "pipeline", "serve", target]
     sys.exit(_Workers(command, workers, reload).run())
 
 
 def _load(target: str) -> Pipeline:
-    module, colon, name = target.partition(":")
-    if not colon:
-        raise ConfigurationError(f"{target!r}: say MODULE:APP, e.g. subscribers.inference:app")
+    module, _, name = target.partition(":")
+    if not (module and name) or module.startswith(".") or module.endswith(".py") or "/" in module:
+        raise ConfigurationError(f"{target!r}: say MODULE:APP, as in an import, e.g. subscribers.inference:app")
     try:
         found: Any = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(f"{target!r}: {error}; is the current directory the right one?") from None
+    except Exception as error:  # somebody else's code
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            raise ConfigurationError(f"{target!r}: {error}; is the current directory the right one?") from None
+        raise ConfigurationError(_told(target, "cannot be loaded", error)) from None
     for part in name.split("."):
         found = getattr(found, part, None)
     if not isinstance(found, Pipeline):
         raise ConfigurationError(f"{target!r}: {name!r} in {module} is {type(found).__name__}, not a Pipeline")
     return found
+
+
+def _told(target: str, what: str, error: Exception) -> str:
+    """One line, and where it was in the app's code: without the lines of ours, and Python's, that led there."""
+    ours = tuple(str(Path(str(module.__file__)).parent) for module in (render, asyncio, importlib))
+    place = error.__traceback__
+    while place is not None and place.tb_frame.f_code.co_filename.startswith((*ours, "<frozen ", "uvloop")):
+        place = place.tb_next
+    error.__traceback__ = place if place or isinstance(error, SyntaxError) else error.__traceback__
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{target!r} {what}: {reason}\n{''.join(traceback.format_exception(error)).rstrip()}"
 
 
 class _Workers:
@@ -265,7 +309,7 @@ def _newest_change() -> float:
 @click.argument("channel")
 @click.argument("event", metavar="JSON")
 @click.option("--key", help="Orders events of one key, and chooses the partition.")
-@click.option("--delay", type=click.FloatRange(min=0), help="Seconds before any subscriber sees it.")
+@click.option("--delay", type=Number(min=0), help="Seconds before any subscriber sees it.")
 def publish(channel: str, event: str, key: str | None, delay: float | None) -> None:
     """Publish a JSON event, validated against the channel's registered schema; '-' reads one JSON a line from stdin.
 
@@ -278,7 +322,7 @@ def publish(channel: str, event: str, key: str | None, delay: float | None) -> N
         refused = 0
         for number, line in _lines(event):
             try:
-                value = record.parse(line.rstrip("\n"))
+                value = record.parse(line)
                 receipt: Receipt = await app.publish(target, value, key=key, delay=delay)
             except (EventTypeError, ValueError) as error:
                 if event != "-":
@@ -293,42 +337,40 @@ def publish(channel: str, event: str, key: str | None, delay: float | None) -> N
         sys.exit(BAD_INPUT)
 
 
-def _lines(event: str) -> Iterator[tuple[int, str]]:
+def _lines(event: str) -> Iterator[tuple[int, str | bytes]]:
     if event != "-":
         yield 1, event
         return
-    for number, line in enumerate(sys.stdin, 1):
+    for number, line in enumerate(sys.stdin.buffer, 1):  # a line that is no text costs itself alone
         if line.strip():
-            yield number, line
+            yield number, line.rstrip(b"\r\n")
 
 
 @cli.command()
 @click.argument("channel")
-@click.option("--since", help='Begin in the past: "30s", "5m", "2h", or a message id (durable channels).')
+@click.option("--since", help=(
+    'Begin in the past: "30s", "5m", "2h", seconds, a datetime with its time zone, or a message id (durable channels).'
+))  # fmt: skip
 @click.option("--count", type=click.IntRange(1), help="End after so many events.")
-@click.option(
-    "--timeout", type=click.FloatRange(min=0), help="End after so many seconds; status 3 if --count is unmet."
-)
+@click.option("--timeout", type=Number(min=0), help="End after so many seconds; status 3 if --count is unmet.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines (the default when the output is no terminal).")
 def watch(channel: str, since: str | None, count: int | None, timeout: float | None, as_json: bool) -> None:
-    """Print events as they come, beside the channel's groups; never disturbs them.
+    """Print events as they come, beside the channel's groups; never disturbs them. A channel that nobody has registered
+    yet is waited for; until then, what plain Redis clients publish under its name is shown as text.
 
     Example: pipeline watch readings --since 5m --json | jq .data
     """
     show = render.json_line if as_json or not sys.stdout.isatty() else render.line
 
     async def work(app: Pipeline) -> int:
-        target, kind = await _watchable(app, channel)
-        codec = app.codec(target)
         seen = 0
-        async with app.watch(target, since) as stream:
-            click.echo(f"watching {channel}", err=True)
-            async for message in stream:
-                click.echo(show(message, codec.to_json(message.event), kind))
+        async with contextlib.aclosing(_watched(app, channel, since)) as messages:
+            async for message, data, kind in messages:
+                click.echo(show(message, data, kind))
                 sys.stdout.flush()
                 seen += 1
                 if seen == count:
-                    return seen
+                    break
         return seen
 
     async def bounded(app: Pipeline) -> bool:
@@ -343,14 +385,67 @@ def watch(channel: str, since: str | None, count: int | None, timeout: float | N
         sys.exit(TOO_FEW)
 
 
-async def _watchable(app: Pipeline, name: str) -> tuple[Channel[Any], str]:
-    """A registered channel and its type's name; else the text that plain clients may publish under that name."""
+_Shown = tuple[Message[Any], Any, str]
+"""A message, its event as JSON, its type's name."""
+
+
+async def _watched(app: Pipeline, name: str, since: str | datetime | None) -> AsyncGenerator[_Shown]:
+    if since is not None:
+        position(since)  # refuses what is none, while nothing is awaited yet
     try:
         record = await app.registry.record(name)
     except UnknownChannel as error:
-        click.echo(f"{error}; showing what anyone publishes there as text", err=True)
-        return Channel(name, str, durable=False), "str"
-    return record.channel(), record.type
+        click.echo(f"{error}; until then, showing what anyone publishes there as text", err=True)
+        async with contextlib.aclosing(_unregistered(app, name)) as shown:
+            async for one in shown:
+                yield one
+        record, since = await app.registry.record(name), since or datetime.fromtimestamp(0, UTC)
+    target = record.channel()
+    codec = app.codec(target)
+    async with app.watch(target, since, declare=False) as stream:
+        click.echo(f"watching {name}", err=True)
+        async for message in stream:
+            yield message, codec.to_json(message.event), record.type
+
+
+async def _unregistered(app: Pipeline, name: str) -> AsyncGenerator[_Shown]:
+    """What is published under a name: as text, and once somebody has registered it, which is before its first event, as
+    what it is. Ends when that is a durable channel."""
+    record: Record | None = None
+    target: Channel[Any] = Channel(name, str, durable=False)
+    async with app.watch(Channel(name, bytes, durable=False), declare=False) as stream:
+        click.echo(f"watching {name}", err=True)
+        payloads = aiter(stream)
+        coming = asyncio.ensure_future(anext(payloads))
+        try:
+            while True:
+                await asyncio.wait({coming}, timeout=LOOK)
+                if record is None:
+                    with contextlib.suppress(ServerUnavailable):
+                        record = await app.registry.find(name)
+                    target = record.channel() if record else target
+                if target.durable:
+                    return
+                if coming.done():
+                    payload, coming = coming.result(), asyncio.ensure_future(anext(payloads))
+                    for shown in _read(app, target, payload.event, record.type if record else "str"):
+                        yield shown
+        finally:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+
+
+def _read(app: Pipeline, channel: Channel[Any], payload: bytes, kind: str) -> Iterator[_Shown]:
+    codec = app.codec(channel)
+    try:
+        frame = codec.decode_live(payload)
+    except FrameError as error:
+        click.echo(f"left out: {error}", err=True)
+        return
+    for index in range(len(frame.events)):
+        if index not in frame.invalid:
+            message = frame.message(index)
+            yield message, codec.to_json(message.event), kind
 
 
 # -- state -------------------------------------------------------------------------------------------------------
@@ -390,8 +485,12 @@ def dead(channel: str, group: str | None, replay: bool, drop: bool, as_json: boo
         raise click.UsageError("--replay and --drop exclude each other")
 
     async def work(app: Pipeline) -> None:
-        await app.registry.record(channel)
+        record = await app.registry.record(channel)
         letters = await app.dead_letters(channel, group)
+        if group is not None and not letters:  # those of a group that has expired are there without it
+            _, found = await app.backend.ledger({channel: (record.durable, record.limits["partitions"])})
+            if not any(group in one.groups for one in found[channel]):
+                raise ConfigurationError(f"channel {channel!r} has no group {group!r}")
         for letter in letters:
             click.echo(render.letter_json(letter) if as_json else render.letter(letter))
         if replay or drop:
@@ -430,7 +529,7 @@ def resume(channel: str, group: str) -> None:
 @cli.command("replay")
 @click.argument("channel")
 @click.option("--group", required=True, help="The group that is to read again.")
-@click.option("--since", required=True, help='From when: "30s", "5m", "2h".')
+@click.option("--since", required=True, help='From when: "30s", "5m", "2h", seconds, a datetime.')
 def rewind(channel: str, group: str, since: str) -> None:
     """Rewind a group: it reads again what was published since then.
 

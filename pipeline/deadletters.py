@@ -13,7 +13,7 @@ from .events import Event
 from .frame import preview
 from .message import Message
 
-__all__ = ["DeadLetter", "dead_channel", "describe", "fits", "reason_of", "traceback_of"]
+__all__ = ["DeadLetter", "dead_channel", "describe", "fits", "internal", "reason_of", "traceback_of"]
 
 KEEP = 7 * 24 * 3600.0
 
@@ -41,6 +41,11 @@ class DeadLetter(Event):
 @lru_cache(4096)
 def dead_channel(channel: str) -> Channel[DeadLetter]:
     return Channel(f"{channel}.dead", DeadLetter, keep=KEEP)
+
+
+def internal(channel: str) -> bool:
+    """Whether nobody but the framework writes there: its own channels, and dead letters, which a replay believes."""
+    return channel.startswith("pipeline.") or channel.endswith(".dead")
 
 
 def fits(

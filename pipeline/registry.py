@@ -20,6 +20,8 @@ __all__ = ["Record", "Registry"]
 
 logger = logging.getLogger("pipeline.registry")
 
+PATIENCE = 30.0
+"""Seconds for which who begins to read or write waits for a Redis that went away."""
 _LIMITS = ("frame", "partitions", "capacity", "overflow", "keep", "fsync")
 
 
@@ -62,12 +64,19 @@ class Record:
             raise EventTypeError(f"not a valid {self.type} for channel {self.name!r}: {'; '.join(texts)}")
         return value
 
-    def parse(self, text: str) -> Any:
+    def parse(self, given: str | bytes) -> Any:
         """An event as somebody writes it by hand: a JSON object that fits; raw text on `str` and `bytes` channels.
 
         Raises ValueError, EventTypeError."""
-        if self.type in ("str", "bytes"):
-            return text if self.type == "str" else text.encode()
+        try:
+            raw = given if isinstance(given, bytes) else given.encode(errors="surrogateescape")
+            if self.type == "bytes":
+                return raw
+            text = raw.decode()
+        except UnicodeError as error:
+            raise ValueError(f"not UTF-8 text: {error}") from None
+        if self.type == "str":
+            return text
         try:
             value = from_json(text)
         except ValueError as error:
@@ -96,7 +105,7 @@ class Registry:
         if known is not None:
             _compare(channel, known.durable, known.partitions)
             return
-        if channel.type is dict and channel.name in await self._backend.registered():
+        if channel.type is dict and await self.check(channel):
             return  # a view without the class; its owner knows better
         reply = channel.reply
         record = {
@@ -125,6 +134,15 @@ class Registry:
         self._written[channel.name] = channel
         self._records[channel.name] = raw
 
+    async def check(self, channel: Channel[Any]) -> bool:
+        """Whether somebody has registered it. Writes nothing: who only looks at a channel does not say what it is.
+
+        Raises ChannelConflict when it is registered as another."""
+        record = await self.find(channel.name, PATIENCE)
+        if record is not None:
+            _compare(channel, record.durable, record.limits["partitions"])
+        return record is not None
+
     async def keep(self) -> None:
         """Write again what a flush, or a restart without data, has erased."""
         known = await self._backend.registered()
@@ -138,15 +156,21 @@ class Registry:
             found[name] = Record.read(name, raw)
         return found
 
+    async def find(self, name: str, patience: float = 0.0) -> Record | None:
+        """A registered channel. For so many seconds a Redis that is away is waited for."""
+        raw = await self._backend.record(name, patience)
+        return None if raw is None else Record.read(name, raw)
+
     async def record(self, name: str) -> Record:
         """Raises UnknownChannel, naming those there are."""
-        records = await self.records()
-        if name not in records:
-            known = ", ".join(other for other in records if not other.startswith("pipeline.")) or "none yet"
+        record = await self.find(name)
+        if record is None:
+            names = sorted(other for other in await self._backend.registered() if not other.startswith("pipeline."))
             raise UnknownChannel(
-                f"no channel {name!r} is registered (known: {known}); start a process that declares it"
+                f"no channel {name!r} is registered (known: {', '.join(names) or 'none yet'}); start a process that "
+                "declares it"
             )
-        return records[name]
+        return record
 
 
 def _compare(channel: Channel[Any], durable: bool, partitions: int) -> None:

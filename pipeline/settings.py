@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .errors import ConfigurationError
 
-__all__ = ["Settings", "redact", "settings"]
+__all__ = ["Settings", "check_url", "redact", "settings"]
 
 _PREFIX = "PIPELINE_"
 _SCHEMES = ("redis://", "rediss://", "unix://", "memory://")
@@ -143,10 +144,8 @@ class Settings(BaseSettings):
 
     @field_validator("redis_url")
     @classmethod
-    def _known_scheme(cls, url: str) -> str:
-        if not url.startswith(_SCHEMES):
-            raise ValueError(f"not a URL that begins with one of {', '.join(_SCHEMES)}")
-        return url
+    def _checked_url(cls, url: str) -> str:
+        return check_url(url)
 
     @field_validator("log_level", mode="before")
     @classmethod
@@ -170,6 +169,21 @@ def settings() -> Settings:
         raise ConfigurationError(_explain(error)) from None  # the cause would show the values, secrets among them
 
 
+def check_url(url: str) -> str:
+    """Return `url`, or raise a ValueError that shows nothing of it: where one is mistyped, there may be a password."""
+    if not url.startswith(_SCHEMES):
+        raise ValueError(f"not a URL that begins with one of {', '.join(_SCHEMES)}")
+    parts = urlsplit(url)
+    try:
+        _ = parts.port
+    except ValueError:
+        raise ValueError("its port is no number up to 65535") from None
+    database = parts.path.strip("/")
+    if parts.scheme in ("redis", "rediss") and database and not database.isdecimal():  # redis-py takes 0 for it
+        raise ValueError("its database, behind the port, is no number")
+    return url
+
+
 def redact(url: str) -> str:
     """`url` without its password, whether it stands before the host or in the query: for logs and messages."""
     url = re.sub(r"(?<=://)([^:@/?#]*):.*@", r"\1:***@", url)
@@ -177,7 +191,8 @@ def redact(url: str) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    return "; ".join(f"{_variable(str(one['loc'][0]))}: {one['msg']}" for one in error.errors(include_url=False))
+    found = ((str(one["loc"][0]), one["msg"].removeprefix("Value error, ")) for one in error.errors(include_url=False))
+    return "; ".join(f"{_variable(location)}: {reason}" for location, reason in found)
 
 
 def _variable(location: str) -> str:

@@ -26,41 +26,47 @@ logger = logging.getLogger("pipeline.watching")
 T = TypeVar("T")
 Since = str | float | datetime | None
 
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
 MOST_WAITING = 64
 """Frames of several partitions that may wait for a slow watcher."""
 
 
 def seconds_ago(since: str) -> float | None:
-    """ "5m" → 300.0; None when it is no duration."""
-    for unit in sorted(_UNITS, key=len, reverse=True):
-        number = since.removesuffix(unit)
-        if number != since:
-            try:
-                return float(number) * _UNITS[unit]
-            except ValueError:
-                return None
-    return None
+    """ "5m" and "300" → 300.0; None when it is no duration."""
+    unit = next(unit for unit in sorted(_UNITS, key=len, reverse=True) if since.endswith(unit))
+    try:
+        seconds = float(since.removesuffix(unit)) * _UNITS[unit]
+    except ValueError:
+        return None
+    return seconds if math.isfinite(seconds) else None
 
 
 def position(since: str | float | datetime) -> str | None:
     """The stream position of a time; None when `since` is a message id. Raises ValueError."""
+    given = since
+    if isinstance(since, str):  # as the command line and URLs have it
+        ago = seconds_ago(since)
+        since = ago if ago is not None else _datetime(since) or since
     if isinstance(since, datetime):
         if since.tzinfo is None:
             raise ConfigurationError(
-                "since= a datetime without a time zone is ambiguous; use datetime.now(UTC) and its kin"
+                f"since={given!r}: a datetime without a time zone is ambiguous; use datetime.now(UTC) and its kin"
             )
         moment = since.timestamp()
     elif isinstance(since, (int, float)):
-        moment = _ago(since, since)
+        moment = _ago(since, given)
+    elif isinstance(since, str) and ":" in since and since.rpartition(":")[2].isdigit():
+        return None
     else:
-        ago = seconds_ago(since) if isinstance(since, str) else None
-        if ago is None:
-            if isinstance(since, str) and ":" in since and since.rpartition(":")[2].isdigit():
-                return None
-            raise ConfigurationError(f'since={since!r}: use "30s", "5m", "2h", seconds, a datetime, or a message id')
-        moment = _ago(ago, since)
+        raise ConfigurationError(f'since={since!r}: use "30s", "5m", "2h", seconds, a datetime, or a message id')
     return f"{max(0, int(moment * 1000))}-0"
+
+
+def _datetime(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None
 
 
 def before(entry: str) -> str:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from pipeline.cli import Number
 from pipeline.errors import ConfigurationError
 from pipeline.settings import settings
 
@@ -35,6 +36,8 @@ TYPES = {
     ".npy": "application/x-npy",
 }
 MOST_OPEN = 1000
+COUNT = click.IntRange(1)
+POSITIVE = Number(min=0, min_open=True)
 
 
 @dataclass
@@ -87,10 +90,13 @@ class _Connections:
     """Keep-alive connections to one gateway, reused in turn."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            self.host, self.port = parts.hostname or "", parts.port or 80
+        except ValueError as error:
+            raise ConfigurationError(f"{url!r}: {error}") from None
+        if parts.scheme != "http" or not self.host:
             raise ConfigurationError(f"{url!r}: expected http://host:port/path")
-        self.host, self.port = parts.hostname, parts.port or 80
         self.path = parts.path or "/predict"
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
@@ -143,7 +149,7 @@ async def stress_test(
     url: str,
     bodies: Sequence[tuple[str, bytes]],
     *,
-    requests: int | None = None,
+    requests: int = 500,
     clients: int = 1,
     pause: float = 0.0,
     rate: float | None = None,
@@ -187,7 +193,7 @@ async def stress_test(
         left = itertools.count()
 
         async def client() -> None:
-            while next(left) < (requests or 500):
+            while next(left) < requests:
                 await one(time.perf_counter())
                 await asyncio.sleep(pause)
 
@@ -201,7 +207,7 @@ async def _at_rate(one: Callable[[float], Coroutine[Any, Any, None]], rate: floa
     """Evenly spaced arrivals; late ones at once, and timed from when they were due: a stall shows in the latencies."""
     tasks: set[asyncio.Task[None]] = set()
     began = time.perf_counter()
-    for number in range(int(rate * seconds)):
+    for number in range(max(1, int(rate * seconds))):
         due = began + number / rate
         delay = due - time.perf_counter()
         if delay > 0:
@@ -217,12 +223,14 @@ async def _at_rate(one: Callable[[float], Coroutine[Any, Any, None]], rate: floa
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--url", help="what to ask; default: /predict of the gateway on this host")
-@click.option("--requests", default=500, show_default=True, help="closed loop: how many")
-@click.option("--clients", default=1, show_default=True, help="closed loop: at the same time")
-@click.option("--pause", default=0.05, show_default=True, help="closed loop: seconds between two of a client's")
-@click.option("--rate", type=float, help="open loop: requests a second, whatever comes back")
-@click.option("--seconds", default=10.0, show_default=True, help="open loop: for how long")
-@click.option("--deadline", type=float, help="seconds after which an answer is of no use")
+@click.option("--requests", type=COUNT, default=500, show_default=True, help="closed loop: how many")
+@click.option("--clients", type=COUNT, default=1, show_default=True, help="closed loop: at the same time")
+@click.option("--pause", type=Number(min=0), default=0.05, show_default=True, help=(
+    "closed loop: seconds between two of a client's"
+))  # fmt: skip
+@click.option("--rate", type=POSITIVE, help="open loop: requests a second, whatever comes back")
+@click.option("--seconds", type=POSITIVE, default=10.0, show_default=True, help="open loop: for how long")
+@click.option("--deadline", type=POSITIVE, help="seconds after which an answer is of no use")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object")
 def stress(
     files: tuple[Path, ...], url: str | None, requests: int, clients: int, pause: float, rate: float | None,

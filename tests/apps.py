@@ -6,10 +6,17 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from pipeline import Channel, Pipeline
 from pipeline.testing import serving
 from pipeline.testing import settled as idle
 
-__all__ = ["idle", "serving", "until"]
+__all__ = ["declare", "idle", "serving", "until"]
+
+
+async def declare(app: Pipeline, *channels: Channel[Any]) -> None:
+    """As who publishes or subscribes does."""
+    for channel in channels:
+        await app.registry.register(channel, app.codec(channel))
 
 
 async def until(true: Callable[[], Any], seconds: float = 10.0) -> None:

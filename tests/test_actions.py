@@ -182,6 +182,9 @@ async def test_events_are_published_from_a_form_or_refused_field_by_field(valkey
             await page.post("/api/events", 422, channel="readings", event="text")
             await page.post("/api/events", 404, channel="nowhere", event={})
             await page.post("/api/events", 403, channel="pipeline.audit", event={})
+            half = b'{"channel": "readings", "event": {"sensor": "\\ud800", "value": 1}}'
+            answer = await page.http.post("/api/events", content=half, headers={"content-type": "application/json"})
+            assert (answer.status_code, answer.json()["fields"]) == (422, {"": "not JSON"})
             error = await page.post("/api/events", 422, channel="readings", event={}, keey="k")
             assert "keey" in error["fields"]
 

@@ -20,6 +20,8 @@ import pytest
 import redis
 
 from pipeline import Channel, Event, Pipeline, Reject, RetryPolicy, Tensor, cli
+from pipeline.errors import ConfigurationError
+from pipeline.transports.redis import RedisBackend
 
 from .apps import idle, serving, until
 from .processes import ended, line_with
@@ -41,14 +43,16 @@ def url(valkey_url: str) -> str:
     return valkey_url
 
 
-def pipeline(url: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def pipeline(
+    url: str, *arguments: str | bytes, stdin: str = "", cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pipeline", "--url", url, *arguments],
-        input=stdin, capture_output=True, text=True, timeout=30, check=False,
+        input=stdin, capture_output=True, text=True, errors="surrogateescape", timeout=30, check=False, cwd=cwd,
     )  # fmt: skip
 
 
-async def ask(url: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+async def ask(url: str, *arguments: str | bytes, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return await asyncio.to_thread(lambda: pipeline(url, *arguments, stdin=stdin))
 
 
@@ -78,7 +82,7 @@ async def test_events_published_by_hand_reach_typed_subscribers_tensors_too(url:
         done = await ask(url, "publish", "readings", '{"sensor": "a", "value": 1.5, "window": [[1, 2]]}', "--key", "k")
         assert (done.returncode, done.stderr) == (0, "")
         base64 = json.dumps({"sensor": "b", "value": 2, "window": Tensor(np.arange(2)).to_json()})
-        lines = "\n".join(['{"sensor": "c", "value": 2}', "not json", "", '{"sensor": 5}', base64])
+        lines = "\n".join(['{"sensor": "c", "value": 2}', "not json", "", '{"sensor": 5}', "\udcff", base64])
         many = await ask(url, "publish", "readings", "-", stdin=lines)
         await idle(app, "readings")
     assert [event.sensor for event in seen] == ["a", "c", "b"]
@@ -89,25 +93,83 @@ async def test_events_published_by_hand_reach_typed_subscribers_tensors_too(url:
     assert "line 2 is left out: not JSON" in many.stderr
     assert "line 4 is left out" in many.stderr
     assert "sensor: 5 is not of type 'string'" in many.stderr
+    assert "line 5 is left out: not UTF-8 text" in many.stderr
 
 
 async def test_bad_input_is_one_clear_line(url: str) -> None:
     async with Pipeline("app", url) as app:
         await app.publish(readings, Reading(sensor="a", value=1))
-        cases = [
+        cases: list[tuple[tuple[str | bytes, ...], int, str]] = [
             (("publish", "readings", '{"sensor": 1}'), 2, "'value' is a required property"),
+            (("publish", "readings", b'{"sensor": "\xff"}'), 2, "not UTF-8 text"),
+            (("publish", b"\xff", "{}"), 2, "is not utf-8 text"),
             (("publish", "nowhere", "{}"), 2, "no channel 'nowhere' is registered (known: readings)"),
             (("replay", "readings", "--group", "x", "--since", "1h"), 2, "no group 'x'"),
             (("pause", "readings", "--group", "x"), 2, "no group 'x'"),
             (("watch", "readings", "--since", "yesterday"), 2, "since="),
+            (("watch", "readings", "--timeout", "nan"), 2, "nan is not a finite number"),
+            (("watch", "nowhere", "--since", "yesterday"), 2, "since="),
             (("dead", "readings", "--replay", "--drop"), 2, "exclude each other"),
+            (("dead", "readings", "--group", "x", "--replay"), 2, "channel 'readings' has no group 'x'"),
+            (("dead", "readings", "--group", "x"), 2, "channel 'readings' has no group 'x'"),
             (("serve", "nosuch:app"), 2, "No module named 'nosuch'"),
             (("serve", "json:dumps"), 2, "not a Pipeline"),
+            (("serve", ":app"), 2, "say MODULE:APP"),
+            (("serve", "./app.py:app"), 2, "say MODULE:APP"),
         ]
         for arguments, status, text in cases:
             done = await ask(url, *arguments)
             assert (done.returncode, text in done.stderr) == (status, True), (arguments, done)
             assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "line", "place"),
+    [
+        ("limits = {}\nlimits['most']", 2, "'mine:app' cannot be loaded: KeyError: 'most'", "line 2, in <module>"),
+        ("def work(:", 2, "'mine:app' cannot be loaded: SyntaxError: invalid syntax", "line 1"),
+        ("import nosuch", 2, "cannot be loaded: ModuleNotFoundError: No module named 'nosuch'", "line 1, in <module>"),
+        (
+            "import pipeline\napp = pipeline.Pipeline('mine')\n@app.on_start\nasync def load():\n    {}['weights']",
+            1, "'mine:app' failed: KeyError: 'weights'", "line 5, in load",
+        ),
+    ],
+)  # fmt: skip
+def test_an_app_that_fails_is_named_first_and_then_where_in_its_own_code(
+    url: str, tmp_path: Path, code: str, status: int, line: str, place: str
+) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    done = pipeline(url, "serve", "mine:app", cwd=tmp_path)
+    first, *where = done.stderr.splitlines()
+    assert (done.returncode, line in first) == (status, True), done.stderr
+    assert [text for text in where if text.startswith("  File")] == [f'  File "{tmp_path}/mine.py", {place}']
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("redis://127.0.0.1:abc/0", "its port is no number"),
+        ("redis://127.0.0.1:99999999", "its port is no number"),
+        ("redis://127.0.0.1:6379/zz", "its database, behind the port, is no number"),
+    ],
+)
+def test_a_url_that_is_none_is_one_clear_line(url: str, reason: str) -> None:
+    done = pipeline(url, "stats")
+    assert (done.returncode, done.stderr.count("\n"), reason in done.stderr) == (2, 1, True), done.stderr
+    with pytest.raises(ConfigurationError, match=reason):
+        RedisBackend(url, "app")
+
+
+def test_a_product_that_cannot_be_is_refused_before_anybody_computes_it(url: str, tmp_path: Path) -> None:
+    file = str(tmp_path / "a.npy")
+    np.save(file, np.eye(3))
+    for options, reason in (
+        (("-o", f"{tmp_path}/none/c.npy"), "there is no folder"),
+        (("-o", f"{tmp_path}/c.csv"), "a product's name ends in .npy or .safetensors"),
+        (("--alpha", "nan"), "nan is not a finite number"),
+    ):
+        done = pipeline(url, "matmul", file, file, "--timeout", "1", *options)
+        assert (done.returncode, reason in done.stderr, "Traceback" in done.stderr) == (2, True, False), done
 
 
 def test_without_redis_every_verb_says_what_to_do() -> None:
@@ -147,6 +209,20 @@ async def test_watching_shows_what_a_bare_client_publishes(url: str) -> None:
         client.publish("classical_music", "Raga Vairabi")
         assert json.loads(await asyncio.to_thread(line_with, "Raga", process))["data"] == "Raga Vairabi"
         assert process.wait(5) == 0
+
+
+@pytest.mark.parametrize("channel", [readings, alerts])
+async def test_who_watches_first_sees_events_as_what_they_are_and_is_in_nobodys_way(
+    url: str, channel: Channel[Reading]
+) -> None:
+    with running(url, "watch", channel.name, "--count", "2", "--since", "300") as process:
+        await asyncio.to_thread(line_with, f"watching {channel.name}", process)
+        async with Pipeline("app", url) as app:
+            await app.publish(channel, [Reading(sensor=s, value=1, window=Tensor(np.arange(2))) for s in "ab"])
+        lines = [json.loads(await asyncio.to_thread(line_with, "specversion", process)) for _ in range(2)]
+        assert process.wait(5) == 0
+    assert [(line["type"], line["data"]["sensor"]) for line in lines] == [("Reading", "a"), ("Reading", "b")]
+    assert lines[0]["data"]["window"] == Tensor(np.arange(2)).to_json()
 
 
 async def test_dead_letters_are_shown_replayed_and_counted(url: str) -> None:

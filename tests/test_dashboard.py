@@ -578,6 +578,11 @@ async def test_foreign_pages_and_strangers_are_refused(server: Server) -> None:
             await socket.send(json.dumps({"page": "nowhere"}))
             await asyncio.wait_for(socket.wait_closed(), 20)
             assert "nowhere" in socket.close_reason
+        for nonsense in ("5", "[]", "null", '"x"', "[" * 100_000, "{"):
+            async with websockets.connect(feed, additional_headers=bearer) as socket:
+                await socket.send(nonsense)
+                await asyncio.wait_for(socket.wait_closed(), 20)
+                assert socket.close_code == 1003, nonsense
         assert "counts" in await asyncio.to_thread(_json, f"{address}/api/series", bearer)
         for headers, status in (({}, "401"), ({**bearer, "Origin": "http://evil.example"}, "403")):
             with pytest.raises(urllib.error.HTTPError, match=status):

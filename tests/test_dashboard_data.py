@@ -18,6 +18,7 @@ from dashboards.browse import summary
 from dashboards.controls import Controls
 from dashboards.facts import channels, models, serving, totals
 from dashboards.flow import diagram
+from dashboards.jobs import Jobs
 from dashboards.numbers import numbers
 from dashboards.rings import LEVELS, Gauge, Histogram, Sum, level_of, quantiles, spread
 from dashboards.runs import SLOTS, Runs, Trace, nice
@@ -338,11 +339,25 @@ def test_a_window_in_the_past_stands_still() -> None:
         {"page": "training", "axis": "z"},
         {"page": "overview", "end": "inf"},
         {"page": "overview", "end": "1e300"},
+        {"page": "overview", "end": 10**400},
+        {"page": "overview", "window": [5]},
+        5,
+        [],
+        None,
+        "overview",
     ],
 )
-def test_views_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"page|window|axis|end"):
+def test_views_that_make_no_sense_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"page|window|axis|end|a view is an object"):
         View.parse(wrong)
+
+
+@pytest.mark.parametrize("active", [True, [True, False], [[]]])
+def test_cycles_of_no_array_are_left_out(active: Any) -> None:
+    jobs = Jobs()
+    for shown in ([[True, False]], active):
+        jobs.on_cycle(catalog.SystolicCycle(job="j", cycle=1, cycles=2, active=Tensor(np.asarray(shown))))
+    assert jobs.facts()["systolic"]["size"] == [1, 2]
 
 
 # -- what is known -----------------------------------------------------------------------------------------------

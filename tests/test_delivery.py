@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import signal
 import threading
 import time
@@ -646,7 +647,8 @@ async def test_watching_begins_in_the_past_now_or_after_a_message(anywhere: str)
         moment = datetime.now(UTC)
         await asyncio.sleep(0.01)
         await app.publish(numbers, [Number(n=n) for n in range(10, 13)])
-        for since, first in ((60, 0), ("1m", 0), (moment, 10), (receipt.ids[4], 5)):
+        text = moment.isoformat()
+        for since, first in ((60, 0), ("1m", 0), ("60", 0), (moment, 10), (text, 10), (receipt.ids[4], 5)):
             async with app.watch(numbers, since=since) as stream:  # type: ignore[arg-type]
                 assert (await anext(aiter(stream))).event.n == first
         async with app.watch(numbers) as stream:
@@ -678,7 +680,9 @@ async def test_since_a_message_is_since_its_time_in_the_other_partitions(anywher
     assert sorted(seen) == list(range(10, 20))
 
 
-@pytest.mark.parametrize("since", ["nand", "infs", float("nan"), float("inf"), "-5m", -1.0, "", "yesterday", "5x"])
+@pytest.mark.parametrize(
+    "since", ["nand", "infs", float("nan"), float("inf"), "-5m", -1.0, "", "yesterday", "5x", "nan", "2026-01-01T00:00"]
+)
 async def test_a_time_that_is_none_is_refused(since: Any) -> None:
     async with Pipeline("app", "memory://since") as app:
         with pytest.raises(ConfigurationError, match="since="):
@@ -1020,6 +1024,27 @@ async def test_an_event_that_cannot_be_written_fails_its_publisher_alone(anywher
             # the first is being written while the others gather
             done = await asyncio.gather(*(app.publish(channel, event) for event in many), return_exceptions=True)
             assert [type(one).__name__ for one in done] == ["Receipt", "Receipt", "EventTypeError", "Receipt"]
+
+
+async def test_a_channel_without_a_class_is_the_one_that_is_registered(anywhere: str) -> None:
+    async with Pipeline("owner", anywhere) as owner, Pipeline("other", anywhere) as other:
+        await owner.publish(Channel("jobs", dict, partitions=4), {"n": 1})
+        for channel in (Channel("jobs", dict), Channel("jobs", dict, durable=False)):
+            with pytest.raises(ChannelConflict, match="but is in use with"):
+                await other.publish(channel, {"n": 2})
+        await other.publish(Channel("jobs", dict, partitions=4), {"n": 3}, key="a")
+        assert (await owner.stats()).channels["jobs"].published == 2
+
+
+async def test_a_tool_that_watches_does_not_say_what_a_channel_is(anywhere: str) -> None:
+    async with Pipeline("watcher", anywhere) as watcher, Pipeline("owner", anywhere) as owner:
+        async with watcher.watch(Channel("numbers", Number, durable=False), declare=False):
+            await owner.publish(Channel("numbers", Number, partitions=2), Number(n=1))
+        with pytest.raises(ChannelConflict, match="in use with durable=True"):
+            async with watcher.watch(Channel("numbers", Number, durable=False), declare=False):
+                pass
+        record = await watcher.registry.record("numbers")
+    assert (record.durable, record.limits["partitions"]) == (True, 2)
 
 
 async def test_a_handler_that_returns_what_it_does_not_publish_fails_that_event_alone(valkey_url: str) -> None:
@@ -1374,6 +1399,22 @@ async def test_handled_events_go_when_they_are_old_and_unhandled_ones_stay(valke
         await idle(app, "brief")
         await streams._trim(Keys.of("brief"), 0.0)
         assert (await app.stats()).channels["brief"].retained == 1, "the newest always stays"
+
+
+async def test_a_channel_that_cannot_be_looked_after_leaves_the_others_alone(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.transports.streams.TRIM_EVERY", 0.05)
+    brief = Channel("brief", Number, frame=1, keep=0.0)
+    async with Pipeline("app", valkey_url) as app:
+        streams: Any = app.backend.durable
+        streams._known[Keys.of("endless")] = math.inf
+        await app.publish(brief, [Number(n=n) for n in range(6)])
+        async with asyncio.timeout(5):
+            while (await app.stats()).channels["brief"].retained > 1:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+    assert caplog.text.count("pipeline:{endless} cannot be looked after") == 1
 
 
 async def test_fsync_waits_for_the_disk_or_says_what_the_server_lacks(redis7: Server, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from publishers.gateway.measures import Measures
 from publishers.stress import stress_test
 from subscribers import inference
 
-from .apps import idle, serving, until
+from .apps import declare, idle, serving, until
 from .processes import line_with
 from .programs import collect, events, finished, program, served
 
@@ -64,6 +64,7 @@ def running(url: str, **environment: str) -> Iterator[str]:
 @pytest.fixture
 async def app(valkey_url: str) -> AsyncIterator[Pipeline]:
     async with Pipeline("t", valkey_url) as app:
+        await declare(app, songs, ragas)
         yield app
 
 
@@ -95,10 +96,9 @@ async def test_an_event_posted_is_an_event_published(app: Pipeline, client: http
 async def test_many_events_posted_at_once_all_arrive_with_ids_of_their_own(
     app: Pipeline, client: httpx.AsyncClient
 ) -> None:
-    async with app.watch(songs):
-        responses = await asyncio.gather(
-            *(client.post("/channels/songs", json={"title": str(number)}) for number in range(200))
-        )
+    responses = await asyncio.gather(
+        *(client.post("/channels/songs", json={"title": str(number)}) for number in range(200))
+    )
     assert len({response.json()["id"] for response in responses}) == 200
     arrived = events(await collect(app, songs, 200))
     assert {song.title for song in arrived} == {str(number) for number in range(200)}
@@ -133,13 +133,14 @@ async def test_raw_text_goes_out_as_text_on_live_channels(app: Pipeline, client:
         ("digits", b"nonsense", 400, ["Invalid JSON"]),
         ("sogns", b"{}", 404, ["no channel 'sogns' is registered (known: ", "songs"]),
         ("pipeline.metrics", b"{}", 403, ["the framework's own"]),
+        ("songs.dead", b"{}", 403, ["the framework's own"]),
+        ("music/ragas", b'"\\ud800"', 400, ["not JSON"]),
     ],
 )
 async def test_what_cannot_be_published_is_answered_with_every_reason(
     channel: str, body: bytes, status: int, reasons: list[str], app: Pipeline, client: httpx.AsyncClient
 ) -> None:
-    async with app.watch(songs):
-        response = await client.post(f"/channels/{channel}", content=body)
+    response = await client.post(f"/channels/{channel}", content=body)
     assert response.status_code == status
     for reason in reasons:
         assert reason in response.json()["error"]
@@ -170,9 +171,9 @@ async def test_a_channel_that_changes_its_schema_is_validated_by_the_new_one(
     class Other(Event):
         name: str
 
-    async with app.watch(songs):
-        assert (await client.post("/channels/songs", json={"title": "a"})).status_code == 202
-    async with Pipeline("u", app.url) as later, later.watch(Channel("songs", Other)):
+    assert (await client.post("/channels/songs", json={"title": "a"})).status_code == 202
+    async with Pipeline("u", app.url) as later:
+        await declare(later, Channel("songs", Other))
         assert (await client.post("/channels/songs", json={"title": "a"})).status_code == 422
         assert (await client.post("/channels/songs", json={"name": "a"})).status_code == 202
     assert (await app.stats()).channels["songs"].published == 2
@@ -230,8 +231,6 @@ async def test_tensors_are_streamed_as_dtype_shape_and_base64(app: Pipeline) -> 
 
 
 async def test_a_gateway_with_open_streams_stops_promptly(app: Pipeline) -> None:
-    async with app.watch(songs):
-        pass
     with program("-m", "publishers.gateway", "--port", "0", url=app.url) as process:
         base = line_with("gateway: http", process).split()[-1]
         async with streamed(base, "songs/events"):
@@ -250,8 +249,7 @@ async def test_a_gateway_with_open_streams_stops_promptly(app: Pipeline) -> None
 async def test_what_cannot_be_watched_is_answered_with_the_reason(
     path: str, status: int, reason: str, app: Pipeline, client: httpx.AsyncClient
 ) -> None:
-    async with app.watch(songs), app.watch(ragas):
-        response = await client.get(f"/channels/{path}")
+    response = await client.get(f"/channels/{path}")
     assert response.status_code == status
     assert reason in response.json()["error"]
 
@@ -436,9 +434,37 @@ async def test_with_a_token_everything_but_health_asks_for_it(valkey_url: str, m
         settings.cache_clear()
 
 
+@pytest.mark.parametrize("token", [None, "s3cret"])
+async def test_pages_of_other_origins_may_look_and_not_act(valkey_url: str, token: str | None) -> None:
+    event = {"source": "page", "row": 0, "values": {}}
+    environment = {"PIPELINE_TOKEN": token} if token else {}
+    bearer = {"authorization": f"Bearer {token}"} if token else {}
+    rebound = {"origin": "http://evil.example", "host": "evil.example"}
+    with running(valkey_url, **environment) as base:
+        async with httpx.AsyncClient(base_url=base, headers=bearer) as client:
+            async with asyncio.timeout(10):
+                while (await client.get("/readyz")).status_code != 200:
+                    await asyncio.sleep(0.05)
+            for path in ("/channels/records", "/models/imagenet/load", "/predict"):
+                foreign = [{"origin": "http://evil.example"}, {"origin": "null"}, {"origin": "http://["}]
+                for headers in foreign if token else [*foreign, rebound]:
+                    answer = await client.post(path, json=event, headers=headers)
+                    assert (answer.status_code, "may act" in answer.text or "may not act" in answer.text) == (403, True)
+            assert (await client.get("/models", headers=foreign[0])).status_code == 200
+            taken: list[dict[str, str]] = [{}, {"origin": base}, *([rebound] if token else [])]
+            for headers in taken:
+                assert (await client.post("/channels/records", json=event, headers=headers)).status_code == 202
+                assert (await client.post("/predict", json=event, headers=headers)).status_code == 503
+
+
+async def test_a_version_that_is_none_is_refused(valkey_url: str) -> None:
+    async with client_of(valkey_url) as client:
+        answer = await client.post("/models/toy/load", json={"source": "toy.json", "version": -1})
+    assert (answer.status_code, "version: Input should be greater than or equal to 0" in answer.text) == (422, True)
+
+
 async def test_the_channels_and_the_api_describe_themselves(app: Pipeline, client: httpx.AsyncClient) -> None:
-    async with app.watch(songs):
-        listed = (await client.get("/channels")).json()
+    listed = (await client.get("/channels")).json()
     assert listed["songs"]["type"] == "Song"
     assert "title" in listed["songs"]["schema"]["properties"]
     paths = (await client.get("/openapi.json")).json()["paths"]
@@ -462,8 +488,8 @@ async def test_every_reference_of_the_asyncapi_document_leads_to_what_it_names(
 
         return Channel("poems/sung", Song)
 
-    async with app.watch(songs), app.watch(other()), app.watch(catalog.answers):
-        document = (await client.get("/schemas")).json()
+    await declare(app, other(), catalog.answers)
+    document = (await client.get("/schemas")).json()
 
     def references(part: Any) -> Iterator[str]:
         if isinstance(part, dict):

@@ -22,6 +22,7 @@ from publishers.datasets import digits
 from publishers.jobs import job_events
 from publishers.rows import read_rows
 
+from .apps import declare
 from .processes import line_with
 from .programs import app_program, collect, events, finished, program
 
@@ -178,6 +179,7 @@ notes = Channel("notes", Note)
 async def test_lines_of_json_are_published_and_those_that_do_not_fit_are_named(valkey_url: str) -> None:
     lines = '{"text": "good", "stars": 5}\n\nnonsense\n{"stars": "many"}\n{"text": "late"}\n'
     async with Pipeline("t", valkey_url) as app, app.watch(notes) as stream_:
+        await declare(app, notes)
         command = ("-m", "publishers.data", "--stdin", "--channel", "notes")
         result = await asyncio.to_thread(finished, *command, url=valkey_url, stdin=lines)
         messages = aiter(stream_)

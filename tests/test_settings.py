@@ -47,6 +47,8 @@ def test_the_environment_wins_over_the_file_and_a_blank_line_counts_as_unset(mon
         ("DASHBOARD_PORT", "65536"),
         ("PIPELINE_PREFETCH_BYTES", "-1"),
         ("PIPELINE_REDIS_URL", "http://127.0.0.1"),
+        ("PIPELINE_REDIS_URL", "redis://127.0.0.1:99999"),
+        ("PIPELINE_REDIS_URL", "redis://127.0.0.1:6379/zero"),
         ("PIPELINE_LOG_LEVEL", "loud"),
         ("PIPELINE_METRICS_INTERVAL", "0"),
     ],
@@ -69,6 +71,18 @@ def test_no_secret_shows_in_a_representation_or_an_error(monkeypatch: pytest.Mon
     with pytest.raises(ConfigurationError) as caught:
         settings()
     assert "hush" not in str(caught.value)
+    monkeypatch.setenv("PIPELINE_REDIS_URL", "redis://me:hush/hush@127.0.0.1/0")
+    with pytest.raises(ConfigurationError) as caught:
+        settings()
+    assert "hush" not in str(caught.value)
+
+
+def test_the_template_names_every_setting() -> None:
+    lines = (Path(__file__).parent.parent / ".env.example").read_text().splitlines()
+    named = {line.partition("=")[0] for line in lines if line and not line.startswith("#")}
+    assert named == {
+        field.validation_alias or f"PIPELINE_{name.upper()}" for name, field in Settings.model_fields.items()
+    }
 
 
 def test_settings_do_not_change_under_a_running_process() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from publishers import stress as module
 from publishers.stress import stress_test
@@ -47,6 +49,27 @@ async def test_connections_that_were_closed_while_idle_lose_nothing() -> None:
     async with answering(once=True) as url:
         outcome = await stress_test(url, BODIES, requests=5)
     assert (dict(outcome.statuses), outcome.lost) == ({200: 5}, 0)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--requests", "0"), ("--clients", "0"), ("--pause", "-1"), ("--rate", "0"), ("--rate", "-1"),
+        ("--rate", "nan"), ("--seconds", "inf"), ("--deadline", "0"),
+    ],
+)  # fmt: skip
+def test_numbers_that_make_no_test_are_refused(tmp_path: Path, option: str, value: str) -> None:
+    picture = tmp_path / "cat.png"
+    picture.touch()
+    done = CliRunner().invoke(module.stress, [str(picture), "--url", "http://127.0.0.1:9/", option, value])
+    assert done.exit_code == 2
+    assert f"Invalid value for '{option}'" in done.output
+
+
+async def test_of_a_rate_so_slow_that_none_is_due_one_request_is_sent() -> None:
+    async with answering() as url:
+        outcome = await stress_test(url, BODIES, rate=1.0, seconds=0.2)
+    assert outcome.statuses[200] == 1
 
 
 async def test_what_nobody_answers_is_lost() -> None:

@@ -370,6 +370,10 @@ class Backend(Protocol):
         """Remember a channel's description; returns what was known of it before."""
         ...
 
+    async def record(self, name: str, patience: float = 0.0) -> bytes | None:
+        """A channel's description, if it is registered. For so many seconds a server that is away is waited for."""
+        ...
+
     async def registered(self) -> dict[str, bytes]:
         """Every channel's description."""
         ...

@@ -21,7 +21,7 @@ import hiredis
 from redis.connection import parse_url
 
 from ..errors import ConfigurationError, ServerTooOld, ServerUnavailable
-from ..settings import redact
+from ..settings import check_url, redact
 
 __all__ = ["Client", "Link", "LinkLost", "ReplyError", "address"]
 
@@ -44,7 +44,7 @@ class LinkLost(ConnectionError):
 def address(url: str) -> dict[str, Any]:
     """The parts of a Redis URL, as redis-py reads them. Raises ConfigurationError."""
     try:
-        return dict(parse_url(url))  # type: ignore[no-untyped-call]
+        return dict(parse_url(check_url(url)))  # type: ignore[no-untyped-call]
     except ValueError as error:
         raise ConfigurationError(f"not a Redis URL: {redact(url)!r} ({error}); e.g. redis://127.0.0.1:6379/0") from None
 

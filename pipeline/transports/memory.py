@@ -66,6 +66,9 @@ class MemoryBackend:
         self.store.channels[name] = record
         return before
 
+    async def record(self, name: str, patience: float = 0.0) -> bytes | None:
+        return self.store.channels.get(name)
+
     async def registered(self) -> dict[str, bytes]:
         return dict(self.store.channels)
 

@@ -32,10 +32,10 @@ class RedisPayloadStore:
     """See pipeline.transports.PayloadStore."""
 
     def __init__(self, streams: Streams, url: str, name: str) -> None:
+        where = address(url)
         self._streams = streams
         self._pool: Any = redis.ConnectionPool.from_url(url, socket_timeout=SILENCE, socket_connect_timeout=5)
         self._threads = ThreadPoolExecutor(THREADS, f"{name}-payloads")
-        where = address(url)
         self.same_host = "path" in where or where.get("host", "127.0.0.1") in ("127.0.0.1", "localhost", "::1")
 
     async def deployment(self) -> str:

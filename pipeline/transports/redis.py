@@ -12,7 +12,7 @@ from .client import Client, LinkLost, ReplyError
 from .payload_store import RedisPayloadStore
 from .pubsub import PubSub, connect_link
 from .scripts import Keys
-from .streams import Streams
+from .streams import PATIENCE, Streams
 
 __all__ = ["LiveClient", "RedisBackend"]
 
@@ -55,9 +55,15 @@ class RedisBackend:
 
     async def register(self, name: str, record: bytes) -> bytes | None:
         before = await self._client.persist(
-            lambda: self._streams.run("register", [CHANNELS], name, record), patience=30.0, what=f"channel {name!r}"
+            lambda: self._streams.run("register", [CHANNELS], name, record), patience=PATIENCE, what=f"channel {name!r}"
         )
         return bytes(before) if before is not None else None
+
+    async def record(self, name: str, patience: float = 0.0) -> bytes | None:
+        found: bytes | None = await self._client.persist(
+            lambda: self._client.call("HGET", CHANNELS, name), patience=patience, what=f"channel {name!r}"
+        )
+        return found
 
     async def registered(self) -> dict[str, bytes]:
         reply = await self._client.call("HGETALL", CHANNELS)

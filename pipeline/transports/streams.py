@@ -8,7 +8,7 @@ import logging
 import random
 import struct
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any
 
 from ..channel import MOST_EVENTS, Channel
@@ -26,6 +26,8 @@ logger = logging.getLogger("pipeline.streams")
 POLL = 0.05
 """Seconds between looks for due events and hand-backs, and the longest a blocked read lasts."""
 TRIM_EVERY = 5.0
+TELL_EVERY = 600.0
+"""Seconds between two complaints about one partition."""
 CONSUMER_IDLE = 300.0
 SYNC = 5.0
 """Seconds of one wait for the disk; less than a connection may be silent."""
@@ -49,6 +51,8 @@ class Streams:
         self._name = name
         self._fsync = Client(url, f"{name}-fsync", [self.scripts["publish"].text])
         self._known: dict[Keys, float] = {}
+        self._silent: dict[Keys, float] = {}
+        """Until when nothing more is said of what fails there."""
         self._readers: set[StreamReader] = set()
         self._janitor: asyncio.Task[None] | None = None
         self._shares: dict[tuple[str, str], Share] = {}
@@ -180,13 +184,28 @@ class Streams:
         while True:
             await asyncio.sleep(TRIM_EVERY * random.uniform(0.8, 1.2))
             turn += 1
-            with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError):
+            with contextlib.suppress(ServerUnavailable, LinkLost):
                 for keys, keep in list(self._known.items()):
-                    await self._trim(keys, keep)
+                    await self._tend(keys, self._trim(keys, keep))
                 if turn % 12 == 0:
                     for reader in list(self._readers):
-                        idle = int(max(CONSUMER_IDLE, 10 * reader.group.lease) * 1000)
-                        await self.run("reap", [reader.keys.stream], reader.group.name, "", idle)
+                        await self._tend(reader.keys, self._reap(reader))
+
+    async def _tend(self, keys: Keys, work: Awaitable[None]) -> None:
+        """What fails for one partition holds up no other."""
+        try:
+            await work
+        except (ServerUnavailable, LinkLost):
+            raise
+        except Exception as error:
+            now = time.monotonic()
+            if not transient(error) and now >= self._silent.get(keys, 0.0):
+                self._silent[keys] = now + TELL_EVERY
+                logger.exception("%s cannot be looked after: what is handled stays there", keys.base)
+
+    async def _reap(self, reader: StreamReader) -> None:
+        idle = int(max(CONSUMER_IDLE, 10 * reader.group.lease) * 1000)
+        await self.run("reap", [reader.keys.stream], reader.group.name, "", idle)
 
     async def _trim(self, keys: Keys, keep: float) -> None:
         names = [keys.stream, keys.groups, keys.meta]

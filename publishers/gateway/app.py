@@ -21,16 +21,17 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import ChannelFull, Pipeline, PipelineError, ServerUnavailable, catalog
+from pipeline.deadletters import internal
 from pipeline.errors import ConfigurationError, EventTypeError, PayloadTooLarge, PublishUncertain, UnknownChannel
 from pipeline.settings import settings
 
 from ..command import opened
 from ..directory import BadEvent, Directory
 from .asyncapi import document
-from .bodies import NO_TOKEN, BodyTooLarge, Guard, read_body
+from .bodies import BodyTooLarge, Guard, read_body
 from .events import event_stream
 from .measures import Measures
 from .models import Models
@@ -51,7 +52,7 @@ class LoadRequest(BaseModel):
 
     source: str
     """A specification within the workers' PIPELINE_MODELS_DIR, or a built-in model."""
-    version: int
+    version: int = Field(ge=0)
 
 
 class Problem(Exception):
@@ -107,7 +108,7 @@ class Gateway:
     async def publish(self, name: str, request: Request, key: str | None = None) -> Response:
         """Publish the body, one JSON event, on a channel; `key` orders events and chooses the partition."""
         with self._problems():
-            if name.startswith("pipeline."):
+            if internal(name):
                 raise Problem(403, f"channel {name!r} is the framework's own; it can be watched, not written")
             body = await read_body(request, MOST_EVENT_BYTES)
             known = await self.directory.find(name)
@@ -231,11 +232,15 @@ class Front:
         self.patrol = Patrol(settings().gateway_patience)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or self.guard.admits(scope["path"], scope["headers"]):
+        objection = None
+        if scope["type"] == "http":
+            objection = self.guard.objection(scope["path"], scope["headers"], scope["method"])
+        if objection is None:
             await self.fastapi(scope, receive, send)
             return
-        headers = {"www-authenticate": "Bearer"}
-        await JSONResponse({"success": False, "error": NO_TOKEN}, 401, headers)(scope, receive, send)
+        headers = {name.decode(): value.decode() for name, value in objection.headers}
+        answer = JSONResponse({"success": False, "error": objection.reason}, objection.status, headers)
+        await answer(scope, receive, send)
 
 
 def create(pipeline: Pipeline | None = None) -> Front:

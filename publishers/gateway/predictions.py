@@ -23,7 +23,7 @@ from pipeline.errors import ChannelFull, PublishError
 from pipeline.requests import Question
 
 from .admission import Admission, Overloaded
-from .bodies import NO_TOKEN
+from .bodies import Objection
 from .inputs import BadInput, needs_thread, read_input
 from .models import Models
 
@@ -74,7 +74,7 @@ class Prediction:
     __slots__ = (
         "_admission", "_began", "_connection", "_content_type", "_decoding", "_headers", "_length", "_method",
         "_models", "_parts", "_query", "_question", "_seconds", "_size", "_started", "_status", "_ticket", "_top",
-        "_waits", "_whole", "disconnected", "keep_alive", "model", "response_complete", "unauthorized",
+        "_waits", "_whole", "disconnected", "keep_alive", "model", "objection", "response_complete",
     )  # fmt: skip
 
     message_event = _Nobody()
@@ -95,8 +95,8 @@ class Prediction:
         self.keep_alive = keep_alive
         self.disconnected = False
         self.response_complete = False
-        self.unauthorized = False
-        """Set by whoever looked for the token."""
+        self.objection: Objection | None = None
+        """Set by whoever looked at who asks."""
         self._connection = connection
         self._models = models
         self._method = method
@@ -191,8 +191,8 @@ class Prediction:
 
     def _admit(self) -> None:
         """Raises Refusal."""
-        if self.unauthorized:
-            raise Refusal(401, NO_TOKEN, [(b"www-authenticate", b"Bearer")])
+        if self.objection is not None:
+            raise Refusal(self.objection.status, self.objection.reason, [*self.objection.headers])
         if self._method != b"POST":
             raise Refusal(405, "POST is expected", [(b"allow", b"POST")])
         self._find()

@@ -56,8 +56,7 @@ class Protocol(HttpToolsProtocol):
         keep_alive = parser.should_keep_alive() and parser.get_http_version() != "1.0"
         kind = DigitPrediction if path == DIGITS and model not in models.statuses else Prediction
         self.cycle = cycle = kind(self, models, model, parser.get_method(), query, self.headers, keep_alive=keep_alive)
-        if not self.app.guard.admits(path, self.headers):
-            cycle.unauthorized = True
+        cycle.objection = self.app.guard.objection(path, self.headers)
         if before is None or before.response_complete:
             cycle.start()
         else:

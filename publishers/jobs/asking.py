@@ -52,6 +52,7 @@ async def multiply(
             if value is not None
         }
         if output is not None:
+            _check(output)
             options["result"] = "file"
         job = MatmulJob(**operands, **options)
         async with _followed(app, progress):
@@ -114,6 +115,14 @@ def _within(folder: Path, path: Path) -> Iterator[str]:
         yield str(staged.relative_to(root))
     finally:
         staged.unlink(missing_ok=True)
+
+
+def _check(output: Path) -> None:
+    """Raises ConfigurationError when no product can be put there: now, and not when it is computed."""
+    if output.suffix not in SUFFIXES:
+        raise ConfigurationError(f"{output}: a product's name ends in {' or '.join(SUFFIXES)}")
+    if not (output.parent.is_dir() and os.access(output.parent, os.W_OK | os.X_OK)):
+        raise ConfigurationError(f"{output}: there is no folder {str(output.parent)!r} that can be written to")
 
 
 def _take(product: Path, output: Path) -> None:

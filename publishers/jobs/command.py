@@ -11,6 +11,7 @@ import click
 
 from pipeline import Pipeline
 from pipeline.catalog import MatmulResult, TileProgress
+from pipeline.cli import Number
 
 from .asking import multiply
 
@@ -37,8 +38,8 @@ class _Operand(click.ParamType):  # type: ignore[type-arg]  # generic only since
 @click.argument("b", type=_Operand())
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="where the product is to be")
 @click.option("-c", "c", type=_Operand(), help="C of alpha · A · B + beta · C")
-@click.option("--alpha", default=1.0, show_default=True)
-@click.option("--beta", default=0.0, show_default=True)
+@click.option("--alpha", type=Number(), default=1.0, show_default=True)
+@click.option("--beta", type=Number(), default=0.0, show_default=True)
 @click.option("--transpose-a", is_flag=True, help="Aᵀ instead of A")
 @click.option("--transpose-b", is_flag=True, help="Bᵀ instead of B")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -46,7 +47,7 @@ class _Operand(click.ParamType):  # type: ignore[type-arg]  # generic only since
 @click.option("--blocks", type=click.Choice(["auto", "never", "always"]), default="auto", show_default=True, help=(
     "whether all workers share the product, tile by tile"
 ))  # fmt: skip
-@click.option("--timeout", default=3600.0, show_default=True, help="seconds")
+@click.option("--timeout", type=Number(min=0), default=3600.0, show_default=True, help="seconds")
 @click.option("--json", "as_json", is_flag=True, help="the result as one JSON object")
 def matmul(
     a: tuple[Path, str], b: tuple[Path, str], c: tuple[Path, str] | None, output: Path | None, as_json: bool,
