@@ -298,6 +298,8 @@ class Pipeline:
         """How a channel's frames are written and read."""
         codec = self._codecs.get(channel)
         if codec is None:
+            if not isinstance(channel, Channel):
+                raise ConfigurationError(f"{channel!r} is not a Channel")
             codec = self._codecs[channel] = Codec(channel)
         return codec
 
@@ -327,6 +329,8 @@ class Pipeline:
         events = list(event) if isinstance(event, (list, tuple)) else [event]
         if not events:
             return Receipt(())
+        if not isinstance(channel, Channel):
+            raise ConfigurationError(f"publish(channel, event): {channel!r} is not a Channel")
         return await self._publish(channel, events, key=key, due=check_delay(delay), headers=headers, reply=None)
 
     async def _publish(
@@ -353,8 +357,6 @@ class Pipeline:
         partition = channel.partition(key, turn)
         outbox = self._outboxes.get((channel, partition))
         if outbox is None:
-            if not isinstance(channel, Channel):
-                raise ConfigurationError(f"publish(channel, event): {channel!r} is not a Channel")
             codec = self.codec(channel)
             await self.registry.register(channel, codec)
             outbox = self._outboxes.get((channel, partition)) or self._open_outbox(channel, partition, codec)
@@ -445,10 +447,10 @@ class Pipeline:
         or a message id (which is left out; when the channel keeps it no more, all that it does keep comes). Listening
         begins when the context is entered.
         """
+        codec = self.codec(channel)
         at = None if since is None else position(since)
         if since is not None and not channel.durable:
             raise ConfigurationError(f"channel {channel.name!r} is live: it has no past to watch since={since!r}")
-        codec = self.codec(channel)
         backend = self._need_backend()
         transport = backend.durable if channel.durable else backend.live
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from .channel import is_count, is_time
 from .errors import ConfigurationError
 from .events import Event
 
@@ -35,8 +36,8 @@ class Batch:
     as_: As = "events"
 
     def __post_init__(self) -> None:
-        if self.size < 1 or not self.wait >= 0:
-            raise ConfigurationError(f"{self!r}: size must be at least 1 and wait not negative")
+        if not (is_count(self.size) and is_time(self.wait)):
+            raise ConfigurationError(f"{self!r}: size is a whole number, at least 1; wait is in seconds, not negative")
         if self.as_ not in get_args(As):
             raise ConfigurationError(f"{self!r}: as_ is one of {get_args(As)}")
 

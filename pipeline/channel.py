@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from dataclasses import dataclass, field
@@ -10,13 +11,14 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 from .errors import ConfigurationError
 from .events import Event
 
-__all__ = ["Channel", "MOST_EVENTS", "Overflow", "check_name"]
+__all__ = ["Channel", "MOST_EVENTS", "Overflow", "check_name", "is_count", "is_time"]
 
 T = TypeVar("T")
 Overflow = Literal["wait", "raise", "drop_oldest"]
 
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
+LONGEST_NAME = 195
 MOST_EVENTS = 65536
 """In one frame."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-/]{0,199}")
@@ -30,6 +32,16 @@ def check_name(kind: str, name: str) -> str:
             "digit or '_', and not with 'pipeline:'"
         )
     return name
+
+
+def is_count(value: object) -> bool:
+    """A whole number, at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_time(value: object) -> bool:
+    """Seconds: finite, and not negative."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,15 +74,19 @@ class Channel(Generic[T]):
 
     def __post_init__(self) -> None:
         check_name("channel", self.name)
+        if len(self.name.removesuffix(".dead")) > LONGEST_NAME:
+            raise ConfigurationError(
+                f"channel name {self.name!r}: use at most {LONGEST_NAME} characters, its dead letters' adds '.dead'"
+            )
         where = f"Channel({self.name!r})"
         for role, kind in (("type", self.type), ("reply", self.reply)):
             if role == "reply" and kind is None:
                 continue
             if kind not in (str, bytes, dict) and not (isinstance(kind, type) and issubclass(kind, Event)):
                 raise ConfigurationError(f"{where}: {role} must be an Event subclass, str, bytes or dict, not {kind!r}")
-        if not (isinstance(self.frame, int) and 1 <= self.frame <= MOST_EVENTS):
+        if not (is_count(self.frame) and self.frame <= MOST_EVENTS):
             raise ConfigurationError(f"{where}: frame must be between 1 and {MOST_EVENTS} events, not {self.frame!r}")
-        if not (isinstance(self.partitions, int) and 1 <= self.partitions <= 1024):
+        if not (is_count(self.partitions) and self.partitions <= 1024):
             raise ConfigurationError(f"{where}: partitions must be between 1 and 1024, not {self.partitions!r}")
         if self.overflow not in get_args(Overflow):
             raise ConfigurationError(f"{where}: overflow must be one of {get_args(Overflow)}, not {self.overflow!r}")
@@ -78,8 +94,8 @@ class Channel(Generic[T]):
             raise ConfigurationError(
                 f"{where}: capacity is a number of events, at least 1, or of bytes, like '64 MB', not {self.capacity!r}"
             )
-        if not self.keep >= 0:
-            raise ConfigurationError(f"{where}: keep is in seconds and not negative, not {self.keep!r}")
+        if not is_time(self.keep):
+            raise ConfigurationError(f"{where}: keep is in seconds, finite and not negative, not {self.keep!r}")
         if not self.durable and (self.capacity is not None or self.partitions != 1 or self.fsync):
             raise ConfigurationError(f"{where}: capacity, partitions and fsync are for durable channels")
         if self.raw and self.reply is not None:
@@ -124,4 +140,4 @@ def _bytes(size: str) -> int:
 def _is_capacity(value: object) -> bool:
     if isinstance(value, str):
         return _bytes(value) > 0
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return is_count(value)

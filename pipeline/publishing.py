@@ -366,6 +366,6 @@ def check_delay(delay: float | None) -> float | None:
     """The Unix time at which an event is due, or None. Raises ConfigurationError."""
     if delay is None:
         return None
-    if not 0 <= delay < LONGEST_DELAY:
+    if not (isinstance(delay, (int, float)) and 0 <= delay < LONGEST_DELAY):
         raise ConfigurationError(f"delay={delay!r}: seconds, not negative, and less than ten years")
     return time.time() + delay if delay else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .errors import ConfigurationError
+from .channel import is_count, is_time
+from .errors import LONGEST_DELAY, ConfigurationError
 
 __all__ = ["RetryPolicy"]
 
@@ -24,8 +25,12 @@ class RetryPolicy:
     cap: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or self.base < 0 or self.cap < 0:
-            raise ConfigurationError(f"{self!r}: attempts must be at least 1, base and cap not negative")
+        times = all(is_time(seconds) and seconds < LONGEST_DELAY for seconds in (self.base, self.cap))
+        if not (is_count(self.attempts) and times):
+            raise ConfigurationError(
+                f"{self!r}: attempts is a whole number, at least 1; base and cap are in seconds, not negative and less "
+                "than ten years"
+            )
 
     def delay(self, attempt: int) -> float:
         """Seconds to wait after attempt number `attempt` failed."""

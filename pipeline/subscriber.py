@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .batching import Batch
-from .channel import Channel, check_name
-from .errors import ConfigurationError
+from .channel import Channel, check_name, is_count, is_time
+from .errors import LONGEST_DELAY, ConfigurationError
 from .events import Event
 from .executors import RunIn, is_async
 from .message import Message
@@ -58,24 +58,29 @@ def declare(
     start: Literal["oldest", "latest"],
 ) -> Subscriber:
     """Check a declaration. Raises ConfigurationError saying what to change."""
+    if not isinstance(channel, Channel):
+        raise ConfigurationError(f"subscriber(channel, …): {channel!r} is not a Channel")
     where = f"subscriber {getattr(handler, '__name__', handler)!r} of {channel.name!r}"
     check_name("group", group)
+    messages = _wants_messages(handler, where)
     run_in = run_in or ("loop" if is_async(handler) else "thread")
     if run_in not in ("loop", "thread", "process"):
         raise ConfigurationError(f"{where}: run_in is 'loop', 'thread' or 'process', not {run_in!r}")
     if is_async(handler) and run_in != "loop":
         raise ConfigurationError(f"{where}: an async handler runs in the loop; make it a plain function for {run_in!r}")
-    if concurrency < 1:
-        raise ConfigurationError(f"{where}: concurrency must be at least 1, not {concurrency}")
+    if not is_count(concurrency):
+        raise ConfigurationError(f"{where}: concurrency is a whole number, at least 1, not {concurrency!r}")
+    if not isinstance(retry, RetryPolicy):
+        raise ConfigurationError(f"{where}: retry is a RetryPolicy(attempts, base, cap), not {retry!r}")
     if ordered and batch is not None:
         raise ConfigurationError(
             f"{where}: ordered=True handles the events of a key one after the other; leave batch= out"
         )
-    if lease < 0.1:
-        raise ConfigurationError(f"{where}: a lease must be at least 0.1 s, not {lease}")
+    if not (is_time(lease) and 0.1 <= lease < LONGEST_DELAY):
+        raise ConfigurationError(f"{where}: a lease is in seconds, at least 0.1 and less than ten years, not {lease!r}")
     if start not in ("oldest", "latest"):
         raise ConfigurationError(f"{where}: start is 'oldest' or 'latest', not {start!r}")
-    targets = () if publishes is None else (publishes,) if isinstance(publishes, Channel) else tuple(publishes)
+    targets = _targets(publishes, where)
     kinds = [target.type for target in targets]
     if len(set(kinds)) != len(kinds):
         raise ConfigurationError(
@@ -83,7 +88,6 @@ def declare(
         )
     if batch is not None and not isinstance(batch, Batch):
         raise ConfigurationError(f"{where}: batch is a Batch(size, wait), not {batch!r}")
-    messages = _wants_messages(handler, where)
     if batch is not None and batch.as_ == "columns" and (messages or not issubclass(channel.type, Event)):
         raise ConfigurationError(
             f"{where}: columns are the fields of Events; of Messages, str, bytes and dict are none"
@@ -93,18 +97,38 @@ def declare(
     )  # fmt: skip
 
 
+def _targets(publishes: Any, where: str) -> tuple[Channel[Any], ...]:
+    if publishes is None:
+        return ()
+    several = isinstance(publishes, Iterable) and not isinstance(publishes, str)
+    targets = tuple(publishes) if several else (publishes,)
+    for target in targets:
+        if not isinstance(target, Channel):
+            raise ConfigurationError(f"{where}: publishes is a Channel, or a list of them; {target!r} is none")
+    return targets
+
+
 def _wants_messages(handler: Callable[[Any], Any], where: str) -> bool:
-    parameters = [
-        parameter
-        for parameter in inspect.signature(handler).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    if not parameters:
-        raise ConfigurationError(f"{where}: the handler takes one argument, the event (or a batch of them)")
+    if not callable(handler):
+        raise ConfigurationError(f"{where}: it is not a function")
+    for function in (handler, type(handler).__call__):
+        if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+            raise ConfigurationError(
+                f"{where}: a handler returns what it publishes, an event or a list; it has no `yield`"
+            )
     try:
-        annotation = typing.get_type_hints(handler).get(parameters[0].name)
+        inspect.signature(handler, follow_wrapped=False).bind(None)
+    except TypeError:
+        raise ConfigurationError(f"{where}: the handler takes one argument, the event (or a batch of them)") from None
+    except ValueError:  # written in C, and says nothing of its parameters
+        return False
+    parameter = next(iter(inspect.signature(handler).parameters.values()), None)  # of what a decorator is around
+    if parameter is None:
+        return False
+    try:
+        annotation = typing.get_type_hints(handler).get(parameter.name)
     except (NameError, TypeError):
-        annotation = parameters[0].annotation
+        annotation = parameter.annotation
     if isinstance(annotation, str):
         return "Message[" in annotation or annotation.endswith("Message")
     return _is_of_messages(annotation)

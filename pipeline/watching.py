@@ -54,9 +54,9 @@ def position(since: str | float | datetime) -> str | None:
     elif isinstance(since, (int, float)):
         moment = _ago(since, since)
     else:
-        ago = seconds_ago(since)
+        ago = seconds_ago(since) if isinstance(since, str) else None
         if ago is None:
-            if ":" in since and since.rpartition(":")[2].isdigit():
+            if isinstance(since, str) and ":" in since and since.rpartition(":")[2].isdigit():
                 return None
             raise ConfigurationError(f'since={since!r}: use "30s", "5m", "2h", seconds, a datetime, or a message id')
         moment = _ago(ago, since)
