@@ -108,6 +108,7 @@ class Pipeline:
         self._routers: list[tuple[Router, GroupMetrics]] = []
         self._spawned: set[asyncio.Task[Any]] = set()
         self._backend: Backend | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._registry: Registry | None = None
         self._replies: Replies | None = None
         self._payloads: Payloads | None = None
@@ -212,6 +213,11 @@ class Pipeline:
         await self._close()
 
     async def _open(self, patience: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        if self._opened and self._loop is not loop:
+            raise ConfigurationError(
+                f"pipeline {self.name!r} is open in another event loop: use it there, or make one more for this loop"
+            )
         if self._opened == 0:
             backend = self._make_backend()
             try:
@@ -222,7 +228,7 @@ class Pipeline:
             if self._opened_by != os.getpid():
                 self._identify()
             self._opened_by = 0
-            self._backend = backend
+            self._backend, self._loop = backend, loop
             self._registry = Registry(backend)
             self._payloads = Payloads(
                 backend.payloads, self.settings.payloads, self.settings.inline_bytes, self.settings.max_frame_bytes,

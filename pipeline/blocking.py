@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy.typing as npt
 
 from .channel import Channel
-from .errors import PipelineError
+from .errors import ConfigurationError, PipelineError
 from .message import Message, Receipt
 from .watching import Since, Watch
 
@@ -28,11 +28,15 @@ class BlockingPipeline:
 
     def __init__(self, app: Pipeline) -> None:
         self._app = app
-        self.loop = asyncio.new_event_loop()
-        """The pipeline's, in a thread of its own."""
-        self._thread = threading.Thread(target=self.loop.run_forever, name=f"pipeline-{app.name}", daemon=True)
+        self.loop: asyncio.AbstractEventLoop
+        """The pipeline's, in a thread of its own, while it is open."""
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> BlockingPipeline:
+        if self._thread is not None:
+            raise ConfigurationError(f"pipeline {self._app.name!r} is open already; use app.blocking() once more")
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name=f"pipeline-{self._app.name}", daemon=True)
         self._thread.start()
         try:
             self.call(self._app.__aenter__())
@@ -48,12 +52,17 @@ class BlockingPipeline:
             self._end()
 
     def _end(self) -> None:
+        assert self._thread is not None
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(5)
+        self._thread = None
         self.loop.close()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the pipeline's loop and wait for it."""
+        if self._thread is None:
+            work.close()
+            raise ConfigurationError(f"pipeline {self._app.name!r} is not open; use `with app.blocking() as pipe:`")
         if threading.current_thread() is self._thread:
             work.close()
             raise PipelineError("a blocking verb was called on the pipeline's own loop; use the async one there")

@@ -252,3 +252,22 @@ async def test_scripts_use_the_same_verbs_without_async(url: str) -> None:
         assert pipe.stats().channels["alerts"].published == 3
         with pytest.raises(ValueError, match="is live: it has no past"):
             pipe.watch(alerts, since="5m")
+
+
+async def test_a_blocking_pipeline_may_be_used_again_and_says_where_it_cannot(url: str) -> None:
+    app, kept = Pipeline("script", url), Channel("kept", Alert)
+    pipe = app.blocking()
+
+    def use() -> str:
+        with pipe:
+            return pipe.publish(kept, Alert(sensor="a")).id
+
+    assert len({await asyncio.to_thread(use) for _ in range(2)}) == 2
+    with pytest.raises(ConfigurationError, match="is not open"):
+        pipe.stats()
+    with pipe, pytest.raises(ConfigurationError, match="is open already"), pipe:
+        pass
+    async with app:
+        with pytest.raises(ConfigurationError, match="is open in another event loop"):
+            await asyncio.to_thread(use)
+        await app.publish(kept, Alert(sensor="b"))
