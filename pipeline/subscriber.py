@@ -117,13 +117,14 @@ def _wants_messages(handler: Callable[[Any], Any], where: str) -> bool:
                 f"{where}: a handler returns what it publishes, an event or a list; it has no `yield`"
             )
     try:
-        signature = inspect.signature(handler)
-        signature.bind(None)
+        inspect.signature(handler, follow_wrapped=False).bind(None)
     except TypeError:
         raise ConfigurationError(f"{where}: the handler takes one argument, the event (or a batch of them)") from None
     except ValueError:  # written in C, and says nothing of its parameters
         return False
-    parameter = next(iter(signature.parameters.values()))
+    parameter = next(iter(inspect.signature(handler).parameters.values()), None)  # of what a decorator is around
+    if parameter is None:
+        return False
     try:
         annotation = typing.get_type_hints(handler).get(parameter.name)
     except (NameError, TypeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -103,6 +104,17 @@ class Yields:
 def test_a_handler_that_could_not_be_called_is_refused(function: Any, reason: str) -> None:
     with pytest.raises(ConfigurationError, match=reason):
         Pipeline("app").subscriber(numbers, group="g")(function)
+
+
+def test_a_decorator_decides_what_its_handler_is_called_with() -> None:
+    app = Pipeline("app")
+
+    def decorated(function: Callable[..., Any]) -> Any:
+        return functools.wraps(function)(lambda *arguments: function(*arguments[:1]))
+
+    for number, function in enumerate((lambda event, more: None, lambda: None)):
+        app.subscriber(numbers, group=f"g{number}")(decorated(function))
+    assert not any(subscriber.messages for subscriber in app.subscribers)
 
 
 def messages(batch: list[Message[Number]]) -> None: ...
