@@ -138,6 +138,7 @@ class Replies:
                 self._waiting.some.clear()
                 await self._waiting.some.wait()
             await self._hear()
+            await asyncio.sleep(0)  # who asked goes on before more is asked for
 
     async def _hear(self) -> None:
         try:

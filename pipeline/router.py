@@ -259,7 +259,8 @@ class Router:
                 suspect = (suspect and self._exclusive) or (not entry.apart and entry.deliveries > SUSPICION)
                 await self._accept(entry, reader, partition, suspect)
             self._count_overwritten(reader)
-            await asyncio.sleep(0)  # handlers begin before the next read is written
+            await asyncio.sleep(0)  # handlers begin before the next read is written…
+            await asyncio.sleep(0)  # …and what the quick ones have done is committed
 
     async def _outputs_full(self) -> bool:
         """Backpressure goes upstream: while a channel we publish to is full, nothing new is taken."""
