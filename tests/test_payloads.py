@@ -70,6 +70,21 @@ def payload_keys(url: str) -> list[str]:
         return [key for key in client.scan_iter("pipeline:*") if ":b:" in key or ":p:" in key]
 
 
+def expiring(url: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From now on the first blob of each place is gone as soon as it is there. Returns the places, upload by upload."""
+    upload, uploaded = RedisPayloadStore.upload, list[str]()
+
+    async def too_early(store: RedisPayloadStore, place: str, name: str, chunks: Any) -> None:
+        await upload(store, place, name, chunks)
+        if place not in uploaded:
+            with redis.Redis.from_url(url) as client:
+                assert client.delete(f"{place}:b:{name}:1") == 1
+        uploaded.append(place)
+
+    monkeypatch.setattr(RedisPayloadStore, "upload", too_early)
+    return uploaded
+
+
 @pytest.fixture
 def mode(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
     chosen = getattr(request, "param", "auto")
@@ -120,16 +135,7 @@ async def test_a_blob_that_expires_before_its_frame_is_written_is_uploaded_again
     mode: str, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a full channel or a long outage makes a publish, or a commit, wait for more than a minute."""
-    upload, expired = RedisPayloadStore.upload, set[str]()
-
-    async def too_early(store: RedisPayloadStore, place: str, name: str, chunks: Any) -> None:
-        await upload(store, place, name, chunks)
-        if place not in expired:
-            expired.add(place)
-            with redis.Redis.from_url(url) as client:
-                assert client.delete(f"{place}:b:{name}:1") == 1
-
-    monkeypatch.setattr(RedisPayloadStore, "upload", too_early)
+    uploaded = expiring(url, monkeypatch)
     app, seen = Pipeline("app", url), []
 
     @app.subscriber(pictures, group="g", publishes=copies)
@@ -144,7 +150,7 @@ async def test_a_blob_that_expires_before_its_frame_is_written_is_uploaded_again
         await app.publish(pictures, [image(n, 100_000) for n in range(3)])
         await idle(app, "pictures")
         stats = await idle(app, "copies")
-    assert expired == {"pipeline:{pictures}", "pipeline:{copies}"}
+    assert uploaded == ["pipeline:{pictures}"] * 2 + ["pipeline:{copies}"] * 2
     assert sorted(seen) == [(n, n * 100_000) for n in range(3)]
     assert (stats.published, stats.groups["h"].dead) == (3, 0)
 
@@ -399,16 +405,7 @@ async def test_an_answer_to_another_host_is_a_blob_and_nobody_elses(
 async def test_an_answers_blob_that_expires_before_the_commit_is_uploaded_again(
     mode: str, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upload, times = RedisPayloadStore.upload, list[str]()
-
-    async def too_early(store: RedisPayloadStore, place: str, name: str, chunks: Any) -> None:
-        await upload(store, place, name, chunks)
-        times.append(place)
-        if len(times) == 1:
-            with redis.Redis.from_url(url) as client:
-                assert client.delete(f"{place}:b:{name}:1") == 1
-
-    monkeypatch.setattr(RedisPayloadStore, "upload", too_early)
+    uploaded = expiring(url, monkeypatch)
     app = Pipeline("app", url)
 
     @app.subscriber(enlargements, group="g")
@@ -417,8 +414,8 @@ async def test_an_answers_blob_that_expires_before_the_commit_is_uploaded_again(
 
     async with app, serving(app):
         assert (np.asarray((await app.request(enlargements, Size(n=3), timeout=10)).pixels) == 3).all()
-    assert len(times) == 2
-    assert times[0] == times[1]
+    first, second = uploaded
+    assert first == second
 
 
 async def test_an_answer_that_nobody_takes_goes_in_time(mode: str, url: str) -> None:
@@ -522,30 +519,34 @@ async def test_who_requests_may_be_told_more_than_is_published(mode: str, url: s
 
 async def test_what_is_written_where_it_is_sent_from_is_not_copied(mode: str, url: str) -> None:
     app, seen = Pipeline("app", url), []
+    written: list[str] = []
+    read: list[str] = []
 
     @app.subscriber(pictures, group="g", publishes=copies)
     async def invert(picture: Image) -> Image:
+        read.append(_mapped_file(np.asarray(picture.pixels).ctypes.data))
         pixels = app.empty(picture.pixels.shape, np.uint8)
         np.subtract(255, np.asarray(picture.pixels), out=pixels)
-        made.append(pixels.ctypes.data)
+        written.append(_mapped_file(pixels.ctypes.data))
         return Image(n=picture.n, pixels=pixels)
 
     @app.subscriber(copies, group="h")
     async def look(picture: Image) -> None:
+        read.append(_mapped_file(np.asarray(picture.pixels).ctypes.data))
         seen.append((picture.n, int(np.asarray(picture.pixels)[0])))
 
-    made: list[int] = []
     async with serving(app):
         for n in range(6):
             pixels = app.empty(500_000, np.uint8)
             pixels[:] = n
-            inode = _mapped_file(pixels.ctypes.data)
+            written.append(_mapped_file(pixels.ctypes.data))
             await app.publish(pictures, Image(n=n, pixels=pixels))
-            assert inode.startswith(str(settings().shm_dir)), "there is a plane, for the app has a reader of tensors"
             del pixels
             await idle(app, "pictures")
             await idle(app, "copies")
         assert app.payloads.placed == 12
+        assert written == read, "readers have the very files that were written"
+        assert all(file.startswith(str(settings().shm_dir)) for file in written)
         segments = [path for path in files(url) if not path.name.endswith(".lock")]
         assert len(segments) <= 5, "and used again"
     assert seen == [(n, 255 - n) for n in range(6)]
@@ -575,7 +576,6 @@ async def test_memory_that_is_still_held_is_not_given_out_again(mode: str, url: 
         assert app.empty(400_000, np.uint8).ctypes.data == where, "what was never sent is there again"
     assert sums == [n * 400_000 for n in range(4) for _ in "ab"]
     assert [int(pixels[0, 0]) for pixels in held] == [0, 1, 2, 3], "and outlives its pipeline"
-    assert app.url.startswith("redis")
 
 
 async def test_memory_is_ordinary_where_none_is_shared(url: str, mode: str) -> None:
