@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 from collections import deque
 from typing import Any
 
@@ -20,10 +21,6 @@ __all__ = ["events", "summary"]
 MOST = 100
 LOOK = 1.5
 """Seconds for which a live channel is listened to; it has no past."""
-PATIENCE = 0.25
-"""Seconds without another event after which a durable channel's end is reached."""
-BACK = (0.5, 5.0, 60.0, 900.0, 6 * 3600.0)
-"""Seconds to look back, further each time until there is enough."""
 SIDE = 64
 MOST_TEXT = 4000
 
@@ -32,40 +29,21 @@ async def events(app: Pipeline, name: str, count: int) -> dict[str, Any]:
     """The newest of a channel, newest first. Raises UnknownChannel; ConfigurationError while there is no Redis."""
     record = await app.registry.record(name)
     channel, count = record.channel(), max(1, min(count, MOST))
-    found = await (_past(app, channel, count) if record.durable else _now(app, channel, count))
+    found = await (app.newest(channel, count) if record.durable else _now(app, channel, count))
     return {
         "channel": name,
         "type": record.type,
         "durable": record.durable,
-        "events": [_row(app.codec(channel), message) for message in reversed(found)],
+        "events": [_row(app.codec(channel), message) for message in found],
     }
 
 
-async def _past(app: Pipeline, channel: Channel[Any], count: int) -> list[Message[Any]]:
-    found: list[Message[Any]] = []
-    for seconds in BACK:
-        found = await _listen(app, channel, count, seconds, PATIENCE)
-        if len(found) >= count:
-            break
-    return found
-
-
 async def _now(app: Pipeline, channel: Channel[Any], count: int) -> list[Message[Any]]:
-    return await _listen(app, channel, count, None, LOOK)
-
-
-async def _listen(
-    app: Pipeline, channel: Channel[Any], count: int, since: float | None, patience: float
-) -> list[Message[Any]]:
     newest: deque[Message[Any]] = deque(maxlen=count)
-    try:
-        async with asyncio.timeout(LOOK), app.watch(channel, since, declare=False) as stream:
-            items = aiter(stream)
-            while True:
-                async with asyncio.timeout(patience):
-                    newest.append(await anext(items))
-    except (TimeoutError, StopAsyncIteration):
-        pass
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LOOK), app.watch(channel, declare=False) as stream:
+            async for message in stream:
+                newest.appendleft(message)
     return list(newest)
 
 

@@ -35,7 +35,7 @@ from .channel import Channel, check_name
 from .deadletters import DeadLetter, dead_channel, fits
 from .errors import ConfigurationError, FrameError, UnknownChannel
 from .executors import RunIn
-from .frame import Codec, holds
+from .frame import Codec, Frame, holds
 from .ledger import Ledger, ledger_channel
 from .lifecycle import drain, first_failure, on_signals, run, unless
 from .message import Message, Receipt
@@ -67,6 +67,8 @@ SETTLED_AT_ONCE = 64
 """Dead letters under way to Redis together."""
 QUIET = 5.0
 """Seconds without a frame after which a channel that lost its end (it was flushed meanwhile) counts as read."""
+STEP = 8
+"""Frames that are read at once on the way back from the end of a channel."""
 OPEN_PATIENCE = 3.0
 """Seconds `async with app` waits for a Redis before it says that there is none. `serve` waits for ever."""
 
@@ -495,15 +497,44 @@ class Pipeline:
         codec = self.codec(channel)
         for partition in range(channel.partitions):
             async for entry in self._held(channel, partition):
-                try:
-                    beside = await self.payloads.open(channel, partition, entry.body)
-                    frame = codec.decode(entry.body, count=entry.count, position=entry.position, beside=beside)
-                except FrameError as error:
-                    logger.warning("channel %r: a frame cannot be read and is left out: %s", channel.name, error)
-                    continue
-                for index in range(len(frame.events)):
-                    if index not in frame.invalid:
-                        yield frame.message(index)
+                for message in _messages(await self._decode(channel, partition, codec, entry)):
+                    yield message
+
+    async def newest(self, channel: Channel[T], count: int) -> list[Message[T]]:
+        """The newest messages that a durable channel keeps, at most so many, the newest first. It reads backwards, so
+        a long channel takes no longer than a short one.
+
+        Raises ConfigurationError, ChannelConflict, ServerUnavailable."""
+        if not channel.durable:
+            raise ConfigurationError(f"channel {channel.name!r} is live: it keeps nothing; watch it instead")
+        codec = self.codec(channel)
+        await self.registry.check(channel)
+        if codec.tensors:
+            await self.payloads.announce(channel, watched=True)
+        found: list[tuple[int, Message[T]]] = []
+        """With the server's time, by which partitions are merged."""
+        for partition in range(channel.partitions):
+            below: str | None = None
+            wanted = count
+            while wanted > 0 and (entries := await self._need_backend().newest(channel.name, partition, STEP, below)):
+                below = entries[-1].id
+                for entry in entries:
+                    messages = _messages(await self._decode(channel, partition, codec, entry))
+                    moment = int(entry.id.partition("-")[0])
+                    found += [(moment, message) for message in messages[::-1][:wanted]]
+                    wanted -= len(messages)
+                    if wanted <= 0:
+                        break
+        found.sort(key=lambda one: -one[0])
+        return [message for _, message in found[:count]]
+
+    async def _decode(self, channel: Channel[T], partition: int, codec: Codec[T], entry: Entry) -> Frame[T] | None:
+        try:
+            beside = await self.payloads.open(channel, partition, entry.body)
+            return codec.decode(entry.body, count=entry.count, position=entry.position, beside=beside)
+        except FrameError as error:
+            logger.warning("channel %r: a frame cannot be read and is left out: %s", channel.name, error)
+            return None
 
     # -- serve ---------------------------------------------------------------------------------------------------
 
@@ -765,6 +796,13 @@ class Pipeline:
         worth_it = self._routers or any(outbox.published for outbox in self._outboxes.values())
         if reporter is not None and (reporter.reported or worth_it):
             await self._report(reporter.sample(last=True))
+
+
+def _messages(frame: Frame[T] | None) -> list[Message[T]]:
+    """The valid ones; none of a frame that could not be read."""
+    if frame is None:
+        return []
+    return [frame.message(index) for index in range(len(frame.events)) if index not in frame.invalid]
 
 
 async def until_quiet(stream: AsyncIterable[T]) -> AsyncIterator[T]:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class BlockingPipeline:
-    """`with app.blocking() as pipe:` — publish, request, watch and stats, from any thread."""
+    """`with app.blocking() as pipe:` — publish, request, watch, newest and stats, from any thread."""
 
     def __init__(self, app: Pipeline) -> None:
         self._app = app
@@ -96,6 +96,10 @@ class BlockingPipeline:
     def watch(self, channel: Channel[T], since: Since = None) -> BlockingWatch[T]:
         """`with pipe.watch(channel) as stream: for message in stream:`. See Pipeline.watch."""
         return BlockingWatch(self, self._app.watch(channel, since))
+
+    def newest(self, channel: Channel[T], count: int) -> list[Message[T]]:
+        """See Pipeline.newest."""
+        return self.call(self._app.newest(channel, count))
 
     def stats(self) -> Ledger:
         """See Pipeline.stats."""

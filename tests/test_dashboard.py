@@ -403,15 +403,16 @@ async def test_a_dead_letter_is_replayed_a_group_paused_and_an_event_published_f
                     await route.continue_()
                 slow.append(route)
 
+            await page.route("**/api/channels/**", first_is_slow)
             await page.click("#publish")
             await page.fill("#field-n", "41")
-            await page.route("**/api/channels/**", first_is_slow)
             await page.locator("#dialog button[type=submit]").click()
             await expect(page.locator("#dialog")).to_be_hidden()
             assert 41 not in handled
             await page.get_by_role("button", name="Resume g").click()
             await until(lambda: 41 in handled)
             await expect(page.locator("#events")).to_contain_text('{"n":41}')
+            await until(lambda: bool(slow))
             await page.locator("#events summary").first.focus()
             await slow[0].continue_()
             for _ in range(2):  # the slow one, and the list is read again every few seconds

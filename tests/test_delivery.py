@@ -680,6 +680,38 @@ async def test_since_a_message_is_since_its_time_in_the_other_partitions(anywher
     assert sorted(seen) == list(range(10, 20))
 
 
+async def test_the_newest_are_read_from_the_end_of_every_partition(anywhere: str) -> None:
+    one, spread = Channel("one", Number), Channel("spread", Number, partitions=3)
+    async with Pipeline("app", anywhere) as app:
+        assert await app.newest(one, 5) == []
+        ids = list((await app.publish(one, [Number(n=n) for n in range(7)])).ids)
+        for n in range(7, 30):
+            ids += (await app.publish(one, Number(n=n))).ids
+        for count in (1, 3, 23, 25, 30, 99):
+            found = await app.newest(one, count)
+            assert [message.event.n for message in found] == list(range(29, -1, -1))[:count]
+            assert [message.id for message in found] == ids[::-1][:count]
+        for n in range(40):
+            await app.publish(spread, Number(n=n), key=str(n))
+            await asyncio.sleep(0.002)
+        assert [message.event.n for message in await app.newest(spread, 12)] == list(range(39, 27, -1))
+        with pytest.raises(ConfigurationError, match="keeps nothing"):
+            await app.newest(Channel("now", Number, durable=False), 1)
+
+
+async def test_what_others_wrote_to_the_stream_is_not_among_the_newest(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Pipeline("app", url) as app:
+        await app.publish(numbers, [Number(n=n) for n in range(3)])
+        with redis.Redis.from_url(url) as raw:
+            for _ in range(20):
+                raw.xadd(Keys.of("numbers").stream, {"foreign": "1"})
+            raw.xadd(Keys.of("numbers").stream, {"n": "2", "b": "junk"})
+        assert [message.event.n for message in await app.newest(numbers, 5)] == [2, 1, 0]
+    assert "cannot be read and is left out" in caplog.text
+
+
 @pytest.mark.parametrize(
     "since", ["nand", "infs", float("nan"), float("inf"), "-5m", -1.0, "", "yesterday", "5x", "nan", "2026-01-01T00:00"]
 )

@@ -396,6 +396,10 @@ class Backend(Protocol):
         """Let a group read again what follows a position. Returns the events now unread."""
         ...
 
+    async def newest(self, channel: str, partition: int, most: int, below: str | None) -> list[Entry]:
+        """Frames that a durable channel keeps, the newest first: at most so many, older than `below`."""
+        ...
+
     async def pause(self, channel: str, partition: int, group: str, paused: bool) -> bool:
         """Let a durable group's readers read nothing until told to go on; it lasts as long as the group.
 

@@ -96,6 +96,10 @@ class MemoryBackend:
         with self.store.lock:
             return self.store.partition(channel, partition).rewind(group, parse(position))
 
+    async def newest(self, channel: str, partition: int, most: int, below: str | None) -> list[Entry]:
+        with self.store.lock:
+            return self.store.partition(channel, partition).newest_entries(most, parse(below) if below else None)
+
     async def pause(self, channel: str, partition: int, group: str, paused: bool) -> bool:
         with self.store.lock:
             return self.store.partition(channel, partition).pause(group, paused)

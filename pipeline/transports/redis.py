@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..errors import ServerTooOld
-from . import GroupStats, PartitionStats, Retried
+from . import Entry, GroupStats, PartitionStats, Retried
 from .client import Client, LinkLost, ReplyError
 from .payload_store import RedisPayloadStore
 from .pubsub import PubSub, connect_link
@@ -90,6 +90,9 @@ class RedisBackend:
 
     async def rewind(self, channel: str, partition: int, group: str, position: str) -> int:
         return await self._streams.rewind(channel, partition, group, position)
+
+    async def newest(self, channel: str, partition: int, most: int, below: str | None) -> list[Entry]:
+        return await self._streams.newest(channel, partition, most, below)
 
     async def pause(self, channel: str, partition: int, group: str, paused: bool) -> bool:
         return await self._streams.pause(channel, partition, group, paused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -379,6 +380,10 @@ class Partition:
 
     def after(self, position: Position) -> list[Entry]:
         return [_entry(where, count, body) for where, count, body in self.entries if where > position]
+
+    def newest_entries(self, most: int, below: Position | None) -> list[Entry]:
+        older = (entry for entry in reversed(self.entries) if below is None or entry[0] < below)
+        return [_entry(*entry) for entry in itertools.islice(older, most)]
 
     @property
     def newest(self) -> Position:

@@ -118,6 +118,15 @@ class Streams:
             since = await self.client.persist(lambda: self.last(keys), patience=PATIENCE, what=f"watch {channel.name}")
         return StreamTail(self, keys, since)
 
+    async def newest(self, channel: str, partition: int, most: int, below: str | None) -> list[Entry]:
+        stream, end = Keys.of(channel, partition).stream, f"({below}" if below else "+"
+        while True:
+            reply = await self.client.call("XREVRANGE", stream, end, "-", "COUNT", most)
+            found = [_entry(id_, int(fields[1]), fields[3]) for id_, fields in reply if _is_frame(fields)]
+            if found or not reply:
+                return found
+            end = f"({reply[-1][0].decode()}"  # nothing but what others wrote there
+
     async def last(self, keys: Keys) -> str:
         """Id of the newest entry ever written."""
         try:
