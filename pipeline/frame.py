@@ -190,6 +190,7 @@ class Codec(Generic[T]):
         self.fingerprint = hashlib.sha256(canonical).hexdigest()[:8]
         self.tensors = b'"format":"tensor"' in canonical or channel.type is dict
         self._plain = itertools.count(1)
+        self._head = to_json({"pipeline": VERSION, "type": channel.type.__name__, "schema": self.fingerprint})[:-1]
         self._sources: dict[str, bytes] = {}
         """How frames of a source begin."""
 
@@ -224,15 +225,9 @@ class Codec(Generic[T]):
         `place` raises."""
         text = self._sources.get(source)
         if text is None:
-            head = {
-                "pipeline": VERSION,
-                "type": self.channel.type.__name__,
-                "schema": self.fingerprint,
-                "source": source,
-            }
             if len(self._sources) > MOST_SOURCES:
                 self._sources.clear()
-            text = self._sources[source] = to_json(head)[:-1] + b',"time":'
+            text = self._sources[source] = self._head + b',"source":' + to_json(source) + b',"time":'
         text += repr(time).encode()
         if sequence is not None:
             text += b',"sequence":%d' % sequence
@@ -298,6 +293,10 @@ class Codec(Generic[T]):
         return b"".join((prefix, text, bytes(padding), *buffers.parts))
 
     # -- reading -------------------------------------------------------------------------------------------------
+
+    def wrote(self, payload: bytes) -> bool:
+        """Whether a frame comes from a codec of this very schema. False also where that takes longer to find out."""
+        return payload.startswith(self._head)
 
     def decode(
         self,

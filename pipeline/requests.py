@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from pydantic import ValidationError
 from .channel import Channel
 from .drafts import Failure, failures, reply_codec
 from .errors import ConfigurationError, FrameError, RequestFailed, RequestTimeout, ServerUnavailable
-from .frame import REFERENCE, REPLIES, Address, Header, Invalid, split
+from .frame import REFERENCE, REPLIES, Address, Codec, Header, Invalid, split
 from .payloads import Payloads
 from .tensors import TensorBytes
 from .transports import Backend
@@ -27,21 +29,35 @@ WAIT = 1.0
 
 
 class _Answers:
-    """A frame of answers, decoded once, for the first who waits for one of them."""
+    """A frame of answers, decoded once: at once where its type is among those that are known, else for the first who
+    waits for one of them."""
 
-    def __init__(self, kind: str, body: bytes, beside: TensorBytes | FrameError | None) -> None:
-        self._kind = kind
+    def __init__(self, body: bytes, beside: TensorBytes | FrameError | None, known: Iterable[Codec[Any]]) -> None:
+        """Raises FrameError, ValidationError."""
         self._body = body
         self._beside = beside
-        self._events: list[Any] | None = None
+        self._codec: Codec[Any] | None = None
+        self._events: list[Any] = []
+        header = self._read(known) or Header.model_validate_json(split(body)[0])
+        self._failed = header.type == "Failure" and header.fingerprint == failures.fingerprint
+        self.ids = header.keys or []
+
+    def _read(self, known: Iterable[Codec[Any]]) -> Header | None:
+        for codec in known:
+            if codec.wrote(self._body):
+                with contextlib.suppress(FrameError):  # whose ids may be readable, though its events are not
+                    frame = codec.decode(self._body)
+                    self._codec, self._events = codec, frame.events
+                    return frame.header
+        return None
 
     def of(self, channel: Channel[Any]) -> list[Any]:
         """Raises FrameError."""
         if isinstance(self._beside, FrameError):
             raise self._beside
-        if self._events is None:
-            codec = failures if self._kind == "Failure" else reply_codec(channel.reply)
-            self._events = codec.decode(self._body, beside=self._beside).events
+        codec = failures if self._failed else reply_codec(channel.reply)
+        if codec is not self._codec:
+            self._events, self._codec = codec.decode(self._body, beside=self._beside).events, codec
         return self._events
 
 
@@ -111,6 +127,7 @@ class Replies:
         self._payloads = payloads
         self._addresses: dict[Any, str] = {}
         """By type of the answer."""
+        self._known: list[Codec[Any]] = [failures]
         self._waiting = _Waiting()
         self._task: asyncio.Task[None] | None = None
         self._opening: set[asyncio.Task[None]] = set()
@@ -119,7 +136,8 @@ class Replies:
         """Where answers to what is asked on a channel are to go."""
         found = self._addresses.get(channel.reply)
         if found is None:
-            beside = self._payloads.active and reply_codec(channel.reply).tensors
+            self._known.append(codec := reply_codec(channel.reply))
+            beside = self._payloads.active and codec.tensors
             address = replace(self._address, host=self._payloads.host if beside else None)
             found = self._addresses[channel.reply] = str(address)
         return found
@@ -164,13 +182,11 @@ class Replies:
 
     def _take(self, body: bytes, beside: TensorBytes | FrameError | None = None) -> None:
         try:
-            text, _ = split(body)
-            header = Header.model_validate_json(text)
+            answers = _Answers(body, beside, self._known)
         except (FrameError, ValidationError) as error:
             logger.error("an answer cannot be read: %s", error)
             return
-        answers = _Answers(header.type, body, beside)
-        for index, id_ in enumerate(header.keys or []):
+        for index, id_ in enumerate(answers.ids):
             question = self._waiting.get(id_ or "")
             if question is not None:
                 self._settle(question, answers, index)

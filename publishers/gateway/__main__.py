@@ -10,7 +10,6 @@ Settings: GATEWAY_PORT, PIPELINE_GATEWAY_HOST, PIPELINE_TOKEN, PIPELINE_REDIS_UR
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import socket
 import sys
@@ -18,6 +17,7 @@ import sys
 import uvicorn
 
 from pipeline.errors import ConfigurationError
+from pipeline.lifecycle import settle_memory
 from pipeline.settings import settings
 
 from ..command import fail, start_logging
@@ -62,8 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, proxy_headers=False, http=Protocol
     )
-    gc.collect()
-    gc.freeze()  # modules stay for good; collections need not look at them again
+    settle_memory()
     with listener:
         uvicorn.Server(config).run(sockets=[listener])
     return 0
