@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
+from operator import is_
 from typing import Any
 
 from pydantic_core import from_json
@@ -15,7 +16,7 @@ from .channel import Channel
 from .deadletters import DeadLetter, dead_channel, reason_of, traceback_of
 from .errors import HandlerError, PublishError
 from .events import Event
-from .frame import Address, Codec, Frame, Invalid, plain, split
+from .frame import Address, Codec, Dumped, Frame, Invalid, plain, split
 from .message import Message, Reply
 from .metrics import GroupMetrics
 from .payloads import Flight, Oversized, too_large
@@ -182,6 +183,8 @@ class Draft:
         self._answers: dict[str, tuple[list[Any], list[str]]] = {}
         self._refusals: dict[str, tuple[list[Failure], list[str]]] = {}
         self._run: list[Any] = [None, -1, -1]
+        self._dumped: tuple[list[Any], Dumped] | None = None
+        """The last events that were dumped: an answer that is published, too, is dumped once."""
         self._durable = subscriber.channel.durable
         self._runs: list[tuple[Held, int, int]] = []
 
@@ -334,12 +337,22 @@ class Draft:
         place = flight.answer_placer(channel, address) if flight is not None else None
 
         def encode(start: int, end: int) -> bytes:
-            keys = ids[start:end]
-            return codec.encode(answers[start:end], source=source, sequence=None, time=now, keys=keys, place=place)
+            part, keys = answers[start:end], ids[start:end]
+            dumped = self._dump(codec, part)
+            return codec.encode(part, source=source, sequence=None, time=now, keys=keys, place=place, dumped=dumped)
 
         for body, _ in self._cut(len(answers), len(answers), encode):
             self._check_size(channel, body)
             self._commit.replies.append(Answered(address.key, body))
+
+    def _dump(self, codec: Codec[Any], events: list[Any]) -> Dumped:
+        if self._dumped is not None:
+            before, dumped = self._dumped
+            if len(before) == len(events) and all(map(is_, before, events)):
+                return dumped
+        dumped = codec.dump(events)
+        self._dumped = events, dumped
+        return dumped
 
     def _check_size(self, channel: Channel[Any], body: bytes) -> None:
         if len(body) > self._limit:
@@ -364,14 +377,16 @@ class Draft:
         source = self._sources.of(channel, partition)
 
         def encode(start: int, end: int) -> bytes:
+            part = events[start:end]
             return codec.encode(
-                events[start:end],
+                part,
                 source=source,
                 sequence=None if base is None else base + start,
                 time=now,
                 keys=keys[start:end],
                 headers=[traces.get(index) for index in range(start, end)] if traces else None,
                 place=place,
+                dumped=self._dump(codec, part),
             )
 
         for body, count in self._cut(len(events), channel.frame, encode):

@@ -20,7 +20,7 @@ import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
@@ -35,6 +35,7 @@ __all__ = [
     "REFERENCE",
     "Address",
     "Codec",
+    "Dumped",
     "Frame",
     "Header",
     "Invalid",
@@ -55,6 +56,13 @@ _PREFIX = struct.Struct("<4sB3xIQ")
 _JSON_START = b'{"pipeline":'
 REPLIES = "pipeline:reply:"
 """What the keys begin with that answers go to; a frame cannot name any other."""
+
+
+class Dumped(NamedTuple):
+    """A frame's events as JSON, and the tensors it refers to."""
+
+    data: bytes
+    buffers: Buffers | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +228,10 @@ class Codec(Generic[T]):
         due: float | None = None,
         reply: str | None = None,
         place: Placer | None = None,
+        dumped: Dumped | None = None,
     ) -> bytes:
         """The bytes of a frame. Raises EventTypeError when an event cannot be serialised as its type says, and whatever
-        `place` raises."""
+        `place` raises. `dumped`: what `dump` made of these events, where that has been done."""
         text = self._sources.get(source)
         if text is None:
             if len(self._sources) > MOST_SOURCES:
@@ -249,7 +258,7 @@ class Codec(Generic[T]):
                 text += b"," + to_json(header)[1:-1]
             except ValueError as error:
                 raise EventTypeError(f"channel {self.channel.name!r}: keys and headers are text: {error}") from None
-        return self._join(text, events, place)
+        return _join(text, dumped or self.dump(events), len(events), place)
 
     def reencode(self, frame: Frame[T], index: int, *, attempt: int) -> bytes:
         """A frame of one event of another: same id, time, key and headers, with its attempt. For retries."""
@@ -272,7 +281,8 @@ class Codec(Generic[T]):
         except UnicodeEncodeError as error:
             raise EventTypeError(f"channel {self.channel.name!r}: not text: {error}") from None
 
-    def _join(self, header: bytes, events: Sequence[Any], place: Placer | None) -> bytes:
+    def dump(self, events: Sequence[Any]) -> Dumped:
+        """Raises EventTypeError."""
         buffers = Buffers() if self.tensors else None
         try:
             if isinstance(events[0], Invalid):  # alone, as a dead letter
@@ -283,14 +293,7 @@ class Codec(Generic[T]):
                 data = self._dump(events, context=buffers, warnings="error", by_alias=True)
         except (ValueError, TypeError, RecursionError) as error:
             raise EventTypeError(f"channel {self.channel.name!r}: an event does not match its type: {error}") from None
-        text = header + b',"data":' + data + b"}"
-        if buffers is None or not buffers.parts:
-            return text
-        if place is not None and (reference := place(buffers, len(events))) is not None:
-            return _PREFIX.pack(REFERENCE, VERSION, len(text), buffers.nbytes) + text + reference
-        padding = -(_PREFIX.size + len(text)) % ALIGNMENT
-        prefix = _PREFIX.pack(MAGIC, VERSION, len(text), buffers.nbytes)
-        return b"".join((prefix, text, bytes(padding), *buffers.parts))
+        return Dumped(data, buffers)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -402,6 +405,18 @@ class Codec(Generic[T]):
                 invalid.append(index)
                 events.append(Invalid(plain(value, buffers), _reason(cause)))
         return header, events, invalid
+
+
+def _join(header: bytes, dumped: Dumped, events: int, place: Placer | None) -> bytes:
+    data, buffers = dumped
+    text = header + b',"data":' + data + b"}"
+    if buffers is None or not buffers.parts:
+        return text
+    if place is not None and (reference := place(buffers, events)) is not None:
+        return _PREFIX.pack(REFERENCE, VERSION, len(text), buffers.nbytes) + text + reference
+    padding = -(_PREFIX.size + len(text)) % ALIGNMENT
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(text), buffers.nbytes)
+    return b"".join((prefix, text, bytes(padding), *buffers.parts))
 
 
 def split(payload: bytes) -> tuple[bytes, TensorBytes | None]:
