@@ -379,6 +379,26 @@ async def test_an_answer_of_another_release_fails_the_request_and_says_why(anywh
             await app.request(Channel("asked", Number, reply=Square), Number(n=3), timeout=5)
 
 
+async def test_an_answer_may_be_called_failure_and_is_what_is_published(anywhere: str) -> None:
+    class Failure(Event):
+        n: int
+        picture: Tensor
+
+    app, failures = Pipeline("app", anywhere), Channel("failures", Failure, frame=3)
+    asked = Channel("asked", Number, reply=Failure)
+
+    @app.subscriber(asked, group="g", publishes=failures, batch=Batch(8))
+    async def work(batch: list[Number]) -> list[Failure]:
+        return [Failure(n=event.n, picture=Tensor(np.full(9, event.n, np.float32))) for event in batch]
+
+    async with app, serving(app), app.watch(failures) as stream:
+        answers = await asyncio.gather(*(app.request(asked, Number(n=n), timeout=5) for n in range(20)))
+        published = [(await asyncio.wait_for(anext(aiter(stream)), 5)).event for _ in range(20)]
+    assert [answer.n for answer in answers] == list(range(20))
+    assert all(np.asarray(answer.picture).tolist() == [answer.n] * 9 for answer in (*answers, *published))
+    assert sorted(event.n for event in published) == list(range(20))
+
+
 async def test_outputs_go_round_the_partitions_and_have_ids_of_their_own(anywhere: str) -> None:
     app, spread = Pipeline("app", anywhere), Channel("spread", Square, partitions=3)
 
