@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import httpx
 import pytest
+import redis
 from sklearn.datasets import load_digits
 
 from pipeline import Batch, Channel, Event, Pipeline, Reject, Tensor, catalog
@@ -228,6 +229,14 @@ async def test_tensors_are_streamed_as_dtype_shape_and_base64(app: Pipeline) -> 
         async with streamed(base, "records/events?since=5m") as lines:
             [(_, record)] = await heard(lines, 1)
     assert record["tensor"] == {"dtype": "float64", "shape": [1], "data": "AAAAAAAA8D8="}
+
+
+async def test_viewers_that_went_leave_no_connection_behind(app: Pipeline) -> None:
+    with running(app.url) as base, redis.Redis.from_url(app.url) as bare:
+        for _ in range(3):
+            async with streamed(base, "music/ragas/events"):
+                assert bare.pubsub_numsub(ragas.name) == [(b"music/ragas", 1)]
+            await until(lambda: bare.pubsub_numsub(ragas.name) == [(b"music/ragas", 0)], 3)
 
 
 async def test_a_gateway_with_open_streams_stops_promptly(app: Pipeline) -> None:
