@@ -148,6 +148,32 @@ async def test_what_cannot_be_published_is_answered_with_every_reason(
     assert (await app.stats()).channels["songs"].published == 0
 
 
+async def test_what_asks_for_another_protocol_is_answered_in_this_one(app: Pipeline) -> None:
+    """As `curl --http2`, Java's HttpClient and browsers ask; a body may come in a segment of its own."""
+    asked = [
+        ("POST /channels/songs", "h2c", b'{"title": "Yaman"}', b"202"),
+        ("POST /models/songs/predict", "h2c", b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", b"503"),
+        ("GET /readyz", "websocket", b"", b"200"),
+        ("GET /predict", "websocket", b"", b"405"),
+        ("CONNECT x:80", "h2c", b"", b"400"),
+    ]
+    with running(app.url) as base:
+        async with httpx.AsyncClient(base_url=base) as client:
+            await until_ready(client)
+        reader, writer = await asyncio.open_connection(*base.removeprefix("http://").split(":"))
+        for request, protocol, body, status in asked:
+            head = f"host: x\r\nconnection: upgrade\r\nupgrade: {protocol}\r\ncontent-length: {len(body)}\r\n\r\n"
+            writer.write(f"{request} HTTP/1.1\r\n{head}".encode())
+            await asyncio.sleep(0.02)
+            writer.write(body)
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            assert answer.startswith(b"HTTP/1.1 " + status), request
+            await reader.readexactly(int(answer.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+        assert await reader.read() == b""
+        writer.close()
+    assert events(await collect(app, songs, 1)) == [Song(title="Yaman")]
+
+
 async def test_a_body_beyond_the_limit_is_refused_unread(app: Pipeline, client: httpx.AsyncClient) -> None:
     sent = 0
 
@@ -208,6 +234,17 @@ async def streamed(base: str, path: str, **headers: str) -> AsyncIterator[AsyncI
             yield lines
 
 
+@asynccontextmanager
+async def connected(base: str) -> AsyncIterator[asyncio.StreamWriter]:
+    """A connection to a gateway, closed with the block."""
+    _, writer = await asyncio.open_connection(*base.removeprefix("http://").split(":"))
+    try:
+        yield writer
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
 async def test_events_are_streamed_as_they_come_and_from_the_past_and_resumed(app: Pipeline) -> None:
     def song(title: str) -> dict[str, Any]:
         return {"title": title, "plays": 0, "samples": None}
@@ -237,6 +274,10 @@ async def test_viewers_that_went_leave_no_connection_behind(app: Pipeline) -> No
             async with streamed(base, "music/ragas/events"):
                 assert bare.pubsub_numsub(ragas.name) == [(b"music/ragas", 1)]
             await until(lambda: bare.pubsub_numsub(ragas.name) == [(b"music/ragas", 0)], 3)
+        async with connected(base) as writer:  # one who has asked for more than he waits for
+            writer.write(b"GET /channels/music/ragas/events HTTP/1.1\r\nhost: x\r\n\r\n" * 2)
+            await until(lambda: bare.pubsub_numsub(ragas.name) == [(b"music/ragas", 1)], 3)
+        await until(lambda: bare.pubsub_numsub(ragas.name) == [(b"music/ragas", 0)], 3)
 
 
 async def test_a_gateway_with_open_streams_stops_promptly(app: Pipeline) -> None:
@@ -377,6 +418,20 @@ async def test_digits_whose_clients_hung_up_are_not_waited_for_and_count_until_t
     assert 'gateway_inflight{model="digits"} 0.0' in page
     for code, count in ((499, 4), (429, 1), (200, 1)):
         assert f'gateway_predictions_total{{model="digits",status="{code}"}} {count}.0' in page
+
+
+async def test_digits_asked_for_on_one_connection_are_given_up_with_it(valkey_url: str) -> None:
+    body = json.dumps({"pixels": pixels()})
+    head = f"POST /models/digits/predict HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    with running(valkey_url) as base:
+        async with serving(slow_digits(valkey_url, 0.3)), predicting(base) as client:
+            async with connected(base) as writer:
+                writer.write((head + body).encode() * 3)
+                await writer.drain()
+                await asyncio.sleep(0.1)
+            async with asyncio.timeout(3):  # with the first one's answer it is seen that nobody is there
+                while '{model="digits",status="499"} 2.0' not in (await client.get("/metrics")).text:
+                    await asyncio.sleep(0.05)
 
 
 async def test_more_digits_than_can_be_classified_are_refused_at_once(valkey_url: str) -> None:
