@@ -29,6 +29,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.settings import Settings, settings
 from pipeline.testing import first
 from publishers.gateway import predictions, presence
+from publishers.gateway.images import decode
 from publishers.gateway.measures import Measures
 from publishers.gateway.models import Models
 from publishers.gateway.predictions import Prediction
@@ -379,6 +380,17 @@ async def test_pictures_are_named(client: httpx.AsyncClient) -> None:
             "/predict?top=1", content=picture("coffee", kind), headers={"content-type": f"image/{kind.lower()}"}
         )
         assert [one["label"] for one in coffee.json()["predictions"]] == ["espresso"], kind
+
+
+def test_a_grey_picture_of_sixteen_bits_is_seen_as_one_of_eight() -> None:
+    grey = skimage.data.camera()
+
+    def seen(array: Any) -> Any:
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "PNG")
+        return decode(file.getvalue(), 224, 224)
+
+    assert np.array_equal(seen(grey.astype(np.uint16) * 257), seen(grey))
 
 
 async def test_a_picture_taken_sideways_is_turned_upright(client: httpx.AsyncClient) -> None:
