@@ -586,6 +586,17 @@ def test_the_drain_time_is_absent_while_nobody_knows_it() -> None:
     assert [drain(seconds) for seconds in (0.0, None, 2.0)] == [True, False, True]
 
 
+def test_groups_that_are_gone_are_told_of_no_more() -> None:
+    measures = Measures()
+
+    def told(groups: dict[str, GroupLedger]) -> set[str]:
+        page, _ = measures.page(Ledger(time=1.0, channels={"c": ChannelLedger(groups=groups)}), {})
+        return {line.partition("{")[0] for line in page.decode().splitlines() if 'group="g"' in line}
+
+    assert len(told({"g": GroupLedger(lag=5, drain_seconds=1.0)})) == 5
+    assert told({"h": GroupLedger()}) == set()
+
+
 def test_a_port_that_is_taken_is_an_error_that_says_what_to_do(valkey_url: str) -> None:
     with running(valkey_url) as base:
         port = base.rsplit(":", 1)[1]
