@@ -144,6 +144,9 @@ def test_every_kind_of_model_answers_alike(tmp_path: Path) -> None:
         ({"kind": "torch-export"}, "needs a file"),
         ({"kind": "torch-export", "file": "toy.pt2", "labels": ["only one"]}, "returns shape"),
         ({"kind": "torch-export", "file": "toy.pt2", "shape": [7]}, "fails on zeros"),
+        ({"kind": "torch-export", "file": "toy.pt2", "shape": [-4]}, "shape.0: Input should be greater than 0"),
+        ({"kind": "torch-export", "file": "toy.pt2", "dtype": "<f4"}, "dtype: Value error, '<f4' is none of bool, "),
+        ({"kind": "torch-export", "file": "toy.pt2", "dtype": "bfloat16"}, "dtype: Value error, 'bfloat16' is none"),
     ],
     ids=lambda value: str(value)[:40],
 )
