@@ -120,6 +120,16 @@ async def test_raw_text_goes_out_as_text_on_live_channels(app: Pipeline, client:
         assert (await anext(aiter(stream))).event == "Vairabi"
 
 
+async def test_bytes_are_base64_in_json_both_ways(app: Pipeline, client: httpx.AsyncClient) -> None:
+    raw = Channel("raw", bytes)
+    await declare(app, raw)
+    assert (await client.post("/channels/raw", json="aGVsbG8_")).status_code == 202
+    assert events(await collect(app, raw, 1)) == [b"hello?"]
+    assert app.codec(raw).to_json(b"hello?") == "aGVsbG8_"
+    refused = await client.post("/channels/raw", json="no base64!")
+    assert (refused.status_code, "Data should be valid base64" in refused.json()["error"]) == (422, True)
+
+
 @pytest.mark.parametrize(
     ("channel", "body", "status", "reasons"),
     [
@@ -381,6 +391,16 @@ async def test_a_digit_is_waited_for_until_its_deadline(front: str) -> None:
     assert response.json()["error"] == "no answer within 0.2 s; is a subscriber of channel 'digits' running?"
     async with predicting(front, **{"x-deadline": "soon"}) as client:
         assert (await client.post("/models/digits/predict", json={"pixels": pixels()})).status_code == 400
+
+
+@pytest.mark.parametrize("top", ["0", "1001", "nine", "9" * 5000])
+async def test_who_asks_for_impossibly_many_labels_is_told_how_many_there_may_be(top: str, front: str) -> None:
+    path, body = f"/models/digits/predict?top={top}", {"pixels": pixels()}
+    async with predicting(front) as client:
+        response = await client.post(path, json=body)
+    assert (response.status_code, response.json().get("error")) == (400, "top: a number from 1 to 1000")
+    outcome = await stress_test(front + path, [("application/json", json.dumps(body).encode())], requests=1)
+    assert outcome.statuses == {400: 1}
 
 
 async def test_a_model_that_refuses_is_a_422_with_its_reason(valkey_url: str) -> None:

@@ -510,13 +510,20 @@ async def test_numbers_that_json_does_not_have_are_null_in_answers_and_refused_i
     tmp_path: Path, valkey_url: str
 ) -> None:
     source = exported(tmp_path, module=Root(), output="values", labels=[])
+    scores = exported(tmp_path, "scores", module=Root(), output="probabilities")
+    scores.write_text(scores.read_text().replace('"toy"', '"scores"'))
+    both = options(f"{source},{scores}")
     with gateway(valkey_url) as base:
-        async with serving(make(options(source), valkey_url)), httpx.AsyncClient(base_url=base) as client:
+        async with serving(make(both, valkey_url)), httpx.AsyncClient(base_url=base) as client:
             await served(base, "toy")
+            await served(base, "scores")
+            named = await client.post("/models/scores/predict", json={"inputs": [4, -1, 0, 0.25]})
             answer = await client.post("/predict", json={"inputs": [4, -1, 0, 0.25]})
             beyond = await client.post("/predict", json={"inputs": [4, 1e300, 0, 0]})
     assert (answer.status_code, b"NaN" in answer.content) == (200, False)
     assert answer.json()["output"] == [2.0, None, 0.0, 0.5]
+    said = [(one["label"], one["probability"]) for one in named.json()["predictions"]]
+    assert said == [("a", 2.0), ("d", 0.5), ("c", 0.0), ("b", None)]
     assert (beyond.status_code, beyond.json()["error"]) == (
         422,
         "inputs: 1e+300 at [1]; model 'toy' takes numbers that float32 can hold",

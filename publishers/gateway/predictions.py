@@ -234,7 +234,7 @@ class Prediction:
                 self._seconds = _deadline(value)
         for part in self._query.split(b"&") if self._query else ():
             if part.startswith(b"top="):
-                if not part[4:].isdigit() or not 1 <= int(part[4:]) <= 1000:
+                if not part[4:].isdigit() or len(part) > 8 or not 1 <= int(part[4:]) <= 1000:
                     raise Refusal(400, "top: a number from 1 to 1000")
                 self._top = int(part[4:])
 
@@ -381,6 +381,9 @@ def _success(answer: Answer) -> bytes:
     if answer.output is not None:
         head = {"success": True, "model": answer.model, "version": answer.version}
         return to_json({**head, "output": np.asarray(answer.output).tolist()}, inf_nan_mode="null")
+    scores = _scores.to_json(answer.predictions)
+    if b'"probability":"' in scores:  # NaN or infinity, strings in events; a label's quotes are escaped
+        scores = to_json([score.model_dump() for score in answer.predictions], inf_nan_mode="null")
     return b'{"success":true,"model":%s,"version":%d,"predictions":%s,"batch":%d}' % (
-        to_json(answer.model), answer.version, _scores.to_json(answer.predictions), answer.batch,
+        to_json(answer.model), answer.version, scores, answer.batch,
     )  # fmt: skip
