@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from math import isfinite
 from typing import Any, Protocol
 
 import numpy as np
@@ -381,9 +382,11 @@ def _success(answer: Answer) -> bytes:
     if answer.output is not None:
         head = {"success": True, "model": answer.model, "version": answer.version}
         return to_json({**head, "output": np.asarray(answer.output).tolist()}, inf_nan_mode="null")
-    scores = _scores.to_json(answer.predictions)
-    if b'"probability":"' in scores:  # NaN or infinity, strings in events; a label's quotes are escaped
-        scores = to_json([score.model_dump() for score in answer.predictions], inf_nan_mode="null")
+    ranked = answer.predictions
+    if not ranked or (isfinite(ranked[0].probability) and isfinite(ranked[-1].probability)):
+        scores = _scores.to_json(ranked)
+    else:  # infinity comes first, NaN last: in events they are strings
+        scores = to_json([score.model_dump() for score in ranked], inf_nan_mode="null")
     return b'{"success":true,"model":%s,"version":%d,"predictions":%s,"batch":%d}' % (
         to_json(answer.model), answer.version, scores, answer.batch,
     )  # fmt: skip
