@@ -542,18 +542,23 @@ class Pipeline:
         if not self.subscribers and not self._hooks:
             raise ConfigurationError(f"pipeline {self.name!r} declares no subscriber, so there is nothing to serve")
         self._stop = stop = stop or asyncio.Event()
-        if not await unless(stop, self._open(None)):
-            return
+        opened = False
         try:
-            if await unless(stop, self._start()):
+            opened = await unless(stop, self._open(None))
+            if opened and await unless(stop, self._start()):
                 self.ready.set()
                 tasks = [task for router, _ in self._routers for task in router.tasks()]
                 await first_failure(tasks, stop)
         finally:
-            self.ready.clear()
-            self._joining.clear()
+            self._unready()
             self._stop = None
-            await self._wind_up()
+            if opened:
+                await self._wind_up()
+
+    def _unready(self) -> None:
+        """An Event belongs to the loop in which it was first waited for, and the next `serve` may run in another."""
+        self.ready.clear()
+        self.ready, self._joining = asyncio.Event(), asyncio.Event()
 
     async def _wind_up(self) -> None:
         """Each step, whatever becomes of those before it; then the first failure."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, TypeVar
@@ -19,7 +19,7 @@ from .message import Message
 from .payloads import Payloads
 from .transports import Entry, Tail, Transport
 
-__all__ = ["Beginning", "Since", "Watch", "before", "position"]
+__all__ = ["Beginning", "Since", "Watch", "before", "position", "undisturbed"]
 
 logger = logging.getLogger("pipeline.watching")
 
@@ -89,6 +89,19 @@ class Beginning:
     message: str | None = None
 
 
+_closing: set[asyncio.Task[None]] = set()
+"""The event loop itself holds tasks weakly."""
+
+
+async def undisturbed(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` in a task of its own. It goes on to its end when whoever awaits this is cancelled: once, or at each
+    of its awaits, as within a cancelled scope of anyio (Starlette's, when a client has gone)."""
+    task = asyncio.create_task(work)
+    _closing.add(task)
+    task.add_done_callback(_closing.discard)
+    await asyncio.shield(task)
+
+
 class Watch(Generic[T]):
     """`async with app.watch(channel, since=…) as stream: async for message in stream`. Listening begins on entry.
 
@@ -123,11 +136,18 @@ class Watch(Generic[T]):
     async def __aenter__(self) -> Watch[T]:
         beginning = await self._begin()
         self._message = beginning.message
-        for partition, after in enumerate(beginning.positions):
-            self._tails.append(await self._transport.tail(self._channel, partition, after))
+        try:
+            for partition, after in enumerate(beginning.positions):
+                self._tails.append(await self._transport.tail(self._channel, partition, after))
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await undisturbed(self._close())
+
+    async def _close(self) -> None:
         if self._messages is not None:
             await self._messages.aclose()  # type: ignore[attr-defined]
         for tail in self._tails:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import sys
 import time
@@ -34,10 +35,10 @@ CATCH_UP = 1.0
 
 
 def positive(text: str) -> float:
-    """For argparse: a number above 0."""
+    """For argparse: a number above 0, and finite."""
     number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no finite number above 0")
     return number
 
 

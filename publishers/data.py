@@ -52,8 +52,8 @@ async def stream(
     return published
 
 
-def publish_lines(app: Pipeline, pipe: BlockingPipeline, name: str, lines: Iterator[str]) -> int:
-    """Publish each line of JSON on the channel `name`; a line that does not fit is reported and left out.
+def publish_lines(app: Pipeline, pipe: BlockingPipeline, name: str, lines: Iterator[str | bytes]) -> int:
+    """Publish each line of JSON (bytes: UTF-8) on the channel `name`; one that does not fit is reported and left out.
 
     Returns how many were left out. Raises UnknownChannel before the first line.
     """
@@ -71,11 +71,15 @@ def publish_lines(app: Pipeline, pipe: BlockingPipeline, name: str, lines: Itera
     return refused
 
 
-def _record(number: int, line: str) -> catalog.Record:
+def _record(number: int, line: str | bytes) -> catalog.Record:
     try:
-        return record_of("stdin", number, json.loads(line))
+        values = json.loads(line if isinstance(line, str) else line.decode())
+    except (ValueError, RecursionError) as error:
+        raise BadEvent(f"not JSON: {error}") from None
+    try:
+        return record_of("stdin", number, values)
     except ValueError as error:
-        raise BadEvent(f"not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)) from None
+        raise BadEvent(str(error)) from None
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -124,7 +128,7 @@ def _lines_from_stdin(name: str) -> int:
     app = Pipeline("data")
     try:
         with opened_blocking(app) as pipe:
-            return 1 if publish_lines(app, pipe, name, iter(sys.stdin.readline, "")) else 0
+            return 1 if publish_lines(app, pipe, name, iter(sys.stdin.buffer.readline, b"")) else 0
     except PipelineError as error:
         return fail(error)
     except KeyboardInterrupt:

@@ -66,11 +66,15 @@ class Directory:
     async def _look(self, name: str) -> None:
         record, before = await self._app.registry.record(name), self._records.get(name)
         if before is None or (record.durable, record.limits) != (before.durable, before.limits):
-            self._found[name] = _registered(record, record.channel())
+            self._found[name] = self._known(record, record.channel())
         elif record.fingerprint != before.fingerprint:
-            self._found[name] = _registered(record, self._found[name].channel)
+            self._found[name] = self._known(record, self._found[name].channel)
         self._records[name] = record
         self._fresh[name] = time.monotonic() + FRESH
+
+    def _known(self, record: Record, channel: Channel[Any]) -> Known:
+        """Bytes are base64 in JSON, which their schema alone does not decode."""
+        return self._declared(channel) if record.type == "bytes" else _registered(record, channel)
 
     def _declared(self, channel: Channel[Any]) -> Known:
         codec = self._app.codec(channel)

@@ -97,7 +97,7 @@ class _Connections:
             raise ConfigurationError(f"{url!r}: {error}") from None
         if parts.scheme != "http" or not self.host:
             raise ConfigurationError(f"{url!r}: expected http://host:port/path")
-        self.path = parts.path or "/predict"
+        self.path = (parts.path or "/predict") + (f"?{parts.query}" if parts.query else "")
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def ask(self, kind: str, body: bytes, deadline: float | None) -> tuple[int, bytes, float]:

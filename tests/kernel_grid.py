@@ -49,6 +49,9 @@ def cases(kernel: Kernel, dtypes: tuple[str, ...], large: bool = False) -> Itera
     for dtype in dtypes:
         yield Case((9, 12, 10), dtype)
         yield Case((9, 12, 10), dtype, "strided", -2, 3)
+        for beta in (0, 3):  # nothing of A and B, so that all of C is to be written all the same
+            yield Case((9, 12, 10), dtype, "batched", 0, beta)
+            yield Case((9, 0, 10), dtype, "batched", 2, beta)
 
 
 def failures(kernel: Kernel, wanted: Iterator[Case] | list[Case], device: str) -> list[str]:
@@ -66,7 +69,9 @@ def failure(kernel: Kernel, case: Case, device: str) -> str:
     wanted = case.alpha * _wide(a) @ _wide(b) + case.beta * _wide(c)
     before = field.clone()
     try:
-        kernel.multiply(a, b, alpha=case.alpha, beta=case.beta, c=c if case.beta else None, out=out)
+        kernel.multiply(
+            a, b, alpha=float(case.alpha), beta=float(case.beta), c=c if case.beta else None, out=out
+        )  # floats, as jobs have them
         kernel.wait()
     except Exception as error:
         return f"{type(error).__name__}: {error}"

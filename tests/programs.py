@@ -41,7 +41,7 @@ def program(*command: str, url: str, **environment: str) -> Iterator[subprocess.
 
 
 def finished(*command: str, url: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python COMMAND…` run to its end."""
+    """`python COMMAND…` run to its end. Surrogates in `stdin` are bytes that are no UTF-8."""
     return subprocess.run(
         [sys.executable, *command],
         env=_environment(url, environment),
@@ -49,6 +49,7 @@ def finished(*command: str, url: str, stdin: str = "", **environment: str) -> su
         input=stdin,
         capture_output=True,
         text=True,
+        errors="surrogateescape",
         timeout=60,
     )
 
@@ -65,7 +66,7 @@ def app_program(module: str) -> tuple[str, str]:
 @asynccontextmanager
 async def served(app: Pipeline, url: str) -> AsyncIterator[None]:
     """A module's app, served at `url` in the test's own loop."""
-    app.url, app.ready = url, asyncio.Event()
+    app.url = url
     async with serving(app):
         yield
 

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import httpx
 import pytest
+import redis
 from sklearn.datasets import load_digits
 
 from pipeline import Batch, Channel, Event, Pipeline, Reject, Tensor, catalog
@@ -119,6 +120,16 @@ async def test_raw_text_goes_out_as_text_on_live_channels(app: Pipeline, client:
         assert (await anext(aiter(stream))).event == "Vairabi"
 
 
+async def test_bytes_are_base64_in_json_both_ways(app: Pipeline, client: httpx.AsyncClient) -> None:
+    raw = Channel("raw", bytes)
+    await declare(app, raw)
+    assert (await client.post("/channels/raw", json="aGVsbG8_")).status_code == 202
+    assert events(await collect(app, raw, 1)) == [b"hello?"]
+    assert app.codec(raw).to_json(b"hello?") == "aGVsbG8_"
+    refused = await client.post("/channels/raw", json="no base64!")
+    assert (refused.status_code, "Data should be valid base64" in refused.json()["error"]) == (422, True)
+
+
 @pytest.mark.parametrize(
     ("channel", "body", "status", "reasons"),
     [
@@ -145,6 +156,32 @@ async def test_what_cannot_be_published_is_answered_with_every_reason(
     for reason in reasons:
         assert reason in response.json()["error"]
     assert (await app.stats()).channels["songs"].published == 0
+
+
+async def test_what_asks_for_another_protocol_is_answered_in_this_one(app: Pipeline) -> None:
+    """As `curl --http2`, Java's HttpClient and browsers ask; a body may come in a segment of its own."""
+    asked = [
+        ("POST /channels/songs", "h2c", b'{"title": "Yaman"}', b"202"),
+        ("POST /models/songs/predict", "h2c", b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", b"503"),
+        ("GET /readyz", "websocket", b"", b"200"),
+        ("GET /predict", "websocket", b"", b"405"),
+        ("CONNECT x:80", "h2c", b"", b"400"),
+    ]
+    with running(app.url) as base:
+        async with httpx.AsyncClient(base_url=base) as client:
+            await until_ready(client)
+        reader, writer = await asyncio.open_connection(*base.removeprefix("http://").split(":"))
+        for request, protocol, body, status in asked:
+            head = f"host: x\r\nconnection: upgrade\r\nupgrade: {protocol}\r\ncontent-length: {len(body)}\r\n\r\n"
+            writer.write(f"{request} HTTP/1.1\r\n{head}".encode())
+            await asyncio.sleep(0.02)
+            writer.write(body)
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            assert answer.startswith(b"HTTP/1.1 " + status), request
+            await reader.readexactly(int(answer.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+        assert await reader.read() == b""
+        writer.close()
+    assert events(await collect(app, songs, 1)) == [Song(title="Yaman")]
 
 
 async def test_a_body_beyond_the_limit_is_refused_unread(app: Pipeline, client: httpx.AsyncClient) -> None:
@@ -207,6 +244,17 @@ async def streamed(base: str, path: str, **headers: str) -> AsyncIterator[AsyncI
             yield lines
 
 
+@asynccontextmanager
+async def connected(base: str) -> AsyncIterator[asyncio.StreamWriter]:
+    """A connection to a gateway, closed with the block."""
+    _, writer = await asyncio.open_connection(*base.removeprefix("http://").split(":"))
+    try:
+        yield writer
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
 async def test_events_are_streamed_as_they_come_and_from_the_past_and_resumed(app: Pipeline) -> None:
     def song(title: str) -> dict[str, Any]:
         return {"title": title, "plays": 0, "samples": None}
@@ -228,6 +276,18 @@ async def test_tensors_are_streamed_as_dtype_shape_and_base64(app: Pipeline) -> 
         async with streamed(base, "records/events?since=5m") as lines:
             [(_, record)] = await heard(lines, 1)
     assert record["tensor"] == {"dtype": "float64", "shape": [1], "data": "AAAAAAAA8D8="}
+
+
+async def test_viewers_that_went_leave_no_connection_behind(app: Pipeline) -> None:
+    with running(app.url) as base, redis.Redis.from_url(app.url) as bare:
+        for _ in range(3):
+            async with streamed(base, "music/ragas/events"):
+                assert bare.pubsub_numsub(ragas.name) == [(b"music/ragas", 1)]
+            await until(lambda: bare.pubsub_numsub(ragas.name) == [(b"music/ragas", 0)], 3)
+        async with connected(base) as writer:  # one who has asked for more than he waits for
+            writer.write(b"GET /channels/music/ragas/events HTTP/1.1\r\nhost: x\r\n\r\n" * 2)
+            await until(lambda: bare.pubsub_numsub(ragas.name) == [(b"music/ragas", 1)], 3)
+        await until(lambda: bare.pubsub_numsub(ragas.name) == [(b"music/ragas", 0)], 3)
 
 
 async def test_a_gateway_with_open_streams_stops_promptly(app: Pipeline) -> None:
@@ -333,6 +393,16 @@ async def test_a_digit_is_waited_for_until_its_deadline(front: str) -> None:
         assert (await client.post("/models/digits/predict", json={"pixels": pixels()})).status_code == 400
 
 
+@pytest.mark.parametrize("top", ["0", "1001", "nine", "9" * 5000])
+async def test_who_asks_for_impossibly_many_labels_is_told_how_many_there_may_be(top: str, front: str) -> None:
+    path, body = f"/models/digits/predict?top={top}", {"pixels": pixels()}
+    async with predicting(front) as client:
+        response = await client.post(path, json=body)
+    assert (response.status_code, response.json().get("error")) == (400, "top: a number from 1 to 1000")
+    outcome = await stress_test(front + path, [("application/json", json.dumps(body).encode())], requests=1)
+    assert outcome.statuses == {400: 1}
+
+
 async def test_a_model_that_refuses_is_a_422_with_its_reason(valkey_url: str) -> None:
     app = Pipeline("picky", valkey_url)
 
@@ -368,6 +438,20 @@ async def test_digits_whose_clients_hung_up_are_not_waited_for_and_count_until_t
     assert 'gateway_inflight{model="digits"} 0.0' in page
     for code, count in ((499, 4), (429, 1), (200, 1)):
         assert f'gateway_predictions_total{{model="digits",status="{code}"}} {count}.0' in page
+
+
+async def test_digits_asked_for_on_one_connection_are_given_up_with_it(valkey_url: str) -> None:
+    body = json.dumps({"pixels": pixels()})
+    head = f"POST /models/digits/predict HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    with running(valkey_url) as base:
+        async with serving(slow_digits(valkey_url, 0.3)), predicting(base) as client:
+            async with connected(base) as writer:
+                writer.write((head + body).encode() * 3)
+                await writer.drain()
+                await asyncio.sleep(0.1)
+            async with asyncio.timeout(3):  # with the first one's answer it is seen that nobody is there
+                while '{model="digits",status="499"} 2.0' not in (await client.get("/metrics")).text:
+                    await asyncio.sleep(0.05)
 
 
 async def test_more_digits_than_can_be_classified_are_refused_at_once(valkey_url: str) -> None:
@@ -520,6 +604,17 @@ def test_the_drain_time_is_absent_while_nobody_knows_it() -> None:
         return b'pipeline_group_drain_seconds{channel="c",group="g"}' in page
 
     assert [drain(seconds) for seconds in (0.0, None, 2.0)] == [True, False, True]
+
+
+def test_groups_that_are_gone_are_told_of_no_more() -> None:
+    measures = Measures()
+
+    def told(groups: dict[str, GroupLedger]) -> set[str]:
+        page, _ = measures.page(Ledger(time=1.0, channels={"c": ChannelLedger(groups=groups)}), {})
+        return {line.partition("{")[0] for line in page.decode().splitlines() if 'group="g"' in line}
+
+    assert len(told({"g": GroupLedger(lag=5, drain_seconds=1.0)})) == 5
+    assert told({"h": GroupLedger()}) == set()
 
 
 def test_a_port_that_is_taken_is_an_error_that_says_what_to_do(valkey_url: str) -> None:

@@ -90,7 +90,7 @@ def test_dtypes_that_differ_are_refused_and_so_are_fractions_of_integers() -> No
     with pytest.raises(ValueError, match="A is float32 and B float64"):
         KERNELS["blas"].multiply(torch.ones(2, 2), torch.ones(2, 2).double())
     whole = torch.ones(2, 2, dtype=torch.int32)
-    with pytest.raises(ValueError, match="expects integers"):
+    with pytest.raises(ValueError, match="expected integers from -2147483648 to 2147483647, as A and B are int32"):
         KERNELS["blas"].multiply(whole, whole, alpha=0.5)
 
 

@@ -7,6 +7,7 @@ import json
 import time
 from typing import Any, Literal
 
+import anyio
 import numpy as np
 import pytest
 import redis
@@ -274,6 +275,25 @@ async def test_a_lost_connection_is_made_anew_and_the_gap_is_counted(url: str, l
             await until(lambda: any(client["sub"] == "1" for client in bare.client_list()))
         await other.publish(alerts, Alert(sensor="after"))
         await until(lambda: heard == ["before", "after"])
+
+
+async def test_a_watcher_whose_scope_is_cancelled_leaves_no_subscription(url: str, live_client: LiveClient) -> None:
+    parted: Channel[Any] = Channel("parted", Alert, partitions=3)
+    with redis.Redis.from_url(url) as bare:
+        async with Pipeline("viewer", url, live_client=live_client) as app:
+            for channel in (music, parted):
+                with anyio.CancelScope() as scope:  # it cancels at every await, as when a server's client has gone
+                    async with app.watch(channel) as stream:
+                        following = asyncio.create_task(anext(aiter(stream)))
+                        await asyncio.sleep(0.05)
+                        following.cancel()
+                        await asyncio.wait([following])
+                        scope.cancel()
+                await until(lambda: not _watching(bare), 3)
+
+
+def _watching(bare: Any) -> bool:
+    return any(client["sub"] != "0" or client["name"] == "pipeline-viewer-watch" for client in bare.client_list())
 
 
 async def test_scripts_use_the_same_verbs_without_async(url: str) -> None:

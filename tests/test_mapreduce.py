@@ -217,7 +217,7 @@ JSON = st.recursive(
 )
 
 
-@given(value=JSON | st.dictionaries(st.text(min_size=1), JSON | hnp.arrays(np.float32, 3) | st.floats(), max_size=4))
+@given(value=JSON | st.dictionaries(st.text(), JSON | hnp.arrays(np.float32, 3) | st.floats(), max_size=4))
 @settings(max_examples=50, deadline=None)
 def test_a_value_survives_the_way(value: Any) -> None:
     found = Value.model_validate_json(Value.of(value).model_dump_json()).get()
@@ -226,6 +226,9 @@ def test_a_value_survives_the_way(value: Any) -> None:
 
 def test_a_value_is_json_or_arrays() -> None:
     assert Value.of(np.float64(2.5)).get() == 2.5
+    assert np.isnan(Value.of(np.float32("nan")).get())
+    assert Value.of({"loss": np.float16("inf")}).get() == {"loss": float("inf")}
+    assert Value.of({"": np.float32("inf"), "a": 1}).get() == {"": float("inf"), "a": 1}
     assert Value.of(Tensor(np.arange(3))).get().tolist() == [0, 1, 2]
     assert Value.of(float("-inf")).get() == float("-inf")
     for wrong in (object(), [float("nan")], {"a": {"b": np.ones(2)}}):

@@ -208,6 +208,8 @@ async def test_a_systolic_job_shows_each_of_its_cycles(app: Pipeline) -> None:
         (torch.ones(2, 2).bool(), torch.ones(2, 2).bool(), {}, "A is bool and B bool; expected both of one dtype"),
         (torch.ones(2, 2, 2), torch.ones(3, 2, 2), {}, "expected leading dimensions that broadcast"),
         (torch.ones(2, 2).int(), torch.ones(2, 2).int(), {"alpha": 0.5}, "alpha is 0.5 and beta 0.0; expected"),
+        (torch.ones(2, 2).char(), torch.ones(2, 2).char(), {"alpha": 3e9}, "expected integers from -2147483648 to"),
+        (torch.ones(2, 2), torch.ones(2, 2), {"alpha": 1e39}, "beta 0.0; expected numbers that float32 has, as A"),
         (torch.ones(2, 2), torch.ones(2, 2), {"beta": 1.0}, r"there is no C; expected one of shape \[2, 2\]"),
         (torch.ones(2, 2), torch.ones(2, 2), {"c": torch.ones(3)}, r"C is float32 of shape \[3\]; expected float32"),
         (torch.ones(2, 2), torch.ones(2, 2), {"kernel": "magic"}, "there is no kernel 'magic'; known: blas"),

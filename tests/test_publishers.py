@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import csv
 import itertools
@@ -16,7 +17,7 @@ from sklearn.datasets import load_digits
 from pipeline import Channel, Event, Pipeline, Tensor, catalog
 from pipeline.errors import ConfigurationError
 from pipeline.server import Server
-from publishers.command import paced
+from publishers.command import paced, positive
 from publishers.data import digit_events, stream
 from publishers.datasets import digits
 from publishers.jobs import job_events
@@ -202,6 +203,17 @@ async def test_lines_without_a_channel_become_records(valkey_url: str) -> None:
     assert record == catalog.Record(source="stdin", row=0, values={"x": 1, "y": None})
 
 
+async def test_lines_that_are_no_text_or_nested_without_end_cost_only_themselves(valkey_url: str) -> None:
+    lines = '{"x": 1}\n{"x": "caf\udce9"}\n' + "[" * 100_000 + "]" * 100_000 + '\n{"x": 4}\n'
+    command, strict = ("-m", "publishers.data", "--stdin"), {"PYTHONIOENCODING": "utf-8:strict"}
+    result = await asyncio.to_thread(finished, *command, url=valkey_url, stdin=lines, **strict)
+    second, third = result.stderr.splitlines()
+    assert second.startswith("line 2 is left out: not JSON: 'utf-8' codec can't decode byte 0xe9")
+    assert third.startswith("line 3 is left out: not JSON: ")
+    async with Pipeline("t", valkey_url) as app:
+        assert [record.values for record in events(await collect(app, catalog.records, 2))] == [{"x": 1}, {"x": 4}]
+
+
 def test_a_channel_that_nobody_declared_is_an_error_that_names_those_there_are(valkey_url: str) -> None:
     result = finished("-m", "publishers.data", "--stdin", "--channel", "nots", url=valkey_url, stdin="{}\n")
     assert result.returncode == 2
@@ -243,6 +255,12 @@ def test_impossible_sizes_are_refused(sizes: str) -> None:
 
 
 # -- programs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf"])
+def test_rates_are_finite_numbers_above_zero(rate: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{rate} is no finite number above 0"):
+        positive(rate)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

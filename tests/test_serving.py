@@ -29,6 +29,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.settings import Settings, settings
 from pipeline.testing import first
 from publishers.gateway import predictions, presence
+from publishers.gateway.images import decode
 from publishers.gateway.measures import Measures
 from publishers.gateway.models import Models
 from publishers.gateway.predictions import Prediction
@@ -143,6 +144,9 @@ def test_every_kind_of_model_answers_alike(tmp_path: Path) -> None:
         ({"kind": "torch-export"}, "needs a file"),
         ({"kind": "torch-export", "file": "toy.pt2", "labels": ["only one"]}, "returns shape"),
         ({"kind": "torch-export", "file": "toy.pt2", "shape": [7]}, "fails on zeros"),
+        ({"kind": "torch-export", "file": "toy.pt2", "shape": [-4]}, "shape.0: Input should be greater than 0"),
+        ({"kind": "torch-export", "file": "toy.pt2", "dtype": "<f4"}, "dtype: Value error, '<f4' is none of bool, "),
+        ({"kind": "torch-export", "file": "toy.pt2", "dtype": "bfloat16"}, "dtype: Value error, 'bfloat16' is none"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -381,6 +385,17 @@ async def test_pictures_are_named(client: httpx.AsyncClient) -> None:
         assert [one["label"] for one in coffee.json()["predictions"]] == ["espresso"], kind
 
 
+def test_a_grey_picture_of_sixteen_bits_is_seen_as_one_of_eight() -> None:
+    grey = skimage.data.camera()
+
+    def seen(array: Any) -> Any:
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "PNG")
+        return decode(file.getvalue(), 224, 224)
+
+    assert np.array_equal(seen(grey.astype(np.uint16) * 257), seen(grey))
+
+
 async def test_a_picture_taken_sideways_is_turned_upright(client: httpx.AsyncClient) -> None:
     image = Image.fromarray(skimage.data.coffee()).rotate(90, expand=True)
     exif = Image.Exif()
@@ -495,13 +510,20 @@ async def test_numbers_that_json_does_not_have_are_null_in_answers_and_refused_i
     tmp_path: Path, valkey_url: str
 ) -> None:
     source = exported(tmp_path, module=Root(), output="values", labels=[])
+    scores = exported(tmp_path, "scores", module=Root(), output="probabilities")
+    scores.write_text(scores.read_text().replace('"toy"', '"scores"'))
+    both = options(f"{source},{scores}")
     with gateway(valkey_url) as base:
-        async with serving(make(options(source), valkey_url)), httpx.AsyncClient(base_url=base) as client:
+        async with serving(make(both, valkey_url)), httpx.AsyncClient(base_url=base) as client:
             await served(base, "toy")
+            await served(base, "scores")
+            named = await client.post("/models/scores/predict", json={"inputs": [4, -1, 0, 0.25]})
             answer = await client.post("/predict", json={"inputs": [4, -1, 0, 0.25]})
             beyond = await client.post("/predict", json={"inputs": [4, 1e300, 0, 0]})
     assert (answer.status_code, b"NaN" in answer.content) == (200, False)
     assert answer.json()["output"] == [2.0, None, 0.0, 0.5]
+    said = [(one["label"], one["probability"]) for one in named.json()["predictions"]]
+    assert said == [("a", 2.0), ("d", 0.5), ("c", 0.0), ("b", None)]
     assert (beyond.status_code, beyond.json()["error"]) == (
         422,
         "inputs: 1e+300 at [1]; model 'toy' takes numbers that float32 can hold",

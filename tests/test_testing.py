@@ -47,6 +47,18 @@ async def test_lost_replies_neither_lose_nor_double() -> None:
         assert (await app.stats()).channels["doubles"].published == 5
 
 
+def test_a_modules_app_serves_in_the_loop_of_one_test_after_the_other() -> None:
+    app = doubling("memory://loops")
+
+    async def one_test() -> None:
+        async with serving(app):
+            await app.publish(numbers, Number(n=1))
+            assert (await settled(app, numbers)).groups["g"].handled == 1
+
+    asyncio.run(one_test())
+    asyncio.run(one_test())
+
+
 async def test_the_clock_can_be_moved_on() -> None:
     app = doubling("memory://clock")
     async with serving(app), app.watch(doubles) as stream:

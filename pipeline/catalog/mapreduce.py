@@ -23,8 +23,8 @@ class Value(Event):
 
     data: JsonValue = None
     tensors: dict[str, Tensor] = Field(default_factory=dict)
-    """A dictionary's arrays by name; "" is the only one of a value that is an array itself. NaN and infinity, which
-    JSON lacks, are arrays without dimensions."""
+    """A dictionary's arrays by name; where `data` is no dictionary, "" is a value that is an array itself. NaN and
+    infinity, which JSON lacks, are arrays without dimensions."""
 
     @classmethod
     def of(cls, value: Any) -> Value:
@@ -40,9 +40,9 @@ class Value(Event):
         """The value, with arrays as read-only numpy arrays, and those without dimensions as numbers."""
         arrays = {name: np.asarray(tensor) for name, tensor in self.tensors.items()}
         items = {name: array if array.ndim else array.item() for name, array in arrays.items()}
-        if "" in items:
-            return items[""]
-        return {**self.data, **items} if isinstance(self.data, dict) else self.data
+        if isinstance(self.data, dict):
+            return {**self.data, **items}
+        return items.get("", self.data)
 
 
 class Task(Event):
@@ -79,7 +79,7 @@ def reduce_tasks(name: str) -> Channel[Task]:
 
 
 def _is_array(value: Any) -> bool:
-    if isinstance(value, float):
+    if isinstance(value, (float, np.floating)):
         return not math.isfinite(value)
     if isinstance(value, (Tensor, np.ndarray)):
         return True

@@ -41,8 +41,8 @@ class _Subscription:
 
     async def close(self) -> None:
         self._drain.cancel()
-        await asyncio.gather(self._drain, return_exceptions=True)
         self._connection.close()
+        await asyncio.gather(self._drain, return_exceptions=True)
 
 
 async def connect_asyncio_redis(url: str, name: str, channel: str, sink: Callable[[bytes], None]) -> _Subscription:

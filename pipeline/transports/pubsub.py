@@ -173,11 +173,13 @@ class _Subscription:
         return [Entry(f"l{next(self._numbers)}", payload, -1) for payload in self.ring.take(most)]
 
     async def close(self) -> None:
+        """The connection before anything is waited for: who closes may be cancelled there, again and again."""
         if self._task is not None:
             self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
         if self._connection is not None:
             await self._connection.close()
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
 
 
 class PubSub:

@@ -60,8 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     host, port = listener.getsockname()[:2]
     print(f"gateway: http://{host}:{port}", flush=True)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, proxy_headers=False, http=Protocol
-    )
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, proxy_headers=False, http=Protocol,
+        ws="none",
+    )  # fmt: skip
     settle_memory()
     with listener:
         uvicorn.Server(config).run(sockets=[listener])

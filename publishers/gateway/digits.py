@@ -47,7 +47,7 @@ class DigitPrediction(Prediction):
         ranked = sorted(enumerate(answer.probabilities), key=lambda item: -item[1])
         predictions = [{"label": label, "probability": probability} for label, probability in ranked]
         head = {"success": True, "model": answer.model, "version": answer.version}
-        self._succeed(to_json({**head, "predictions": predictions}))
+        self._succeed(to_json({**head, "predictions": predictions}, inf_nan_mode="null"))
 
     def _refusal(self, error: BaseException) -> Refusal:
         if isinstance(error, RequestFailed):

@@ -10,7 +10,7 @@ from pydantic_core import to_json
 
 from pipeline import Message
 from pipeline.frame import Codec
-from pipeline.watching import Watch
+from pipeline.watching import Watch, undisturbed
 
 __all__ = ["event_stream"]
 
@@ -20,25 +20,29 @@ HEARTBEAT = 15.0
 
 async def event_stream(watch: Watch[Any], codec: Codec[Any]) -> AsyncIterator[bytes]:
     """`id:` and `data:` for each event, until the client goes."""
-    async with watch as stream:
+    messages = aiter(await watch.__aenter__())
+    following: asyncio.Future[Message[Any]] = asyncio.ensure_future(anext(messages))
+    try:
         yield b": connected\n\n"
-        messages = aiter(stream)
-        following: asyncio.Future[Message[Any]] = asyncio.ensure_future(anext(messages))
-        try:
-            while True:
-                done, _ = await asyncio.wait({following}, timeout=HEARTBEAT)
-                if not done:
-                    yield b": alive\n\n"
-                    continue
-                try:
-                    message = following.result()
-                except StopAsyncIteration:
-                    return
-                following = asyncio.ensure_future(anext(messages))
-                yield _lines(message, codec)
-        finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+        while True:
+            done, _ = await asyncio.wait({following}, timeout=HEARTBEAT)
+            if not done:
+                yield b": alive\n\n"
+                continue
+            try:
+                message = following.result()
+            except StopAsyncIteration:
+                return
+            following = asyncio.ensure_future(anext(messages))
+            yield _lines(message, codec)
+    finally:
+        await undisturbed(_close(watch, following))
+
+
+async def _close(watch: Watch[Any], following: asyncio.Future[Message[Any]]) -> None:
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
+    await watch.__aexit__()
 
 
 def _lines(message: Message[Any], codec: Codec[Any]) -> bytes:

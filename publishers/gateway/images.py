@@ -37,7 +37,7 @@ def decode(data: bytes, height: int, width: int) -> npt.NDArray[np.uint8]:
                     )
                 covered = (round(width * 8 / 7), round(height * 8 / 7))
                 image.draft("RGB", (2 * max(covered), 2 * max(covered)))  # a JPEG is decoded no finer than needed
-                upright = ImageOps.exif_transpose(image).convert("RGB")
+                upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except BadImage:
         raise
     except UnidentifiedImageError:
@@ -50,3 +50,10 @@ def decode(data: bytes, height: int, width: int) -> npt.NDArray[np.uint8]:
     box = (left, top, left + width / scale, top + height / scale)
     box = (max(0.0, box[0]), max(0.0, box[1]), min(upright.width, box[2]), min(upright.height, box[3]))
     return np.asarray(upright.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits, scaled: `convert` would take all but its darkest 256th for white."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -100,7 +100,8 @@ class Measures:
         for model, admission in admissions.items():
             self._inflight.labels(model).set(admission.inflight)
             self._drain.labels(model).set(admission.drain_seconds)
-        self._groups["drain_seconds"].clear()
+        for gauge in (self._published, *self._groups.values()):
+            gauge.clear()  # who is gone is told of no more: its last lag would be scaled by for ever
         for channel, one in ledger.channels.items():
             self._published.labels(channel).set(one.published)
             for group, counts in one.groups.items():

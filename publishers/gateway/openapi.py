@@ -24,7 +24,10 @@ _BODY: dict[str, Any] = {
 }
 _SCORE: dict[str, Any] = {
     "type": "object",
-    "properties": {"label": {"type": "string"}, "probability": {"type": "number"}},
+    "properties": {
+        "label": {"type": "string"},
+        "probability": {"type": ["number", "null"], "description": "null: the model said NaN, or infinity."},
+    },
 }
 _ANSWER: dict[str, Any] = {
     "type": "object",

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from math import isfinite
 from typing import Any, Protocol
 
 import numpy as np
@@ -234,7 +235,7 @@ class Prediction:
                 self._seconds = _deadline(value)
         for part in self._query.split(b"&") if self._query else ():
             if part.startswith(b"top="):
-                if not part[4:].isdigit() or not 1 <= int(part[4:]) <= 1000:
+                if not part[4:].isdigit() or len(part) > 8 or not 1 <= int(part[4:]) <= 1000:
                     raise Refusal(400, "top: a number from 1 to 1000")
                 self._top = int(part[4:])
 
@@ -381,6 +382,11 @@ def _success(answer: Answer) -> bytes:
     if answer.output is not None:
         head = {"success": True, "model": answer.model, "version": answer.version}
         return to_json({**head, "output": np.asarray(answer.output).tolist()}, inf_nan_mode="null")
+    ranked = answer.predictions
+    if not ranked or (isfinite(ranked[0].probability) and isfinite(ranked[-1].probability)):
+        scores = _scores.to_json(ranked)
+    else:  # infinity comes first, NaN last: in events they are strings
+        scores = to_json([score.model_dump() for score in ranked], inf_nan_mode="null")
     return b'{"success":true,"model":%s,"version":%d,"predictions":%s,"batch":%d}' % (
-        to_json(answer.model), answer.version, _scores.to_json(answer.predictions), answer.batch,
+        to_json(answer.model), answer.version, scores, answer.batch,
     )  # fmt: skip

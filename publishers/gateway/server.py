@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import unquote
 
-from httptools import parse_url
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, parse_url
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from .digits import PATH as DIGITS
@@ -20,6 +20,9 @@ class Protocol(HttpToolsProtocol):
 
     app: Any
     cycle: Any
+    """Whose head came last…"""
+    _current: Any = None
+    """…and what is being answered, which may have come before it."""
     _since = 0.0
     """Loop time since which a head is awaited…"""
     _awaits = ""
@@ -32,12 +35,42 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.app.patrol.discard(self)
-        for cycle, _ in ((self.cycle, None), *self.pipeline):
+        for cycle in (self._current, *(cycle for cycle, _ in self.pipeline)):
             if isinstance(cycle, Prediction):
                 cycle.gone()
+            elif cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
         super().connection_lost(exc)
 
     # -- what is asked -------------------------------------------------------------------------------------------
+
+    def data_received(self, data: Any) -> None:
+        """As uvicorn's, except that an upgrade (curl's and Java's to HTTP/2, a WebSocket) is declined by answering what
+        was asked. The parser takes what follows such a head for another protocol, and a body is not to be executed."""
+        self._unset_keepalive_if_required()
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except HttpParserUpgrade as upgrade:
+                    data = memoryview(data)[upgrade.args[0] :]
+                    self._begin_again()
+        except HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _begin_again(self) -> None:
+        """Read the same head without its upgrade, so that a body may follow. Raises HttpParserError."""
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        if method == b"CONNECT":
+            raise HttpParserError("this is no proxy")
+        lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -45,6 +78,8 @@ class Protocol(HttpToolsProtocol):
             self._await("head")
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._awaits = ""
         path, query = _split(self.url)
         models = self.app.models
@@ -58,12 +93,14 @@ class Protocol(HttpToolsProtocol):
         self.cycle = cycle = kind(self, models, model, parser.get_method(), query, self.headers, keep_alive=keep_alive)
         cycle.objection = self.app.guard.objection(path, self.headers)
         if before is None or before.response_complete:
+            self._current = cycle
             cycle.start()
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, self.app))  # type: ignore[arg-type]  # it is started below
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._current = cycle
         if isinstance(cycle, Prediction):
             cycle.start()
         else:
@@ -76,6 +113,8 @@ class Protocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         if isinstance(self.cycle, Prediction):
             self.cycle.complete()
         else:
@@ -113,8 +152,8 @@ class Protocol(HttpToolsProtocol):
 
     def look(self, now: float, patience: float) -> None:
         """Give up what takes too long."""
-        if isinstance(self.cycle, Prediction):
-            self.cycle.look(patience)
+        if isinstance(self._current, Prediction):
+            self._current.look(patience)
         waited = now - self._since
         if self._awaits == "head" and waited > patience:
             self._give_up()

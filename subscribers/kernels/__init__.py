@@ -20,6 +20,7 @@ Transposes are views: `a.mT` is multiplied as it lies in memory.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -38,6 +39,7 @@ __all__ = [
     "KernelUnavailable",
     "best_device",
     "choose",
+    "expected_scalars",
     "measured_peak",
     "result_dtype",
     "share_of_peak",
@@ -64,7 +66,7 @@ class Family(Protocol):
         """out ← alpha · A · B + beta · out, by the kernel called `name`.
 
         a [batch, m, k], b [batch, k, n], out [batch, m, n], any strides, no size 0, all on the kernel's device.
-        With beta = 0, out may hold anything, NaN too. alpha and beta are integers where out is.
+        With beta = 0, out may hold anything, NaN too. alpha is not 0. alpha and beta are integers where out is.
         """
 
 
@@ -99,7 +101,8 @@ class Kernel:
     ) -> torch.Tensor:
         """alpha · A · B + beta · C, on `device`, where all tensors are; `wait` before you look at a clock.
 
-        a: [..., m, k] and b: [..., k, n], of one dtype of `dtypes`, any strides; leading dimensions broadcast.
+        a: [..., m, k] and b: [..., k, n], of one dtype of `dtypes`, any strides; leading dimensions broadcast. With
+        alpha = 0 they are not looked at: NaN and infinity in them are nothing.
         c: [..., m, n] or what broadcasts to it, in `result_dtype`. out: [..., m, n], filled and returned; it may be c.
 
         Raises ValueError saying what was expected, KernelUnavailable if the kernel cannot run here.
@@ -112,7 +115,9 @@ class Kernel:
         if beta != 0 and c is not None and c is not out:
             out.copy_(c.expand(shape))
         (*batch, m, n), k = shape, a.shape[-1]
-        if k == 0 and 0 not in shape:
+        if dtype not in FLOATS:
+            alpha, beta = int(alpha), int(beta)
+        if (k == 0 or alpha == 0) and 0 not in shape:
             out.zero_() if beta == 0 else out.mul_(beta)
         elif 0 not in shape:
             flat = out if out.ndim == 3 else _flat(out, m, n)
@@ -122,8 +127,8 @@ class Kernel:
                 _flat(a.expand(*batch, m, k), m, k),
                 _flat(b.expand(*batch, k, n), k, n),
                 flat,
-                alpha if dtype in FLOATS else int(alpha),
-                beta if dtype in FLOATS else int(beta),
+                alpha,
+                beta,
             )
             if flat.data_ptr() != out.data_ptr():
                 out.copy_(flat.view(shape))
@@ -158,6 +163,17 @@ def best_device() -> Device:
 def result_dtype(dtype: str) -> str:
     """Of the product of two matrices of `dtype`."""
     return "int32" if dtype == "int8" else dtype
+
+
+def expected_scalars(dtype: str, alpha: float, beta: float) -> str:
+    """What alpha and beta have to be where A and B are of `dtype`; "" when they are."""
+    if result_dtype(dtype) not in FLOATS:
+        limits = torch.iinfo(getattr(torch, result_dtype(dtype)))
+        fit = all(one % 1 == 0 and limits.min <= one <= limits.max for one in (alpha, beta))
+        return "" if fit else f"integers from {limits.min} to {limits.max}"
+    most = torch.finfo(torch.float64 if dtype == "float64" else torch.float32).max
+    fit = all(abs(one) <= most or not math.isfinite(one) for one in (alpha, beta))
+    return "" if fit else "numbers that float32 has"
 
 
 def choose(
@@ -244,8 +260,8 @@ def _shape(
             f"A has shape {list(a.shape)} and B {list(b.shape)}; their leading dimensions do not broadcast"
         ) from None
     shape = (*batch, a.shape[-2], b.shape[-1])
-    if result_dtype(dtype) not in FLOATS and (alpha != int(alpha) or beta != int(beta)):
-        raise ValueError(f"alpha is {alpha} and beta {beta}; a product of integers expects integers")
+    if expected := expected_scalars(dtype, alpha, beta):
+        raise ValueError(f"alpha is {alpha} and beta {beta}; expected {expected}, as A and B are {dtype}")
     if beta != 0 and c is None:
         raise ValueError(f"beta is {beta} and there is no C; expected one of shape {list(shape)}")
     if c is not None and (_name(c.dtype) != result_dtype(dtype) or _broadcast(c.shape, shape) != shape):

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline import Reject
 from pipeline.catalog import MatmulJob, TensorFile
 
-from ..kernels import DTYPES, FLOATS, result_dtype
+from ..kernels import DTYPES, expected_scalars, result_dtype
 
 __all__ = ["Plan", "Shapes", "Tile", "check"]
 
@@ -84,8 +84,8 @@ def check(job: MatmulJob, a: Any, b: Any, c: Any | None) -> Shapes:
     except ValueError:
         raise Reject(f"{shown}; expected leading dimensions that broadcast") from None
     shapes = Shapes(m=a_shape[-2], k=a_shape[-1], n=b_shape[-1], batch=batch, dtype=a_dtype)
-    if shapes.out_dtype not in FLOATS and (job.alpha % 1 or job.beta % 1):
-        raise Reject(f"alpha is {job.alpha} and beta {job.beta}; expected integers, as A and B are {a_dtype}")
+    if expected := expected_scalars(a_dtype, job.alpha, job.beta):
+        raise Reject(f"alpha is {job.alpha} and beta {job.beta}; expected {expected}, as A and B are {a_dtype}")
     if job.beta and c is None:
         raise Reject(f"beta is {job.beta} and there is no C; expected one of shape {list(shapes.product)}")
     if c is not None and not (_name(c.dtype) == shapes.out_dtype and _broadcasts(tuple(c.shape), shapes.product)):

@@ -23,9 +23,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from pipeline.errors import ConfigurationError
+from pipeline.tensors import DTYPES
 
 __all__ = ["BadModel", "Engine", "ModelSpec", "OutOfMemory", "Predictor", "load", "read_spec"]
 
@@ -39,6 +40,8 @@ _ENGINES = {
     "sklearn": "sklearn_models",
 }
 _EXTRAS = {"onnx": "onnx", "sklearn": "sklearn"}
+_DTYPES = [name for name in DTYPES if name != "bfloat16"]
+"""What batches are stacked in: tensors' names of what numpy has."""
 
 
 class BadModel(ConfigurationError):
@@ -61,7 +64,7 @@ class ModelSpec(BaseModel):
     """Relative to the specification."""
     factory: str | None = None
     """`module:function` that makes the untrained module; kind safetensors only. It is the operator's own code."""
-    shape: list[int | None]
+    shape: list[PositiveInt | None]
     """Of one item; null where any size will do."""
     dtype: str = "float32"
     scale: float = 1.0
@@ -78,6 +81,14 @@ class ModelSpec(BaseModel):
     """Items at most in a batch."""
     elements: int | None = Field(default=None, ge=1)
     """Elements of all items at most in a batch: what a batch of items of different sizes costs."""
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        """Inputs are compared by this name: numpy's other names for it ("single", "<f4") would fit none."""
+        if dtype not in _DTYPES:
+            raise ValueError(f"{dtype!r} is none of {', '.join(_DTYPES)}")
+        return dtype
 
     def check(self, shape: tuple[int, ...], dtype: str) -> str:
         """Why an item cannot be the model's input; "" when it can."""
