@@ -245,6 +245,7 @@ class _Actions:
     controls: Controls
     markers: Markers
     access: Access
+    clock: Callable[[], float]
     channels: dict[str, Channel[Any]] = field(default_factory=dict)
     """Of events published by hand, by name."""
 
@@ -457,7 +458,7 @@ class _Actions:
         if ago is None:
             raise Refused(422, f'since={since}: use "30s", "5m", "2h", "7d"', {"since": "not a duration"})
         most = _whole(request.query_params.get("limit", "200"), "limit", 2000)
-        return JSONResponse(self.controls.actions(time.time() - ago, most))
+        return JSONResponse(self.controls.actions(self.clock() - ago, most))
 
     async def marks(self, request: Request) -> Response:
         try:
@@ -471,9 +472,12 @@ class _Actions:
         return JSONResponse(shown)
 
 
-def router(app: Pipeline, controls: Controls, markers: Markers, access: Access) -> APIRouter:
-    """The endpoints. `app` is the feed's, opened and closed by it; `controls` and `markers` are fed by it."""
-    actions, routes = _Actions(app, controls, markers, access), APIRouter(prefix="/api")
+def router(
+    app: Pipeline, controls: Controls, markers: Markers, access: Access, clock: Callable[[], float]
+) -> APIRouter:
+    """The endpoints. `app` is the feed's, opened and closed by it; `controls` and `markers` are fed by it; `clock` is
+    the server's."""
+    actions, routes = _Actions(app, controls, markers, access, clock), APIRouter(prefix="/api")
 
     def get(path: str, handler: Handler) -> None:
         async def look(request: Request) -> Response:

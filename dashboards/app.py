@@ -57,7 +57,7 @@ def create(url: str | None = None) -> FastAPI:
 
     app = FastAPI(title="Pipeline dashboard", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     _routes(app, feed, hub)
-    app.include_router(actions.router(feed.app, controls, feed.state.happened, access))
+    app.include_router(actions.router(feed.app, controls, feed.state.happened, access, feed.now))
     dash = Dash(
         "dashboards", server=cast(Any, app), backend="fastapi", assets_folder=str(HERE / "assets"), title="Pipeline",
         index_string=INDEX, update_title="", serve_locally=True, use_pages=True, pages_folder="",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
+import time
 import tracemalloc
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from dashboards.alerts import alerts
 from dashboards.browse import summary
 from dashboards.controls import Controls
 from dashboards.facts import channels, models, serving, totals
+from dashboards.feed import Feed
 from dashboards.flow import diagram
 from dashboards.jobs import Jobs
 from dashboards.numbers import numbers
@@ -25,10 +29,13 @@ from dashboards.runs import SLOTS, Runs, Trace, nice
 from dashboards.state import State
 from dashboards.streams import Stream, View
 from dashboards.wire import Series, decode, encode
-from pipeline import Message, Tensor, catalog
+from pipeline import Message, Pipeline, Tensor, catalog
 from pipeline.catalog import ModelStatus, TrainingMetrics
 from pipeline.ledger import ChannelLedger, GroupLedger, Ledger, ledger_channel
 from pipeline.metrics import LATENCY_BOUNDS, GroupSample, WorkerSample, metrics_channel
+from pipeline.testing import store
+
+from .apps import until
 
 T = 1_000_000.0
 STATUS: dict[str, Any] = {"live": True}
@@ -53,6 +60,35 @@ def sample(time: float, worker: str = "w", **more: Any) -> WorkerSample:
     fields: dict[str, Any] = {"app": "app", "host": "h", "pid": 1, "started": T, "published": {}, "groups": []}
     fields.update(more, worker=worker, version="1", interval=1.0, rss=1, cpu=0.5, dropped={})
     return WorkerSample(**fields)
+
+
+# -- clocks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("off", [3600.0, -3600.0])
+async def test_one_clock_counts_the_servers(off: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dashboard's host is a minute behind it, and one of two processes an hour off."""
+    started = time.time()
+    controls, app = Controls(), Pipeline("app", f"memory://clocks{off}")
+    async with app:
+        store(app).clock.advance(60)
+        feed = Feed(Pipeline("dashboard", f"memory://clocks{off}"), State(), controls.subscriptions())
+        following = asyncio.create_task(feed.run())
+        await app.publish(catalog.model_status, ModelStatus(model="m", version=1, worker="w", state="serving"))
+        await app.publish(metrics_channel, sample(T))
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.publishing.time", SimpleNamespace(time=lambda: started + off))
+            await app.publish(metrics_channel, sample(T, "other", host="i", started=started + off))
+        await app.publish(metrics_channel, sample(T))
+        await until(lambda: {"w", "other"} <= feed.state.workers.keys() and feed.live)
+        moment = started + 60
+        assert feed.now() == pytest.approx(moment, abs=5)
+        for worker in feed.state.workers.values():
+            assert worker.seen == pytest.approx(moment, abs=5)
+        assert feed.state.workers["other"].sample.started == pytest.approx(moment, abs=5)
+        assert set(controls.models()) == {"m"}
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
 
 
 # -- served models -----------------------------------------------------------------------------------------------
@@ -84,8 +120,8 @@ def test_workers_that_stopped_died_or_were_never_heard_serve_nothing() -> None:
     serve("begins", 2)
     hear(on_sample, sample(T, "other"), 3)
     assert living() == {"dies", "begins"}
-    for time in (10, 400, 600, 1200, 80_000):
-        hear(on_sample, sample(T, "other"), time)
+    for moment in (10, 400, 600, 1200, 80_000):
+        hear(on_sample, sample(T, "other"), moment)
         assert controls.models() == {}
 
 
