@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ class Ring:
     def __init__(self, columns: int, empty: float, dtype: Any = np.float64) -> None:
         self._empty = empty
         self._heads = [-1] * len(LEVELS)
-        self._data: list[Array] = [np.full((slots, columns), empty, dtype) for _, slots in LEVELS]
+        fill = np.zeros if empty == 0 else partial(np.full, fill_value=empty)  # zeros take no memory until written to
+        self._data: list[Array] = [fill((slots, columns), dtype=dtype) for _, slots in LEVELS]
         self.changed = math.inf
 
     def _rows(self, moment: float) -> list[Array]:

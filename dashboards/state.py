@@ -27,8 +27,11 @@ GONE_AFTER = 5.0
 """Seconds without a report after which a worker is shown as silent; it is forgotten after FORGOTTEN_AFTER."""
 FORGOTTEN_AFTER = 120.0
 MOST_SERIES = 256
-"""Series of one kind; beyond it the one that was quiet longest makes room. Histograms are big: fewer of them."""
-MOST_HISTOGRAMS = 48
+"""Series of one kind. Histograms are big, 2 MB each: fewer of them."""
+MOST_HISTOGRAMS = 128
+MOST_REFUSED = 4096
+QUIET = 600
+"""Seconds without news after which a series makes room for another."""
 
 R = TypeVar("R", bound=Ring)
 
@@ -52,30 +55,48 @@ class Worker:
 
 
 class Kind(dict[str, R]):
-    """The series of one kind, by name; the quietest makes room for a new one."""
+    """The series of one kind, by name. A new one takes the place of one that is quiet; where all are busy there is no
+    room, since who made it would be the next to go, and so on until none held anything."""
 
     def __init__(self, make: Callable[[], R], most: int = MOST_SERIES) -> None:
         super().__init__()
         self._make = make
         self._most = most
         self._order: OrderedDict[str, None] = OrderedDict()
-
-    def __missing__(self, name: str) -> R:
-        if len(self) >= self._most:
-            del self[next(iter(self._order))]
-        ring = self[name] = self._make()
-        return ring
+        self._refused: OrderedDict[str, int] = OrderedDict()
+        self._nowhere = make()
 
     def touch(self, name: str) -> R:
-        """The series, marked as the one heard last."""
-        ring = self[name]
+        """The series, marked as the one heard last; for one without room a ring that nobody reads."""
+        if name not in self and not self._has_room():
+            self._refused[name] = self._now
+            self._refused.move_to_end(name)
+            if len(self._refused) > MOST_REFUSED:
+                self._refused.popitem(last=False)
+            return self._nowhere
+        self._refused.pop(name, None)
         self._order[name] = None
         self._order.move_to_end(name)
-        return ring
+        return self[name] if name in self else self.setdefault(name, self._make())
 
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        self._order.pop(name, None)
+    def refused(self) -> list[str]:
+        """Series that had no room when they were heard."""
+        return [name for name, second in self._refused.items() if self._now - second < QUIET]
+
+    @property
+    def _now(self) -> int:
+        """The second in which any was heard last, with room or without."""
+        held = self[next(reversed(self._order))].newest(0) if self._order else -1
+        return max(held, self._nowhere.newest(0))
+
+    def _has_room(self) -> bool:
+        if len(self) < self._most:
+            return True
+        quietest = next(iter(self._order))
+        if self._now - self[quietest].newest(0) < QUIET:
+            return False
+        del self[quietest], self._order[quietest]
+        return True
 
 
 class State:
@@ -162,6 +183,8 @@ class State:
         seconds = max(0.2, moment - since)
         if now.published:
             spread(self.sums["published"].touch(name), since, moment, now.published - old.published)
+        if name not in self.sums["published"]:
+            self.base[name] = now.published
         self.rates[name] = (now.published - old.published) / seconds
         if internal(name):
             return

@@ -26,8 +26,8 @@ from dashboards.jobs import Jobs
 from dashboards.numbers import numbers
 from dashboards.rings import LEVELS, Gauge, Histogram, Sum, level_of, quantiles, spread
 from dashboards.runs import SLOTS, Runs, Trace, nice
-from dashboards.state import State
-from dashboards.streams import Stream, View
+from dashboards.state import MOST_SERIES, QUIET, State
+from dashboards.streams import Stream, View, left_out
 from dashboards.wire import Series, decode, encode
 from pipeline import Message, Pipeline, Tensor, catalog
 from pipeline.catalog import ModelStatus, TrainingMetrics
@@ -394,6 +394,27 @@ def test_cycles_of_no_array_are_left_out(active: Any) -> None:
     for shown in ([[True, False]], active):
         jobs.on_cycle(catalog.SystolicCycle(job="j", cycle=1, cycles=2, active=Tensor(np.asarray(shown))))
     assert jobs.facts()["systolic"]["size"] == [1, 2]
+
+
+# -- room --------------------------------------------------------------------------------------------------------
+
+
+def test_where_all_series_are_busy_new_ones_find_no_room_and_the_page_says_so() -> None:
+    """To make room for each by the one that is heard next would empty all of them."""
+    state, names = State(), [f"c{n:03}" for n in range(MOST_SERIES + 5)]
+    for second in range(5):
+        state.on_ledger(ledger(T + second, first=0, **dict.fromkeys(names, 10 * second + 7)))
+    browser, stream = Browser(), Stream(View("overview", window=60), state)
+    frame = stream.snapshot(T + 6, STATUS)
+    browser.take(frame)
+    assert decode(frame)[0]["facts"]["left_out"] == {"rate": 5}
+    assert [len(browser.rest("rate", name)) for name in names] == [5] * MOST_SERIES + [0] * 5
+    for one in numbers(state)["counts"].values():
+        assert one["published"] == one["base"] + one["held"]
+    for second in range(5, 8):
+        state.on_ledger(ledger(T + second + QUIET, first=0, **dict.fromkeys(names[-5:], 99)))
+    assert set(names[-5:]) <= set(state.sums["published"])
+    assert left_out(state, View("overview")) == {}
 
 
 # -- what is known -----------------------------------------------------------------------------------------------

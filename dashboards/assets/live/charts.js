@@ -1,6 +1,6 @@
 /* Charts: Plotly draws lines in ranges we choose; axes' texts, legends, the cursor and marks are ours.
    At most one redraw of a chart per animation frame, only of what is seen, and as many charts a frame as fit into it. */
-import { byId, clock, element, put, short, stepTicks, style, timeTicks, valueTicks, withUnit } from "./format.js";
+import { byId, clock, element, put, short, stepTicks, style, timeTicks, valueTicks, whole, withUnit } from "./format.js";
 import * as runs from "./runs.js";
 import { dirty, facts, figures, measures, now, status, trim } from "./store.js";
 import { change, view } from "./view.js";
@@ -147,6 +147,14 @@ function latest() {
   }
   const limit = now();
   return found && found > limit - 10 ? Math.min(found, limit + 5) : limit;
+}
+
+/* Charts hold so many series and no more. */
+export function tellLeftOut() {
+  for (const name of charts.keys()) {
+    const count = facts.left_out[name];
+    put(byId(`left-out-${name}`), count ? `without ${whole(count)} more, for which there is no room` : "");
+  }
 }
 
 const visible = (chart, name) => (chart.run ? runs.isShown(name) : !chart.hidden.has(name));

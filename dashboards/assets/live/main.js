@@ -38,6 +38,7 @@ function look() {
 function onFrame(frame) {
   if (frame && page && frame.page === root?.dataset.page) {
     page.update?.(frame.facts);
+    if (frame.facts.includes("left_out")) charts.tellLeftOut();
     if (frame.snapshot) charts.redraw();
     else if (frame.facts.includes("markers")) charts.redraw();
     else if (frame.touched.size) charts.schedule();
