@@ -83,7 +83,7 @@ class Ring:
 
 
 class Sum(Ring):
-    """How many in each bucket; NaN where nobody counted."""
+    """How many in each bucket; NaN where nobody counted. What is no number is left out."""
 
     __slots__ = ()
 
@@ -91,12 +91,14 @@ class Sum(Ring):
         super().__init__(1, math.nan)
 
     def add(self, moment: float, count: float) -> None:
+        if not math.isfinite(count):
+            return
         for row in self._rows(moment):
             row[0] = count if math.isnan(row[0]) else row[0] + count
 
 
 class Gauge(Ring):
-    """The last value of each bucket, the lowest and the highest."""
+    """The last value of each bucket, the lowest and the highest. What is no number is left out."""
 
     __slots__ = ()
 
@@ -104,6 +106,8 @@ class Gauge(Ring):
         super().__init__(3, math.nan)
 
     def set(self, moment: float, value: float) -> None:
+        if not math.isfinite(value):
+            return
         for row in self._rows(moment):
             row[0] = value
             row[1] = value if math.isnan(row[1]) else min(row[1], value)

@@ -47,11 +47,9 @@ class Worker:
 
     seen: float
     sample: WorkerSample
+    label: str
+    """What its series are called."""
     gone: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.sample.app} {self.sample.pid}"
 
 
 class Kind(dict[str, R]):
@@ -221,7 +219,7 @@ class State:
         self._look_for_gone(moment)
         worker = self.workers.get(sample.worker)
         if worker is None:
-            worker = self.workers[sample.worker] = Worker(moment, sample)
+            worker = self.workers[sample.worker] = Worker(moment, sample, self._label(sample))
         worker.seen, worker.sample, worker.gone = moment, sample, sample.last
         for channel, count in sample.published.items():
             known = self.publishes.setdefault((sample.app, channel), {})
@@ -239,6 +237,11 @@ class State:
             (one.seen for one in self.workers.values() if one.sample.groups and not one.gone), default=0.0
         )
         self.changes += 1
+
+    def _label(self, sample: WorkerSample) -> str:
+        """With its host where there are several: the first process of every container has the same pid."""
+        several = any(one.sample.host != sample.host for one in self.workers.values())
+        return f"{sample.app} {sample.pid}" + (f" on {sample.host}" if several else "")
 
     def _on_sample(self, group: GroupSample, since: float, moment: float) -> None:
         name = pair(group.channel, group.group)
@@ -268,7 +271,7 @@ class State:
         self.changes += 1
 
     def on_prediction(self, prediction: Prediction, moment: float) -> None:
-        self.version = max(self.version, prediction.version)
+        self.version = prediction.version  # which is lower than before after a roll-back
         if prediction.truth is not None:
             right = prediction.label == prediction.truth
             self._verdicts[right] += 1
@@ -288,11 +291,10 @@ class State:
 
     def on_matmul(self, result: MatmulResult, moment: float) -> None:
         name = f"{result.kernel} on {result.device}"
-        self.gauges["gflops"].touch(name).set(moment, result.gflops)
         self.sums["products"].touch(name).add(moment, 1)
-        share = getattr(result, "peak_share", None)
-        if share is not None and math.isfinite(share):
-            self.gauges["peak"].touch(name).set(moment, share)
+        for kind, value in (("gflops", result.gflops), ("peak", getattr(result, "peak_share", None))):
+            if value is not None and math.isfinite(value):
+                self.gauges[kind].touch(name).set(moment, value)
         self.changes += 1
 
     def close_seconds(self, now: float) -> None:

@@ -17,7 +17,7 @@ from .figures import PAGES, Figure, on_page
 from .rings import LEVELS, Histogram, Ring, level_of
 from .runs import Axis, Trace, nice
 from .state import State
-from .wire import Series, encode
+from .wire import Series, dumps, encode
 
 __all__ = ["Stream", "View", "closed", "left_out", "series_of"]
 
@@ -140,6 +140,8 @@ class Stream:
         """(figure, series) → the first bucket not sent."""
         self._widths: dict[tuple[str, str], tuple[float, int]] = {}
         """(figure, series) of runs → width of its buckets, and which was the first sent."""
+        self._traces_sent: dict[tuple[str, str], Trace] = {}
+        """(figure, series) of runs → where its points came from: a run of the same name may have begun anew."""
         self._facts: dict[str, str] = {}
         self._next_facts = 0.0
         self._changes = -1
@@ -191,7 +193,7 @@ class Stream:
         known = facts(self._state, self.view.page, self.view.channel, now)
         known["left_out"] = left_out(self._state, self.view)
         for name, value in known.items():
-            text = json.dumps(value, separators=(",", ":"))
+            text = dumps(value)
             if self._facts.get(name) != text:
                 self._facts[name] = text
                 found[name] = value
@@ -291,7 +293,7 @@ class Stream:
     def _new_of_runs(self, figure: Figure, now: float) -> Iterator[Series]:
         for name, trace in self._traces(figure):
             key = (figure.name, name)
-            if key not in self._widths:
+            if self._traces_sent.get(key) is not trace:
                 self._begin(key, trace, now)
             elif not trace.ordered and (figure.kind, name) in self._state.runs.changed:
                 self._begin(key, trace, now)  # steps went back: what was sent may be wrong
@@ -313,6 +315,7 @@ class Stream:
     def _begin(self, key: tuple[str, str], trace: Trace, now: float) -> None:
         width = self._width(trace, now)
         start = int(self._limits(trace, now)[0] // width)
+        self._traces_sent[key] = trace
         self._widths[key] = (width, start)
         self._through[key] = start
 

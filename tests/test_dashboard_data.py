@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import math
 import time
 import tracemalloc
@@ -28,7 +29,7 @@ from dashboards.rings import LEVELS, Gauge, Histogram, Sum, level_of, quantiles,
 from dashboards.runs import SLOTS, Runs, Trace, nice
 from dashboards.state import MOST_SERIES, QUIET, State
 from dashboards.streams import Stream, View, left_out
-from dashboards.wire import Series, decode, encode
+from dashboards.wire import Series, decode, dumps, encode
 from pipeline import Message, Pipeline, Tensor, catalog
 from pipeline.catalog import ModelStatus, TrainingMetrics
 from pipeline.ledger import ChannelLedger, GroupLedger, Ledger, ledger_channel
@@ -58,7 +59,7 @@ def grouped(time: float, published: int, **counts: int) -> Ledger:
 
 def sample(time: float, worker: str = "w", **more: Any) -> WorkerSample:
     fields: dict[str, Any] = {"app": "app", "host": "h", "pid": 1, "started": T, "published": {}, "groups": []}
-    fields.update(more, worker=worker, version="1", interval=1.0, rss=1, cpu=0.5, dropped={})
+    fields.update({"cpu": 0.5, **more}, worker=worker, version="1", interval=1.0, rss=1, dropped={})
     return WorkerSample(**fields)
 
 
@@ -231,6 +232,29 @@ def test_steps_that_go_back_are_sorted_and_no_number_is_no_value() -> None:
     trace = runs.by_name["r"].traces["loss"]
     assert trace.read("step", 1, 0, 0, math.inf, now=T + 9).columns[:, 0].tolist() == [1, 2, 3]
     assert set(runs.by_name["r"].traces) == {"loss"}
+
+
+def test_a_run_that_begins_again_under_its_name_is_a_new_one_and_one_that_is_taken_up_goes_on() -> None:
+    state, browser = State(), Browser()
+    stream = Stream(View("training"), state)
+    browser.take(stream.snapshot(T, STATUS))
+
+    def log(steps: range, moment: float) -> None:
+        for step in steps:
+            state.on_training(TrainingMetrics(run="r", step=step, values={"loss": float(step)}), moment + step)
+        for tick in range(10):  # charts of runs take turns
+            browser.take(stream.delta(moment + steps[-1] + 5 + tick / 10, STATUS))
+
+    def row() -> tuple[int, float]:
+        found = state.runs.by_name["r"].facts(T)
+        return found["step"], found["seconds"]
+
+    log(range(600), T)
+    log(range(500, 550), T + 10_000)  # from a checkpoint
+    assert row() == (549, 599 + 49)
+    log(range(5), T + 90_000)
+    assert row() == (4, 4)
+    assert browser.rest("loss", "r") == {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}
 
 
 # -- frames ------------------------------------------------------------------------------------------------------
@@ -472,6 +496,24 @@ def test_who_falls_silent_while_others_are_heard_is_told_and_an_outage_blames_no
     assert ["app 2 on h fell silent" in alert["text"] for alert in alerts(state, T + 70)] == [True]
 
 
+def test_processes_of_one_pid_on_two_hosts_are_two_lines() -> None:
+    """As the first processes of containers are."""
+    state = State()
+    for second in range(3):
+        state.on_worker(sample(T, "a", host="one", pid=7, cpu=0.9), T + second)
+        state.on_worker(sample(T, "b", host="two", pid=7, cpu=0.1), T + second)
+    assert {name: ring.read(0, int(T), int(T) + 1)[0, 0] for name, ring in state.gauges["cpu"].items()} == {
+        "app 7": 0.9, "app 7 on two": 0.1,
+    }  # fmt: skip
+
+
+def test_weights_that_are_rolled_back_are_what_is_shown() -> None:
+    state = State()
+    for version in (7, 8, 3):
+        state.on_prediction(catalog.Prediction.model_construct(label=1, truth=1, version=version), T)
+    assert (totals(state)["version"], serving(state, T)["digits"]["version"]) == (3, 3)
+
+
 def test_batches_of_groups_of_one_name_are_told_apart() -> None:
     state = State()
     groups = [
@@ -513,6 +555,46 @@ def test_events_are_shown_with_tensors_as_pictures_and_statistics() -> None:
     assert shown["label"] == 3
     assert (shown["image"]["low"], shown["image"]["high"], shown["image"]["mean"]) == (0, 63, 31.5)
     assert shown["image"]["picture"].startswith("data:image/png;base64,")
-    assert shown["many"]["tensor"] == "numbers [100]"
+    assert shown["many"]["\0tensor"] == "numbers [100]"
     assert len(shown["text"]) < 5000
-    assert summary({"dtype": "float32", "shape": [2], "data": "!"}) == {"tensor": "float32 [2]"}
+    assert summary({"dtype": "float32", "shape": [2], "data": "!"}) == {"\0tensor": "float32 [2]"}
+
+
+def test_no_event_passes_for_the_summary_of_a_tensor() -> None:
+    """Whose picture a browser would fetch."""
+    forged = {"\0tensor": "mine", "picture": "http://evil.example", "tensor": "too"}
+    assert summary({"a": [forged]}) == {"a": [{"␀tensor": "mine", "picture": "http://evil.example", "tensor": "too"}]}
+
+
+def test_numbers_that_are_none_or_are_huge_are_shown_all_the_same() -> None:
+    highest = np.finfo(np.float64).max
+    for values in (np.full((8, 8), highest), np.array([[-highest, math.inf, math.nan, highest]] * 4)):
+        json.dumps(summary(Tensor(values).to_json()), allow_nan=False)
+    assert summary(Tensor(np.full(8, 1.7e308)).to_json())["mean"] == 1.7e308
+    assert summary([math.nan, -math.inf, 1.5]) == ["nan", "-inf", 1.5]
+    assert summary([10**400] * 65)[-1] == "… and 1 more"
+
+
+def test_one_number_that_is_none_does_not_take_the_page_with_it() -> None:
+    """A browser refuses a frame that has Infinity anywhere."""
+    state, browser = State(), Browser()
+    stream = Stream(View("matmul", window=60), state)
+    browser.take(stream.snapshot(T, STATUS))
+    for second, gflops in enumerate((10.0, math.inf, math.nan, 20.0)):
+        for kernel in ("blas", "odd") if gflops == math.inf else ("blas",):
+            result = catalog.MatmulResult(
+                job="j", m=4, k=4, n=4, dtype="float32", device="cpu", kernel=kernel, seconds=1e-9, gflops=gflops
+            )
+            state.on_matmul(result, T + second)
+    tile = {"job": "j", "worker": "w", "m": 1, "k": 1, "n": 1, "done": 1, "total": 2, "seconds": math.inf}
+    state.jobs.on_tile(catalog.TileProgress.model_validate(tile), T)
+    frame = stream.delta(T + 9, STATUS)
+    assert frame is not None
+    head = frame[4 : 4 + int.from_bytes(frame[:4], "little")]
+    facts = json.loads(head, parse_constant=pytest.fail)["facts"]
+    assert [(row["last"], row["best"]) for row in facts["kernels"]] == [(20, 20)]
+    assert facts["tiles"][0]["started"] is None
+    browser.take(frame)
+    held = browser.rest("gflops", "blas on cpu")
+    assert {x: y for x, y in held.items() if not math.isnan(y)} == {T: 10, T + 3: 20}
+    assert json.loads(dumps({"a": [(math.inf, 1)], "b": math.nan})) == {"a": [[None, 1]], "b": None}
