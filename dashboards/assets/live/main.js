@@ -22,7 +22,7 @@ let root = null, page = null;
 function look() {
   const found = byId("page");
   if (found === root) return;
-  if (page) { charts.unmount(); tables.forget(); page.unmount?.(); }
+  if (page) { charts.unmount(); tables.forget(); page.unmount?.(); byId("dialog")?.close(); }   // it asks about a page that was left
   root = found;
   page = null;
   if (!root) return;
