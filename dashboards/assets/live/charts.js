@@ -477,10 +477,11 @@ function save(name, href) {
 }
 
 async function exportPng(chart) {
+  draw(chart);   // it may not have been seen for a while
   const { wide, tall, shown } = chart.drawn, longest = Math.max(1, ...shown.map((name) => name.length));
-  const rows = Math.ceil(shown.length / Math.max(1, Math.floor(wide / (50 + 7 * longest)))), height = tall + 34 + 19 * rows;   // as wide as Plotly makes its columns
+  const rows = Math.ceil(shown.length / Math.max(1, Math.floor(wide / (50 + 7 * longest)))), below = 10 + 19 * rows, height = tall + 24 + below;   // as wide as Plotly makes its columns
   const data = chart.plot.data.map((trace) => ({ ...trace, showlegend: Boolean(trace.name) }));
-  const layout = { ...chart.plot.layout, paper_bgcolor: palette.panel, title: { text: chart.title, x: 0.02, font: { size: 13 } }, margin: { ...MARGIN, t: 34 }, height, showlegend: true, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { color: palette.soft } } };
+  const layout = { ...chart.plot.layout, paper_bgcolor: palette.panel, title: { text: chart.title, x: 0.02, font: { size: 13 } }, margin: { ...MARGIN, t: 34, b: MARGIN.b + below }, height, showlegend: true, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { color: palette.soft } } };
   const href = await window.Plotly.toImage({ data, layout }, { format: "png", width: wide, height, scale: 2 });
   save(file(chart, "png"), href);
 }
