@@ -28,9 +28,12 @@ class Access:
         self.token = token
 
     def knows(self, connection: HTTPConnection) -> bool:
-        """Whether the token came along, in the header or the cookie; where none is set, whoever asks may look."""
-        header = connection.headers.get("authorization")
-        return self.is_token(connection.cookies.get(COOKIE) if header is None else header.removeprefix("Bearer "))
+        """Whether the token came along, in the header or the cookie; where none is set, whoever asks may look.
+
+        A proxy may add a header of its own, of another scheme."""
+        scheme, _, given = connection.headers.get("authorization", "").partition(" ")
+        bearer = given.strip() if scheme.lower() == "bearer" else None
+        return self.is_token(bearer) or self.is_token(connection.cookies.get(COOKIE))
 
     def is_token(self, given: str | None) -> bool:
         if self.token is None:

@@ -24,6 +24,9 @@ POST /api/runs/start        {"run"?, "mode"?, "compress"?, "workers"?, "rounds"?
 
 GET  /api/schemas           200 [{"channel", "type", "durable"}, …]: what may be published to
 GET  /api/schemas?channel=… 200 {"channel", "type", "durable", "schema"}
+GET  /api/channels/NAME     [?count=20]
+                            200 {"channel", "type", "durable", "events": [{"id", "time", "key", "data", …}, …]}, the
+                            newest first; of a live channel what comes within 1.5 s
 POST /api/events            {"channel", "event", "key"?, "delay"?}                  202 {"id"}
 
 GET  /api/audit             [?since=1h &limit=200]
@@ -51,7 +54,7 @@ Errors are {"error": "what is wrong and what to do"}; 422 has "fields" beside it
 
 401  a token is set, and it was not given (Authorization: Bearer …, or the cookie of /?token=…)
 403  from a page of another origin; no token is set and the request is not from this machine; a channel of the framework
-404  no such channel, group, publisher, model
+404  no such channel, group, publisher, model, address
 409  nothing to roll back to; a run of that name is under way; a live channel's group (nothing waits there)
 413  more than 8 MiB                                415  a POST that is not application/json
 422  not as the table says                          503  Redis does not answer
@@ -75,7 +78,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
@@ -89,8 +91,10 @@ from pipeline.transports.client import LinkLost, ReplyError
 from pipeline.watching import seconds_ago
 
 from .access import Access, Denied
+from .browse import events
 from .controls import Controls
 from .markers import Markers
+from .wire import Json
 
 __all__ = ["router"]
 
@@ -245,6 +249,7 @@ class _Actions:
     controls: Controls
     markers: Markers
     access: Access
+    clock: Callable[[], float]
     channels: dict[str, Channel[Any]] = field(default_factory=dict)
     """Of events published by hand, by name."""
 
@@ -271,7 +276,7 @@ class _Actions:
             raise
         finally:
             await self._write_down(request, who, action, wanted, outcome, detail)
-        return JSONResponse(done.body, done.status)
+        return Json(done.body, done.status)
 
     async def _write_down(
         self, request: Request, who: str, action: str, wanted: _Input, outcome: str, detail: str
@@ -301,14 +306,14 @@ class _Actions:
         query = request.query_params
         async with _redis(self.app, BULK_PATIENCE):
             if "channel" not in query:
-                return JSONResponse({"channels": await self._open_letters()})
+                return Json({"channels": await self._open_letters()})
             channel, most = query["channel"], _whole(query.get("limit", "100"), "limit", 10_000)
             await self._record(channel)
             letters = await self.app.dead_letters(channel, query.get("group"), reason=query.get("reason"))
         shown = [describe(message) for message in letters[::-1][:most]]
         if query.get("tensors") not in ("true", "1"):
             shown = [{**letter, "events": outline(letter["events"])} for letter in shown]
-        return JSONResponse({"channel": channel, "open": len(letters), "letters": shown})
+        return Json({"channel": channel, "open": len(letters), "letters": shown})
 
     async def _open_letters(self) -> dict[str, Any]:
         ledger = await self.app.stats()
@@ -355,7 +360,7 @@ class _Actions:
     # -- publishers, models, runs --------------------------------------------------------------------------------
 
     async def publishers(self, _: Request) -> Response:
-        return JSONResponse(self.controls.publishers())
+        return Json(self.controls.publishers())
 
     async def set_rate(self, wanted: _Rate) -> Done:
         known = self.controls.publishers()
@@ -368,7 +373,7 @@ class _Actions:
         return Done({"id": receipt.id}, rate, 202)
 
     async def models(self, _: Request) -> Response:
-        return JSONResponse(self.controls.models())
+        return Json(self.controls.models())
 
     async def load(self, wanted: _Load) -> Done:
         known = self.controls.models()
@@ -393,11 +398,18 @@ class _Actions:
         return Done({"id": receipt.id, "version": version, "source": source}, detail, 202)
 
     async def runs(self, _: Request) -> Response:
-        return JSONResponse(self.controls.runs())
+        return Json(self.controls.runs())
 
     async def start_run(self, wanted: _Run) -> Done:
-        if any(run["run"] == wanted.run and run["state"] in ("waiting", "started") for run in self.controls.runs()):
-            raise Refused(409, f"run {wanted.run!r} is under way; choose another name")
+        for run in self.controls.runs():
+            if run["run"] != wanted.run:
+                continue
+            if run["state"] == "started":
+                raise Refused(409, f"run {wanted.run!r} is under way; choose another name")
+            if run["state"] == "waiting" and self.clock() - run["time"] < catalog.run_starts.keep:
+                raise Refused(
+                    409, f"run {wanted.run!r} is asked for and waits for a launcher: python -m publishers.training"
+                )
         async with _redis(self.app):
             receipt = await self.app.publish(catalog.run_starts, StartRun.model_validate(wanted.model_dump()))
         return Done({"id": receipt.id, "run": wanted.run}, f"{wanted.mode}, {wanted.workers} workers", 202)
@@ -410,9 +422,19 @@ class _Actions:
             if name is None:
                 records = await self.app.registry.records()
                 listed = [_summary(record) for record in records.values() if not internal(record.name)]
-                return JSONResponse(listed)
+                return Json(listed)
             record = await self._record(name)
-        return JSONResponse({**_summary(record), "schema": record.schema})
+        return Json({**_summary(record), "schema": record.schema})
+
+    async def channel(self, request: Request) -> Response:
+        count = _whole(request.query_params.get("count", "20"), "count", 10_000)
+        async with _redis(self.app):
+            try:
+                return Json(await events(self.app, request.path_params["name"], count))
+            except UnknownChannel as error:
+                raise Refused(404, str(error)) from None
+            except PipelineError as error:
+                raise Refused(503, str(error)) from None
 
     async def publish(self, wanted: _TestEvent) -> Done:
         if internal(wanted.channel):
@@ -457,7 +479,7 @@ class _Actions:
         if ago is None:
             raise Refused(422, f'since={since}: use "30s", "5m", "2h", "7d"', {"since": "not a duration"})
         most = _whole(request.query_params.get("limit", "200"), "limit", 2000)
-        return JSONResponse(self.controls.actions(time.time() - ago, most))
+        return Json(self.controls.actions(self.clock() - ago, most))
 
     async def marks(self, request: Request) -> Response:
         try:
@@ -468,12 +490,15 @@ class _Actions:
             {"time": one.time, "kind": one.kind, "text": one.text, "subject": one.subject}
             for one in self.markers.since(since)
         ]
-        return JSONResponse(shown)
+        return Json(shown)
 
 
-def router(app: Pipeline, controls: Controls, markers: Markers, access: Access) -> APIRouter:
-    """The endpoints. `app` is the feed's, opened and closed by it; `controls` and `markers` are fed by it."""
-    actions, routes = _Actions(app, controls, markers, access), APIRouter(prefix="/api")
+def router(
+    app: Pipeline, controls: Controls, markers: Markers, access: Access, clock: Callable[[], float]
+) -> APIRouter:
+    """The endpoints. `app` is the feed's, opened and closed by it; `controls` and `markers` are fed by it; `clock` is
+    the server's."""
+    actions, routes = _Actions(app, controls, markers, access, clock), APIRouter(prefix="/api")
 
     def get(path: str, handler: Handler) -> None:
         async def look(request: Request) -> Response:
@@ -502,10 +527,17 @@ def router(app: Pipeline, controls: Controls, markers: Markers, access: Access) 
     get("/runs", actions.runs)
     post("/runs/start", "start-run", _Run, actions.start_run)
     get("/schemas", actions.schemas)
+    get("/channels/{name:path}", actions.channel)
     post("/events", "publish", _TestEvent, actions.publish)
     get("/audit", actions.audit)
     get("/markers", actions.marks)
+    get("/{path:path}", _nowhere)
     return routes
+
+
+async def _nowhere(request: Request) -> Response:
+    """Dash would answer with a page."""
+    raise Refused(404, f"there is no {request.url.path}; dashboards/actions.py lists what there is")
 
 
 def _answering(handler: Handler) -> Handler:
@@ -515,10 +547,10 @@ def _answering(handler: Handler) -> Handler:
         try:
             return await handler(request)
         except Denied as error:
-            return JSONResponse({"error": str(error)}, error.status)
+            return Json({"error": str(error)}, error.status)
         except Refused as error:
             fields = {} if error.fields is None else {"fields": error.fields}
-            return JSONResponse({"error": str(error), **fields}, error.status)
+            return Json({"error": str(error), **fields}, error.status)
 
     return answer
 

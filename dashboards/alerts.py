@@ -73,7 +73,9 @@ def _of_workers(state: State, now: float) -> Iterator[Alert]:
         yield Alert("warn", f"{len(silent)} processes fell silent: {names}", "/workers")
     else:
         for worker in silent:
-            yield Alert("warn", f"{worker.label} on {worker.sample.host} fell silent", "/workers")
+            yield Alert(
+                "warn", f"{worker.sample.app} {worker.sample.pid} on {worker.sample.host} fell silent", "/workers"
+            )
     for marker in state.happened.since(now - RECENT):
         if marker.kind == "refused":
             yield Alert("warn", marker.text, "/serving")

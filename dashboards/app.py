@@ -12,14 +12,13 @@ from typing import Any, cast
 import plotly
 from dash import Dash
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse
 
-from pipeline import Pipeline, PipelineError
+from pipeline import Pipeline
 from pipeline.settings import settings
 
 from . import actions, pages
 from .access import Access
-from .browse import events
 from .controls import Controls
 from .feed import Feed
 from .figures import specification
@@ -29,6 +28,7 @@ from .numbers import numbers
 from .shell import INDEX, shell
 from .state import State
 from .streams import View
+from .wire import Json
 
 __all__ = ["create", "server"]
 
@@ -57,7 +57,7 @@ def create(url: str | None = None) -> FastAPI:
 
     app = FastAPI(title="Pipeline dashboard", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     _routes(app, feed, hub)
-    app.include_router(actions.router(feed.app, controls, feed.state.happened, access))
+    app.include_router(actions.router(feed.app, controls, feed.state.happened, access, feed.now))
     dash = Dash(
         "dashboards", server=cast(Any, app), backend="fastapi", assets_folder=str(HERE / "assets"), title="Pipeline",
         index_string=INDEX, update_title="", serve_locally=True, use_pages=True, pages_folder="",
@@ -111,17 +111,9 @@ def _routes(app: FastAPI, feed: Feed, hub: Hub) -> None:
         return specification()
 
     @app.get("/api/series")
-    async def series() -> JSONResponse:
+    async def series() -> Json:
         """All counts as numbers: channel by channel what the server has, and what the buckets add up to."""
-        return JSONResponse({**hub.status(0.0), **numbers(feed.state)})
-
-    @app.get("/api/channels/{name:path}")
-    async def channel(name: str, count: int = 20) -> JSONResponse:
-        """The newest events of a channel."""
-        try:
-            return JSONResponse(await events(feed.app, name, count))
-        except PipelineError as error:
-            return JSONResponse({"error": str(error)}, 404 if feed.live else 503)
+        return Json({**hub.status(0.0), **numbers(feed.state)})
 
     @app.websocket("/feed")
     async def stream(socket: WebSocket) -> None:

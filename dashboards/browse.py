@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import math
 from collections import deque
 from typing import Any
 
@@ -23,6 +24,7 @@ LOOK = 1.5
 """Seconds for which a live channel is listened to; it has no past."""
 SIDE = 64
 MOST_TEXT = 4000
+TENSOR = "\0tensor"
 
 
 async def events(app: Pipeline, name: str, count: int) -> dict[str, Any]:
@@ -66,28 +68,31 @@ def _plain(codec: Codec[Any], event: Any) -> Any:
 
 
 def summary(value: Any) -> Any:
-    """JSON with tensors as `{"tensor": "float32 [8, 8]", "low", "high", "mean", "picture"?}`, long texts cut short."""
+    """JSON with tensors as `{"\\0tensor": "float32 [8, 8]", "low", "high", "mean", "picture"?}`, long texts cut short.
+
+    No event can pass for such a summary, whose picture a browser would fetch from wherever it says: their names have no
+    NUL in what comes back."""
     if isinstance(value, dict):
         if set(value) == {"dtype", "shape", "data"}:
             return _tensor(value)
-        return {name: summary(item) for name, item in value.items()}
+        return {name.replace("\0", "␀"): summary(item) for name, item in value.items()}
     if isinstance(value, list):
         return _numbers(value) if len(value) > 64 else [summary(item) for item in value]
     if isinstance(value, str) and len(value) > MOST_TEXT:
         return f"{value[:MOST_TEXT]} … ({len(value):,} characters)"
-    return value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(values: list[Any]) -> Any:
     try:
         array = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return [*(summary(item) for item in values[:64]), f"… and {len(values) - 64} more"]
-    return {"tensor": f"numbers {list(array.shape)}", **_statistics(array)}
+    return {TENSOR: f"numbers {list(array.shape)}", **_statistics(array)}
 
 
 def _tensor(value: dict[str, Any]) -> dict[str, Any]:
-    described = {"tensor": f"{value['dtype']} {value['shape']}"}
+    described = {TENSOR: f"{value['dtype']} {value['shape']}"}
     try:
         array = np.asarray(Tensor.from_json(value))
     except (ValueError, TypeError):
@@ -102,11 +107,17 @@ def _statistics(array: npt.NDArray[Any]) -> dict[str, Any]:
     finite = numbers[np.isfinite(numbers)]
     found: dict[str, Any] = {"not finite": int(numbers.size - finite.size)} if finite.size < numbers.size else {}
     if finite.size:
-        found.update(
-            low=float(f"{finite.min():.4g}"), high=float(f"{finite.max():.4g}"), mean=float(f"{finite.mean():.4g}")
-        )
+        with np.errstate(over="ignore"):
+            mean = finite.mean()
+        mean = mean if np.isfinite(mean) else (finite / finite.size).sum()  # the sum of all was beyond what floats hold
+        found.update(low=_short(finite.min()), high=_short(finite.max()), mean=_short(mean))
     picture = _picture(array)
     return {**found, "picture": picture} if picture else found
+
+
+def _short(value: float) -> float:
+    short = float(f"{value:.4g}")
+    return short if math.isfinite(short) else float(value)  # the highest ones cannot be rounded up
 
 
 def _picture(array: npt.NDArray[Any]) -> str | None:
@@ -120,8 +131,9 @@ def _picture(array: npt.NDArray[Any]) -> str | None:
     step = max(1, -(-max(squeezed.shape[:2]) // SIDE))
     small = np.nan_to_num(squeezed[::step, ::step].astype(np.float64))
     if array.dtype != np.uint8:
+        small /= 2  # the highest less the lowest may be more than floats hold
         low, high = small.min(), small.max()
-        small = (small - low) * (255.0 / (high - low) if high > low else 0.0)
+        small = (small - low) / (high - low) * 255.0 if high > low else np.zeros_like(small)
     pixels = small.astype(np.uint8)
     if not coloured:
         pixels = np.repeat(pixels[:, :, None], 3, axis=2)

@@ -91,6 +91,7 @@ def _chart(figure: Figure) -> Any:
                 [
                     html.H2(figure.title),
                     html.Span(figure.unit, className="unit"),
+                    html.Span(id=f"left-out-{name}", className="note"),
                     html.Span(className="grow"),
                     html.Button("PNG", className="tiny", **data(export="png"), **aria(label=f"{figure.title} as PNG")),
                     html.Button("CSV", className="tiny", **data(export="csv"), **aria(label=f"{figure.title} as CSV")),

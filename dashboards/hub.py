@@ -67,7 +67,7 @@ class Hub:
             self._tick()
 
     def _tick(self) -> None:
-        now, state = time.time(), self._feed.state
+        now, state = self._feed.now(), self._feed.state
         state.close_seconds(now)
         for view in list(self._streams):
             self._send(view, now)
@@ -97,7 +97,7 @@ class Hub:
     def show(self, viewer: Viewer, view: View) -> None:
         """Let a viewer look at this, a snapshot first. What is in that is in no delta to come."""
         self.leave(viewer)
-        now = time.time()
+        now = self._feed.now()
         if view not in self._streams:
             self._streams[view] = Stream(view, self._feed.state)
             self._viewers[view] = set()
@@ -126,14 +126,14 @@ class Hub:
                 continue
             if not behind:
                 return frame
-            now = time.time()
+            now = self._feed.now()
             self._send(view, now)  # what is new goes to the others too
             viewer.clear()
             return self._streams[view].snapshot(now, self.status(now))
 
     def snapshot(self, view: View) -> bytes:
         """Everything of a view, once."""
-        now = time.time()
+        now = self._feed.now()
         return Stream(view, self._feed.state).snapshot(now, self.status(now))
 
     def status(self, now: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ class Ring:
     def __init__(self, columns: int, empty: float, dtype: Any = np.float64) -> None:
         self._empty = empty
         self._heads = [-1] * len(LEVELS)
-        self._data: list[Array] = [np.full((slots, columns), empty, dtype) for _, slots in LEVELS]
+        fill = np.zeros if empty == 0 else partial(np.full, fill_value=empty)  # zeros take no memory until written to
+        self._data: list[Array] = [fill((slots, columns), dtype=dtype) for _, slots in LEVELS]
         self.changed = math.inf
 
     def _rows(self, moment: float) -> list[Array]:
@@ -81,7 +83,7 @@ class Ring:
 
 
 class Sum(Ring):
-    """How many in each bucket; NaN where nobody counted."""
+    """How many in each bucket; NaN where nobody counted. What is no number is left out."""
 
     __slots__ = ()
 
@@ -89,12 +91,14 @@ class Sum(Ring):
         super().__init__(1, math.nan)
 
     def add(self, moment: float, count: float) -> None:
+        if not math.isfinite(count):
+            return
         for row in self._rows(moment):
             row[0] = count if math.isnan(row[0]) else row[0] + count
 
 
 class Gauge(Ring):
-    """The last value of each bucket, the lowest and the highest."""
+    """The last value of each bucket, the lowest and the highest. What is no number is left out."""
 
     __slots__ = ()
 
@@ -102,6 +106,8 @@ class Gauge(Ring):
         super().__init__(3, math.nan)
 
     def set(self, moment: float, value: float) -> None:
+        if not math.isfinite(value):
+            return
         for row in self._rows(moment):
             row[0] = value
             row[1] = value if math.isnan(row[1]) else min(row[1], value)

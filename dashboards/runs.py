@@ -23,6 +23,10 @@ SLOTS = 2048
 SETTLED = 2.0
 """Seconds without a new value after which the last bucket counts as finished."""
 
+AGAIN = 3.0
+"""Seconds without news after which a lower step is that of a run that began again; workers' reports may come in a
+slightly different order before."""
+
 STEP, TIME, LAST, LOW, HIGH = range(5)
 
 
@@ -139,8 +143,12 @@ class Run:
 
     name: str
     started: float
+    first: int
+    """The step it began with."""
     heard: float = 0.0
     step: int = -1
+    away: float = 0.0
+    """Seconds in which it did not run, before it was taken up again."""
     traces: dict[str, Trace] = field(default_factory=dict)
 
     def facts(self, now: float) -> dict[str, Any]:
@@ -153,7 +161,7 @@ class Run:
             "started": self.started,
             "heard": self.heard,
             "live": now - self.heard < 10.0,
-            "seconds": self.heard - self.started,
+            "seconds": self.heard - self.started - self.away,
             "ratio": raw / sent if sent and raw else None,
             **{name: value if math.isfinite(value) else None for name, value in last.items()},
         }
@@ -169,8 +177,15 @@ class Runs:
 
     def add(self, name: str, step: int, values: dict[str, float], moment: float) -> None:
         run = self.by_name.get(name)
+        if run is not None and step < run.step and moment - run.heard > AGAIN:
+            if step <= run.first:  # from its beginning: another run of this name
+                del self.by_name[name]
+                run = None
+            else:
+                run.away += moment - run.heard
+                run.step = step
         if run is None:
-            run = self.by_name[name] = Run(name, moment)
+            run = self.by_name[name] = Run(name, moment, step)
             if len(self.by_name) > MOST_RUNS:
                 del self.by_name[min(self.by_name.values(), key=lambda one: one.heard or one.started).name]
         run.heard, run.step = max(run.heard, moment), max(run.step, step)

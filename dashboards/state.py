@@ -27,8 +27,11 @@ GONE_AFTER = 5.0
 """Seconds without a report after which a worker is shown as silent; it is forgotten after FORGOTTEN_AFTER."""
 FORGOTTEN_AFTER = 120.0
 MOST_SERIES = 256
-"""Series of one kind; beyond it the one that was quiet longest makes room. Histograms are big: fewer of them."""
-MOST_HISTOGRAMS = 48
+"""Series of one kind. Histograms are big, 2 MB each: fewer of them."""
+MOST_HISTOGRAMS = 128
+MOST_REFUSED = 4096
+QUIET = 600
+"""Seconds without news after which a series makes room for another."""
 
 R = TypeVar("R", bound=Ring)
 
@@ -44,38 +47,54 @@ class Worker:
 
     seen: float
     sample: WorkerSample
+    label: str
+    """What its series are called."""
     gone: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.sample.app} {self.sample.pid}"
 
 
 class Kind(dict[str, R]):
-    """The series of one kind, by name; the quietest makes room for a new one."""
+    """The series of one kind, by name. A new one takes the place of one that is quiet; where all are busy there is no
+    room, since who made it would be the next to go, and so on until none held anything."""
 
     def __init__(self, make: Callable[[], R], most: int = MOST_SERIES) -> None:
         super().__init__()
         self._make = make
         self._most = most
         self._order: OrderedDict[str, None] = OrderedDict()
-
-    def __missing__(self, name: str) -> R:
-        if len(self) >= self._most:
-            del self[next(iter(self._order))]
-        ring = self[name] = self._make()
-        return ring
+        self._refused: OrderedDict[str, int] = OrderedDict()
+        self._nowhere = make()
 
     def touch(self, name: str) -> R:
-        """The series, marked as the one heard last."""
-        ring = self[name]
+        """The series, marked as the one heard last; for one without room a ring that nobody reads."""
+        if name not in self and not self._has_room():
+            self._refused[name] = self._now
+            self._refused.move_to_end(name)
+            if len(self._refused) > MOST_REFUSED:
+                self._refused.popitem(last=False)
+            return self._nowhere
+        self._refused.pop(name, None)
         self._order[name] = None
         self._order.move_to_end(name)
-        return ring
+        return self[name] if name in self else self.setdefault(name, self._make())
 
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        self._order.pop(name, None)
+    def refused(self) -> list[str]:
+        """Series that had no room when they were heard."""
+        return [name for name, second in self._refused.items() if self._now - second < QUIET]
+
+    @property
+    def _now(self) -> int:
+        """The second in which any was heard last, with room or without."""
+        held = self[next(reversed(self._order))].newest(0) if self._order else -1
+        return max(held, self._nowhere.newest(0))
+
+    def _has_room(self) -> bool:
+        if len(self) < self._most:
+            return True
+        quietest = next(iter(self._order))
+        if self._now - self[quietest].newest(0) < QUIET:
+            return False
+        del self[quietest], self._order[quietest]
+        return True
 
 
 class State:
@@ -162,6 +181,8 @@ class State:
         seconds = max(0.2, moment - since)
         if now.published:
             spread(self.sums["published"].touch(name), since, moment, now.published - old.published)
+        if name not in self.sums["published"]:
+            self.base[name] = now.published
         self.rates[name] = (now.published - old.published) / seconds
         if internal(name):
             return
@@ -198,7 +219,7 @@ class State:
         self._look_for_gone(moment)
         worker = self.workers.get(sample.worker)
         if worker is None:
-            worker = self.workers[sample.worker] = Worker(moment, sample)
+            worker = self.workers[sample.worker] = Worker(moment, sample, self._label(sample))
         worker.seen, worker.sample, worker.gone = moment, sample, sample.last
         for channel, count in sample.published.items():
             known = self.publishes.setdefault((sample.app, channel), {})
@@ -216,6 +237,11 @@ class State:
             (one.seen for one in self.workers.values() if one.sample.groups and not one.gone), default=0.0
         )
         self.changes += 1
+
+    def _label(self, sample: WorkerSample) -> str:
+        """With its host where there are several: the first process of every container has the same pid."""
+        several = any(one.sample.host != sample.host for one in self.workers.values())
+        return f"{sample.app} {sample.pid}" + (f" on {sample.host}" if several else "")
 
     def _on_sample(self, group: GroupSample, since: float, moment: float) -> None:
         name = pair(group.channel, group.group)
@@ -245,7 +271,7 @@ class State:
         self.changes += 1
 
     def on_prediction(self, prediction: Prediction, moment: float) -> None:
-        self.version = max(self.version, prediction.version)
+        self.version = prediction.version  # which is lower than before after a roll-back
         if prediction.truth is not None:
             right = prediction.label == prediction.truth
             self._verdicts[right] += 1
@@ -265,11 +291,10 @@ class State:
 
     def on_matmul(self, result: MatmulResult, moment: float) -> None:
         name = f"{result.kernel} on {result.device}"
-        self.gauges["gflops"].touch(name).set(moment, result.gflops)
         self.sums["products"].touch(name).add(moment, 1)
-        share = getattr(result, "peak_share", None)
-        if share is not None and math.isfinite(share):
-            self.gauges["peak"].touch(name).set(moment, share)
+        for kind, value in (("gflops", result.gflops), ("peak", getattr(result, "peak_share", None))):
+            if value is not None and math.isfinite(value):
+                self.gauges[kind].touch(name).set(moment, value)
         self.changes += 1
 
     def close_seconds(self, now: float) -> None:

@@ -17,9 +17,9 @@ from .figures import PAGES, Figure, on_page
 from .rings import LEVELS, Histogram, Ring, level_of
 from .runs import Axis, Trace, nice
 from .state import State
-from .wire import Series, encode
+from .wire import Series, dumps, encode
 
-__all__ = ["Stream", "View", "closed", "series_of"]
+__all__ = ["Stream", "View", "closed", "left_out", "series_of"]
 
 LATE = 0.3
 """Seconds a report may be on its way before its bucket counts as finished."""
@@ -104,14 +104,28 @@ def closed(state: State, kind: str, now: float) -> float:
 
 def series_of(state: State, figure: Figure, view: View) -> Iterator[tuple[str, Ring]]:
     """The rings a chart shows, by name, in the order of names."""
-    prefix = "" if figure.match in ("", "channel") else figure.match
     for name, ring in sorted(state.kinds()[figure.kind].items()):
-        if figure.match == "channel":
-            channel, _, group = name.partition(" → ")
-            if channel == view.channel:
-                yield group or name, ring
-        elif name.startswith(prefix) and not internal(name):
-            yield name, ring
+        if shown := _shown_as(figure, view, name):
+            yield shown, ring
+
+
+def left_out(state: State, view: View) -> dict[str, int]:
+    """Chart → how many series it would show had there been room for them."""
+    kinds = state.kinds()
+    counts = {
+        figure.name: sum(_shown_as(figure, view, name) is not None for name in kinds[figure.kind].refused())
+        for figure in on_page(view.page)
+        if not figure.run
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def _shown_as(figure: Figure, view: View, name: str) -> str | None:
+    """What a series is called in a chart; None where it is not shown."""
+    if figure.match == "channel":
+        channel, _, group = name.partition(" → ")
+        return (group or name) if channel == view.channel else None
+    return name if name.startswith(figure.match) and not internal(name) else None
 
 
 class Stream:
@@ -126,6 +140,8 @@ class Stream:
         """(figure, series) → the first bucket not sent."""
         self._widths: dict[tuple[str, str], tuple[float, int]] = {}
         """(figure, series) of runs → width of its buckets, and which was the first sent."""
+        self._traces_sent: dict[tuple[str, str], Trace] = {}
+        """(figure, series) of runs → where its points came from: a run of the same name may have begun anew."""
         self._facts: dict[str, str] = {}
         self._next_facts = 0.0
         self._changes = -1
@@ -174,8 +190,10 @@ class Stream:
             return {}
         self._next_facts, self._changes = now + FACTS_EVERY.get(self.view.page, 0.5), self._state.changes
         found = {}
-        for name, value in facts(self._state, self.view.page, self.view.channel, now).items():
-            text = json.dumps(value, separators=(",", ":"))
+        known = facts(self._state, self.view.page, self.view.channel, now)
+        known["left_out"] = left_out(self._state, self.view)
+        for name, value in known.items():
+            text = dumps(value)
             if self._facts.get(name) != text:
                 self._facts[name] = text
                 found[name] = value
@@ -275,7 +293,7 @@ class Stream:
     def _new_of_runs(self, figure: Figure, now: float) -> Iterator[Series]:
         for name, trace in self._traces(figure):
             key = (figure.name, name)
-            if key not in self._widths:
+            if self._traces_sent.get(key) is not trace:
                 self._begin(key, trace, now)
             elif not trace.ordered and (figure.kind, name) in self._state.runs.changed:
                 self._begin(key, trace, now)  # steps went back: what was sent may be wrong
@@ -297,6 +315,7 @@ class Stream:
     def _begin(self, key: tuple[str, str], trace: Trace, now: float) -> None:
         width = self._width(trace, now)
         start = int(self._limits(trace, now)[0] // width)
+        self._traces_sent[key] = trace
         self._widths[key] = (width, start)
         self._through[key] = start
 

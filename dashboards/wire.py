@@ -11,13 +11,39 @@ else points at or after the first x replace what it held there.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from fastapi.responses import JSONResponse
 
-__all__ = ["Series", "decode", "encode"]
+__all__ = ["Json", "Series", "decode", "dumps", "encode"]
+
+
+def dumps(value: Any) -> str:
+    """JSON that browsers read: they refuse a text that has NaN or Infinity anywhere, so that one such number would take
+    all others with it. It becomes null."""
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Json(JSONResponse):
+    """An answer over HTTP."""
+
+    def render(self, content: Any) -> bytes:
+        return dumps(content).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +64,7 @@ def encode(head: dict[str, Any], series: list[Series]) -> bytes:
         **head,
         "series": [[one.figure, one.name, one.first, one.width, *one.rows.shape, int(one.whole)] for one in series],
     }
-    text = json.dumps(head, separators=(",", ":")).encode()
+    text = dumps(head).encode()
     text += b" " * (-(len(text) + 4) % 8)
     columns = (np.ascontiguousarray(one.rows.T, "<f8").tobytes() for one in series)
     return b"".join([len(text).to_bytes(4, "little"), text, *columns])

@@ -147,6 +147,14 @@ class Settings(BaseSettings):
     def _checked_url(cls, url: str) -> str:
         return check_url(url)
 
+    @field_validator("token")
+    @classmethod
+    def _fits_a_header(cls, token: SecretStr | None) -> SecretStr | None:
+        text = token.get_secret_value() if token else ""
+        if not (text.isascii() and text.isprintable()) or text != text.strip():
+            raise ValueError("has characters that headers and cookies cannot carry; use letters, digits and -._~")
+        return token
+
     @field_validator("log_level", mode="before")
     @classmethod
     def _any_case(cls, level: object) -> object:

@@ -106,6 +106,8 @@ class Watch(Generic[T]):
     """`async with app.watch(channel, since=…) as stream: async for message in stream`. Listening begins on entry.
 
     `dropped` counts events this watcher is known to have missed, those among them that are not of the channel's type.
+    `stored` is when the server took what was read last, in Unix seconds of its clock, which all publishers share while
+    `Message.time` is by each one's own; None on live channels.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Watch(Generic[T]):
         self._sequences = Sequences()
         self._missed = 0
         self._said = False
+        self.stored: float | None = None
         self._messages: AsyncIterator[Message[T]] | None = None
 
     @property
@@ -167,6 +170,7 @@ class Watch(Generic[T]):
                     continue
                 if frame.invalid:
                     self._leave_out([frame.events[index] for index in frame.invalid])
+                self.stored = int(entry.id.partition("-")[0]) / 1000 if self._channel.durable else None
                 for index in range(self._first(frame), len(frame.events)):
                     if index not in frame.invalid:
                         yield frame.message(index)

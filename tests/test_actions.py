@@ -181,6 +181,11 @@ async def test_events_are_published_from_a_form_or_refused_field_by_field(valkey
             assert "not of type 'string'" in error["fields"]["sensor"]
             await page.post("/api/events", 422, channel="readings", event="text")
             await page.post("/api/events", 404, channel="nowhere", event={})
+            assert (await page.http.get("/api/channels/nowhere")).status_code == 404
+            assert [one["data"]["value"] for one in (await page.get("/api/channels/readings?count=2"))["events"]] == [
+                2,
+                1,
+            ]
             await page.post("/api/events", 403, channel="pipeline.audit", event={})
             half = b'{"channel": "readings", "event": {"sensor": "\\ud800", "value": 1}}'
             answer = await page.http.post("/api/events", content=half, headers={"content-type": "application/json"})
@@ -267,6 +272,21 @@ async def test_nobody_acts_without_the_token_or_from_a_foreign_page(valkey_url: 
                 assert [(one["who"], one["outcome"]) for one in audit] == [("token", "done")]
 
 
+@pytest.mark.parametrize(
+    ("headers", "knows"),
+    [({"authorization": "bearer s3cret"}, True), ({"authorization": "s3cret"}, False), ({}, False),
+     ({"authorization": "Basic eDp5", "cookie": "pipeline_token=s3cret"}, True),
+     ({"authorization": "Bearer wrong", "cookie": "pipeline_token=wrong"}, False)],
+)  # fmt: skip
+def test_the_token_comes_as_a_bearers_or_in_the_cookie_whatever_a_proxy_adds(
+    headers: dict[str, str], knows: bool
+) -> None:
+    from starlette.requests import HTTPConnection
+
+    sent = [(name.encode(), value.encode()) for name, value in headers.items()]
+    assert Access("s3cret").knows(HTTPConnection({"type": "http", "headers": sent})) is knows
+
+
 async def test_without_a_token_only_who_sits_at_the_machine_acts(valkey_url: str) -> None:
     with dashboard(valkey_url) as address:
         async with Page(address) as page:
@@ -300,5 +320,8 @@ async def test_without_redis_an_action_fails_and_says_what_to_do() -> None:
     with dashboard("redis://127.0.0.1:9/0") as address:
         async with httpx.AsyncClient(base_url=address) as http:
             answer = await http.post("/api/groups/pause", json={"channel": "c", "group": "g"}, timeout=10)
-    assert answer.status_code == 503
+            looked, nowhere = await http.get("/api/channels/readings"), await http.get("/api/nosuch")
+    assert answer.status_code == looked.status_code == 503
     assert "pipeline server" in answer.json()["error"]
+    assert nowhere.status_code == 404
+    assert "/api/nosuch" in nowhere.json()["error"]

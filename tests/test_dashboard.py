@@ -12,11 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from axe_playwright_python.async_playwright import Axe
 from PIL import Image
 from playwright.async_api import Browser, Page, Route, async_playwright, expect
 
+from dashboards.state import MOST_HISTOGRAMS
 from dashboards.wire import decode
 from pipeline import Channel, Event, Pipeline, Reject, Tensor
 from pipeline.catalog import (
@@ -41,6 +44,7 @@ from pipeline.catalog import (
     training_metrics,
 )
 from pipeline.catalog.compression import CODECS
+from pipeline.metrics import GroupSample, WorkerSample, metrics_channel
 from pipeline.server import Server
 
 from .apps import serving
@@ -229,8 +233,10 @@ async def test_runs_are_compared_by_step_and_by_time_and_a_zoom_asks_for_finer_b
                 "decode_seconds": 0.001,
             }  # fmt: skip
             await app.publish(training_metrics, TrainingMetrics(run="lone", step=5, values=lone))
+            for run in ("lr=0.1,bs=32", "all"):
+                await app.publish(training_metrics, TrainingMetrics(run=run, step=5, values={"loss": 0.4}))
             await page.goto(f"{address}/training")
-            await expect(page.locator("#runs tbody tr")).to_have_count(4)
+            await expect(page.locator("#runs tbody tr")).to_have_count(6)
             await expect(page.locator("#runs tbody tr", has_text="lone")).to_contain_text("2.5 × in 3 ms")
             await page.wait_for_function("window.pipelineCharts.loss?.one?.x.at(-1) === 2999", timeout=PATIENCE)
             assert await page.evaluate("window.pipelineCharts.loss.one.x.length") <= 600
@@ -251,6 +257,13 @@ async def test_runs_are_compared_by_step_and_by_time_and_a_zoom_asks_for_finer_b
             await page.wait_for_function("document.getElementById('chart-loss').data.filter((t) => t.name).length <= 1")
             assert "runs=two" in page.url
             assert "axis=time" in page.url
+            pressed = page.locator("#runs .toggle[aria-pressed=true]")
+            for run in ("lr=0.1,bs=32", "all"):
+                await page.get_by_role("button", name=run, exact=True).first.click(modifiers=["Shift"])
+                await expect(pressed).to_have_text([run])
+                await page.goto(page.url.replace("axis=time", "axis=step&smooth=100"))
+                await expect(pressed).to_have_text([run])
+                await page.wait_for_function("document.getElementById('chart-loss').data?.at(-1).y.at(-1) === 0.4")
 
 
 async def drag(page: Page, figure: str, start: float, end: float) -> None:
@@ -283,9 +296,14 @@ async def test_time_stands_still_goes_back_and_is_kept_in_the_address(server: Se
             assert await page.evaluate("window.pipelineCharts.rate.readings.x.length") == held
             await page.reload()
             await expect(page.locator("#state")).to_have_text("paused")
-            assert "end=" in page.url
+            end = ended(page)
+            await page.focus("#scrub input")
+            await page.keyboard.press("ArrowLeft")
+            await until(lambda: ended(page) == end - 1)
             await page.click("#pause")
+            await page.evaluate("(() => { const now = Date.now; Date.now = () => now() + 3600e3; })()")
             await holds(page, "readings", 301)
+            assert await page.evaluate("pipelineNow()") == pytest.approx(time.time(), abs=5)
             frame = page.locator("[data-figure=rate] .frame")
             await frame.focus()
             await page.keyboard.press("ArrowLeft")
@@ -302,9 +320,43 @@ async def test_time_stands_still_goes_back_and_is_kept_in_the_address(server: Se
             text = (await (await download.value).path()).read_text()
             counts = [float(line.split(",")[2]) for line in text.splitlines()[1:] if '"readings"' in line]
             assert sum(counts) == 301
+            await page.evaluate(
+                "void (Plotly.toImage = ((of) => (what, how) => of((window.made = what), how))(Plotly.toImage))"
+            )
             async with page.expect_download() as download:
                 await page.locator("[data-figure=rate] [data-export=png]").click()
             assert (await (await download.value).path()).read_bytes().startswith(b"\x89PNG")
+            assert await page.evaluate(
+                "[made.layout.showlegend, made.data.filter((one) => one.showlegend).length]"
+            ) == [
+                True,
+                2,
+            ]
+            await app.publish(metrics_channel, crowd(MOST_HISTOGRAMS + 12))
+            await expect(page.locator("#left-out-latency")).to_have_text("without 12 more, for which there is no room")
+            await page.click("[data-window='300']")
+            await page.click('nav a[href="/workers"]')
+            await page.wait_for_selector(".page-workers")
+            await page.wait_for_function(
+                "location.search.includes('window=300')"
+            )  # as who is given the address sees it
+
+
+def crowd(groups: int) -> WorkerSample:
+    """The report of a process that has handled something in so many groups."""
+    counts = {"handled": 1, "dead": 0, "retried": 0, "suppressed": 0, "in_hand": 0, "busy": 0.0}
+    return WorkerSample(
+        app="crowd", worker="w", host="h", pid=1, version="1", started=0.0, interval=1.0, rss=1, cpu=0.0, published={},
+        dropped={}, groups=[
+            GroupSample(channel=f"c{n}", group="g", batches={}, batch_sizes={}, latency={40: 1}, **counts)
+            for n in range(groups)
+        ],
+    )  # fmt: skip
+
+
+def ended(page: Page) -> int:
+    """Where the window of the address ends."""
+    return int(parse_qs(urlsplit(page.url).query)["end"][0])
 
 
 async def test_every_page_says_what_to_type_when_empty_and_is_accessible_in_both_themes_and_on_a_phone(
@@ -475,8 +527,84 @@ async def test_what_is_done_is_done_to_the_channel_that_is_shown(server: Server,
             await page.locator("#dialog button[type=submit]").click()
             await expect(page.locator(".toast.good")).to_contain_text("dropped 1")
             await expect(page.locator("#dead-channels")).to_contain_text("others 1")
+            dropped = {"channel": "readings", "reason": "sensor"}
+            await asyncio.to_thread(_post, f"{address}/api/dead/drop", dropped, {})  # by somebody else
+            await expect(page.locator("#dead-channels")).not_to_contain_text("readings")
+            await page.route("**/api/dead?channel=*", many)
+            await page.get_by_role("searchbox").fill("")
+            await expect(page.locator("#chosen")).to_have_text("the newest 1 of 20,000")
+            await page.click('nav a[href="/"]')
+            await page.wait_for_selector(".page-overview")
+            await page.go_back()
+            await page.click("#drop-all")
+            await expect(page.locator("#dialog h2")).to_contain_text("of others")
+            await page.go_forward()
+            await page.wait_for_selector(".page-overview")
+            await expect(page.locator("#dialog")).to_be_hidden()
         audit = await asyncio.to_thread(_json, f"{address}/api/audit")
-        assert [(one["action"], one["subject"]) for one in audit] == [("drop", "others/g"), ("pause", "others/g")]
+        assert [(one["action"], one["subject"]) for one in audit] == [
+            ("drop", "readings"), ("drop", "others/g"), ("pause", "others/g"),
+        ]  # fmt: skip
+
+
+async def many(route: Route) -> None:
+    """As if there were more letters than a page shows."""
+    answer = await route.fetch()
+    await route.fulfill(response=answer, json={**await answer.json(), "open": 20_000})
+
+
+class Odd(Event):
+    """What a page may take for something else, and what a form may make of it."""
+
+    tensor: str
+    picture: str
+    id: int
+    level: Literal[1, 2, 3]
+    kind: Literal["a", "b"] | None = None
+    loud: bool | None = None
+    times: int = 2
+
+
+async def test_an_event_is_shown_as_it_is_and_published_as_it_is_given(server: Server, page: Page) -> None:
+    """Whatever its fields are called, and however big its numbers are."""
+    odd, big = Channel("odd" * 60, Odd), 2**53 + 1
+    given = Odd(tensor="mine", picture="http://evil.example/", id=big, level=3)
+    app = Pipeline("app", server.url)
+    with dashboard(server.url) as address:
+        async with app:
+            await app.publish(odd, given)
+            await page.goto(f"{address}/channels?channel={odd.name}")
+            row = page.locator("#events details")
+            await expect(row.locator("summary")).to_contain_text(
+                f'"picture":"http://evil.example/","id":{big},"level":3'
+            )
+            await row.locator("summary").click()
+            await expect(row.locator(".tree")).to_contain_text("mine")
+            await expect(row.locator("img")).to_have_count(0)
+            await page.click("#publish")
+            await page.fill("#field-tensor", "m")
+            await page.fill("#field-picture", "p")
+            await page.fill("#field-id", str(big))
+            await page.select_option("#field-level", "2")
+            await page.locator("#dialog button[type=submit]").click()
+            await expect(page.locator(".toast.good")).to_contain_text("published")
+            [published] = await app.newest(odd, 1)
+            assert published.event == Odd(tensor="m", picture="p", id=big, level=2)
+            await page.set_viewport_size({"width": 390, "height": 844})
+            await page.wait_for_function("document.documentElement.scrollWidth <= 390")
+            await page.set_viewport_size({"width": 1300, "height": 1400})
+            await app.publish(
+                model_status,
+                [ModelStatus(model=name, version=version, worker="w", state="serving") for name, version in MODELS],
+            )
+            await page.click('nav a[href="/serving"]')
+            await expect(page.locator("#grid-models")).to_contain_text("mnist")
+            await page.click("#load-model")
+            await page.select_option("#field-model", "mnist")
+            await expect(page.locator("#field-version")).to_have_value("8")
+
+
+MODELS = (("imagenet", 1), ("mnist", 7))
 
 
 async def test_a_silence_between_answers_is_drawn_as_one_and_what_was_asked_is_shown(

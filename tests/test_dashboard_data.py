@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import json
 import math
+import time
 import tracemalloc
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,18 +21,22 @@ from dashboards.alerts import alerts
 from dashboards.browse import summary
 from dashboards.controls import Controls
 from dashboards.facts import channels, models, serving, totals
+from dashboards.feed import Feed
 from dashboards.flow import diagram
 from dashboards.jobs import Jobs
 from dashboards.numbers import numbers
 from dashboards.rings import LEVELS, Gauge, Histogram, Sum, level_of, quantiles, spread
 from dashboards.runs import SLOTS, Runs, Trace, nice
-from dashboards.state import State
-from dashboards.streams import Stream, View
-from dashboards.wire import Series, decode, encode
-from pipeline import Message, Tensor, catalog
+from dashboards.state import MOST_SERIES, QUIET, State
+from dashboards.streams import Stream, View, left_out
+from dashboards.wire import Series, decode, dumps, encode
+from pipeline import Message, Pipeline, Tensor, catalog
 from pipeline.catalog import ModelStatus, TrainingMetrics
 from pipeline.ledger import ChannelLedger, GroupLedger, Ledger, ledger_channel
 from pipeline.metrics import LATENCY_BOUNDS, GroupSample, WorkerSample, metrics_channel
+from pipeline.testing import store
+
+from .apps import until
 
 T = 1_000_000.0
 STATUS: dict[str, Any] = {"live": True}
@@ -51,8 +59,37 @@ def grouped(time: float, published: int, **counts: int) -> Ledger:
 
 def sample(time: float, worker: str = "w", **more: Any) -> WorkerSample:
     fields: dict[str, Any] = {"app": "app", "host": "h", "pid": 1, "started": T, "published": {}, "groups": []}
-    fields.update(more, worker=worker, version="1", interval=1.0, rss=1, cpu=0.5, dropped={})
+    fields.update({"cpu": 0.5, **more}, worker=worker, version="1", interval=1.0, rss=1, dropped={})
     return WorkerSample(**fields)
+
+
+# -- clocks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("off", [3600.0, -3600.0])
+async def test_one_clock_counts_the_servers(off: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dashboard's host is a minute behind it, and one of two processes an hour off."""
+    started = time.time()
+    controls, app = Controls(), Pipeline("app", f"memory://clocks{off}")
+    async with app:
+        store(app).clock.advance(60)
+        feed = Feed(Pipeline("dashboard", f"memory://clocks{off}"), State(), controls.subscriptions())
+        following = asyncio.create_task(feed.run())
+        await app.publish(catalog.model_status, ModelStatus(model="m", version=1, worker="w", state="serving"))
+        await app.publish(metrics_channel, sample(T))
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.publishing.time", SimpleNamespace(time=lambda: started + off))
+            await app.publish(metrics_channel, sample(T, "other", host="i", started=started + off))
+        await app.publish(metrics_channel, sample(T))
+        await until(lambda: {"w", "other"} <= feed.state.workers.keys() and feed.live)
+        moment = started + 60
+        assert feed.now() == pytest.approx(moment, abs=5)
+        for worker in feed.state.workers.values():
+            assert worker.seen == pytest.approx(moment, abs=5)
+        assert feed.state.workers["other"].sample.started == pytest.approx(moment, abs=5)
+        assert set(controls.models()) == {"m"}
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
 
 
 # -- served models -----------------------------------------------------------------------------------------------
@@ -84,8 +121,8 @@ def test_workers_that_stopped_died_or_were_never_heard_serve_nothing() -> None:
     serve("begins", 2)
     hear(on_sample, sample(T, "other"), 3)
     assert living() == {"dies", "begins"}
-    for time in (10, 400, 600, 1200, 80_000):
-        hear(on_sample, sample(T, "other"), time)
+    for moment in (10, 400, 600, 1200, 80_000):
+        hear(on_sample, sample(T, "other"), moment)
         assert controls.models() == {}
 
 
@@ -195,6 +232,29 @@ def test_steps_that_go_back_are_sorted_and_no_number_is_no_value() -> None:
     trace = runs.by_name["r"].traces["loss"]
     assert trace.read("step", 1, 0, 0, math.inf, now=T + 9).columns[:, 0].tolist() == [1, 2, 3]
     assert set(runs.by_name["r"].traces) == {"loss"}
+
+
+def test_a_run_that_begins_again_under_its_name_is_a_new_one_and_one_that_is_taken_up_goes_on() -> None:
+    state, browser = State(), Browser()
+    stream = Stream(View("training"), state)
+    browser.take(stream.snapshot(T, STATUS))
+
+    def log(steps: range, moment: float) -> None:
+        for step in steps:
+            state.on_training(TrainingMetrics(run="r", step=step, values={"loss": float(step)}), moment + step)
+        for tick in range(10):  # charts of runs take turns
+            browser.take(stream.delta(moment + steps[-1] + 5 + tick / 10, STATUS))
+
+    def row() -> tuple[int, float]:
+        found = state.runs.by_name["r"].facts(T)
+        return found["step"], found["seconds"]
+
+    log(range(600), T)
+    log(range(500, 550), T + 10_000)  # from a checkpoint
+    assert row() == (549, 599 + 49)
+    log(range(5), T + 90_000)
+    assert row() == (4, 4)
+    assert browser.rest("loss", "r") == {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}
 
 
 # -- frames ------------------------------------------------------------------------------------------------------
@@ -360,6 +420,27 @@ def test_cycles_of_no_array_are_left_out(active: Any) -> None:
     assert jobs.facts()["systolic"]["size"] == [1, 2]
 
 
+# -- room --------------------------------------------------------------------------------------------------------
+
+
+def test_where_all_series_are_busy_new_ones_find_no_room_and_the_page_says_so() -> None:
+    """To make room for each by the one that is heard next would empty all of them."""
+    state, names = State(), [f"c{n:03}" for n in range(MOST_SERIES + 5)]
+    for second in range(5):
+        state.on_ledger(ledger(T + second, first=0, **dict.fromkeys(names, 10 * second + 7)))
+    browser, stream = Browser(), Stream(View("overview", window=60), state)
+    frame = stream.snapshot(T + 6, STATUS)
+    browser.take(frame)
+    assert decode(frame)[0]["facts"]["left_out"] == {"rate": 5}
+    assert [len(browser.rest("rate", name)) for name in names] == [5] * MOST_SERIES + [0] * 5
+    for one in numbers(state)["counts"].values():
+        assert one["published"] == one["base"] + one["held"]
+    for second in range(5, 8):
+        state.on_ledger(ledger(T + second + QUIET, first=0, **dict.fromkeys(names[-5:], 99)))
+    assert set(names[-5:]) <= set(state.sums["published"])
+    assert left_out(state, View("overview")) == {}
+
+
 # -- what is known -----------------------------------------------------------------------------------------------
 
 
@@ -415,6 +496,24 @@ def test_who_falls_silent_while_others_are_heard_is_told_and_an_outage_blames_no
     assert ["app 2 on h fell silent" in alert["text"] for alert in alerts(state, T + 70)] == [True]
 
 
+def test_processes_of_one_pid_on_two_hosts_are_two_lines() -> None:
+    """As the first processes of containers are."""
+    state = State()
+    for second in range(3):
+        state.on_worker(sample(T, "a", host="one", pid=7, cpu=0.9), T + second)
+        state.on_worker(sample(T, "b", host="two", pid=7, cpu=0.1), T + second)
+    assert {name: ring.read(0, int(T), int(T) + 1)[0, 0] for name, ring in state.gauges["cpu"].items()} == {
+        "app 7": 0.9, "app 7 on two": 0.1,
+    }  # fmt: skip
+
+
+def test_weights_that_are_rolled_back_are_what_is_shown() -> None:
+    state = State()
+    for version in (7, 8, 3):
+        state.on_prediction(catalog.Prediction.model_construct(label=1, truth=1, version=version), T)
+    assert (totals(state)["version"], serving(state, T)["digits"]["version"]) == (3, 3)
+
+
 def test_batches_of_groups_of_one_name_are_told_apart() -> None:
     state = State()
     groups = [
@@ -456,6 +555,46 @@ def test_events_are_shown_with_tensors_as_pictures_and_statistics() -> None:
     assert shown["label"] == 3
     assert (shown["image"]["low"], shown["image"]["high"], shown["image"]["mean"]) == (0, 63, 31.5)
     assert shown["image"]["picture"].startswith("data:image/png;base64,")
-    assert shown["many"]["tensor"] == "numbers [100]"
+    assert shown["many"]["\0tensor"] == "numbers [100]"
     assert len(shown["text"]) < 5000
-    assert summary({"dtype": "float32", "shape": [2], "data": "!"}) == {"tensor": "float32 [2]"}
+    assert summary({"dtype": "float32", "shape": [2], "data": "!"}) == {"\0tensor": "float32 [2]"}
+
+
+def test_no_event_passes_for_the_summary_of_a_tensor() -> None:
+    """Whose picture a browser would fetch."""
+    forged = {"\0tensor": "mine", "picture": "http://evil.example", "tensor": "too"}
+    assert summary({"a": [forged]}) == {"a": [{"␀tensor": "mine", "picture": "http://evil.example", "tensor": "too"}]}
+
+
+def test_numbers_that_are_none_or_are_huge_are_shown_all_the_same() -> None:
+    highest = np.finfo(np.float64).max
+    for values in (np.full((8, 8), highest), np.array([[-highest, math.inf, math.nan, highest]] * 4)):
+        json.dumps(summary(Tensor(values).to_json()), allow_nan=False)
+    assert summary(Tensor(np.full(8, 1.7e308)).to_json())["mean"] == 1.7e308
+    assert summary([math.nan, -math.inf, 1.5]) == ["nan", "-inf", 1.5]
+    assert summary([10**400] * 65)[-1] == "… and 1 more"
+
+
+def test_one_number_that_is_none_does_not_take_the_page_with_it() -> None:
+    """A browser refuses a frame that has Infinity anywhere."""
+    state, browser = State(), Browser()
+    stream = Stream(View("matmul", window=60), state)
+    browser.take(stream.snapshot(T, STATUS))
+    for second, gflops in enumerate((10.0, math.inf, math.nan, 20.0)):
+        for kernel in ("blas", "odd") if gflops == math.inf else ("blas",):
+            result = catalog.MatmulResult(
+                job="j", m=4, k=4, n=4, dtype="float32", device="cpu", kernel=kernel, seconds=1e-9, gflops=gflops
+            )
+            state.on_matmul(result, T + second)
+    tile = {"job": "j", "worker": "w", "m": 1, "k": 1, "n": 1, "done": 1, "total": 2, "seconds": math.inf}
+    state.jobs.on_tile(catalog.TileProgress.model_validate(tile), T)
+    frame = stream.delta(T + 9, STATUS)
+    assert frame is not None
+    head = frame[4 : 4 + int.from_bytes(frame[:4], "little")]
+    facts = json.loads(head, parse_constant=pytest.fail)["facts"]
+    assert [(row["last"], row["best"]) for row in facts["kernels"]] == [(20, 20)]
+    assert facts["tiles"][0]["started"] is None
+    browser.take(frame)
+    held = browser.rest("gflops", "blas on cpu")
+    assert {x: y for x, y in held.items() if not math.isnan(y)} == {T: 10, T + 3: 20}
+    assert json.loads(dumps({"a": [(math.inf, 1)], "b": math.nan})) == {"a": [[None, 1]], "b": None}

@@ -51,6 +51,8 @@ def test_the_environment_wins_over_the_file_and_a_blank_line_counts_as_unset(mon
         ("PIPELINE_REDIS_URL", "redis://127.0.0.1:6379/zero"),
         ("PIPELINE_LOG_LEVEL", "loud"),
         ("PIPELINE_METRICS_INTERVAL", "0"),
+        ("PIPELINE_TOKEN", "schlüssel"),
+        ("PIPELINE_TOKEN", "one\ntwo"),
     ],
 )
 def test_a_bad_value_is_refused_by_its_variables_name(

@@ -1,16 +1,23 @@
 /* Acting: a question first, then one POST, then a word on what came of it. */
 import { byId, element } from "./format.js";
 
+/* Numbers of JavaScript are exact up to 2^53; beyond it the digits are kept as they came. */
+function exact(key, value, { source } = {}) {
+  return typeof value === "number" && /^-?\d+$/.test(source) && !Number.isSafeInteger(value) ? JSON.rawJSON(source) : value;
+}
+
+const read = async (answer) => { try { return JSON.parse(await answer.text(), exact); } catch { return {}; } };
+
 export async function get(path) {
   const answer = await fetch(path);
-  const body = await answer.json().catch(() => ({}));
+  const body = await read(answer);
   if (!answer.ok) throw new Error(body.error || `${answer.status} ${answer.statusText}`);
   return body;
 }
 
 export async function post(path, body) {
   const answer = await fetch(path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
-  const found = await answer.json().catch(() => ({}));
+  const found = await read(answer);
   if (!answer.ok) {
     const error = new Error(found.error || `${answer.status} ${answer.statusText}`);
     error.fields = found.fields || {};
@@ -37,7 +44,8 @@ export function toast(text, kind = "") {
   setTimeout(() => node.remove(), 7000);
 }
 
-/* A dialog with a form; resolves with its values, or null. `check(values)` may act and return errors of fields. */
+/* A dialog with a form; resolves with its values, or null. `submit(values)` may act, and throw errors of fields. A field
+   with `sets` gives others their values by its own. */
 export function ask({ title, text, fields = [], yes = "OK", danger = false, submit }) {
   const dialog = byId("dialog");
   return new Promise((resolve) => {
@@ -56,6 +64,9 @@ export function ask({ title, text, fields = [], yes = "OK", danger = false, subm
     const form = element("form", { method: "dialog" },
       element("h2", { id: "dialog-title", text: title }), text ? element("p", { text }) : null, ...rows, problem,
       element("div", { class: "actions" }, element("button", { class: "button", type: "button", text: "Cancel", onclick: () => dialog.close() }), confirm));
+    for (const { field, input } of inputs.values()) {
+      if (field.sets) input.onchange = () => Object.entries(field.sets(input.value)).forEach(([name, value]) => { inputs.get(name).input.value = String(value ?? ""); });
+    }
     dialog.setAttribute("aria-labelledby", "dialog-title");
     let result = null;
     form.onsubmit = async (event) => {
@@ -87,7 +98,8 @@ export function ask({ title, text, fields = [], yes = "OK", danger = false, subm
 
 function make(field, id) {
   if (field.options) {
-    const select = element("select", { id }, ...field.options.map((one) => element("option", { value: String(one), text: String(one) })));
+    const none = field.optional ? [element("option", { value: "", text: "–" })] : [];
+    const select = element("select", { id }, ...none, ...field.options.map((one) => element("option", { value: String(one), text: String(one) })));
     if (field.value !== undefined) select.value = String(field.value);
     return select;
   }
@@ -100,27 +112,33 @@ function make(field, id) {
 function valueOf(field, input) {
   if (field.type === "boolean") return input.checked;
   const text = input.value;
+  if (field.options) return field.options[input.selectedIndex - (field.optional ? 1 : 0)];
+  if (field.type === "integer" && /^-?\d+$/.test(text)) {
+    const whole = JSON.parse(text.replace(/^(-?)0+(?=\d)/, "$1"), exact);
+    if (typeof whole === "number" && !Number.isSafeInteger(whole)) throw new Error(`${field.label || field.name}: this browser would round so big a number`);
+    return whole;
+  }
   if (field.type === "number" || field.type === "integer") return text === "" ? null : Number(text);
   if (field.type === "json") {
     if (text.trim() === "") return undefined;
-    try { return JSON.parse(text); } catch (error) { throw new Error(`${field.label || field.name}: not JSON: ${error.message}`); }
+    try { return JSON.parse(text, exact); } catch (error) { throw new Error(`${field.label || field.name}: not JSON: ${error.message}`); }
   }
   return text === "" && !field.required ? undefined : text;
 }
 
-/* Fields of a form for an event of this JSON schema. */
+/* Fields of a form for an event of this JSON schema. What is optional begins empty, and is left out if it stays so. */
 export function fieldsOf(schema) {
   const resolve = (one) => {
-    if (one.$ref) return resolve(schema.$defs?.[one.$ref.split("/").pop()] || {});
+    if (one.$ref) return { ...resolve(schema.$defs?.[one.$ref.split("/").pop()] || {}), ...("default" in one && { default: one.default }) };
     const some = (one.anyOf || []).filter((other) => other.type !== "null");
     return some.length === 1 ? { ...resolve(some[0]), default: one.default } : one;
   };
   return Object.entries(schema.properties || {}).map(([name, given]) => {
-    const one = resolve(given), required = (schema.required || []).includes(name);
-    const hint = [one.type === "array" || one.type === "object" ? "JSON" : one.type, required ? "needed" : "optional", one.minimum !== undefined ? `from ${one.minimum}` : "", one.maximum !== undefined ? `to ${one.maximum}` : ""].filter(Boolean).join(", ");
-    const field = { name, label: name, required, hint, value: one.default ?? undefined };
+    const one = resolve(given), required = (schema.required || []).includes(name), usual = one.default ?? null;
+    const hint = [one.type === "array" || one.type === "object" ? "JSON" : one.type, required ? "needed" : usual === null ? "optional" : `optional, else ${JSON.stringify(usual)}`, one.minimum !== undefined ? `from ${one.minimum}` : "", one.maximum !== undefined ? `to ${one.maximum}` : ""].filter(Boolean).join(", ");
+    const field = { name, label: name, required, optional: !required, hint };
     if (one.enum) return { ...field, options: one.enum };
-    if (["string", "number", "integer", "boolean"].includes(one.type)) return { ...field, type: one.type };
-    return { ...field, type: "json", value: one.default === undefined || one.default === null ? "" : JSON.stringify(one.default) };
+    if (one.type === "boolean" && !required) return { ...field, options: [true, false] };
+    return { ...field, type: ["string", "number", "integer", "boolean"].includes(one.type) ? one.type : "json" };
   });
 }

@@ -1,9 +1,9 @@
 /* Charts: Plotly draws lines in ranges we choose; axes' texts, legends, the cursor and marks are ours.
    At most one redraw of a chart per animation frame, only of what is seen, and as many charts a frame as fit into it. */
-import { byId, clock, element, put, short, stepTicks, style, timeTicks, valueTicks, withUnit } from "./format.js";
+import { byId, clock, element, put, short, stepTicks, style, timeTicks, valueTicks, whole, withUnit } from "./format.js";
 import * as runs from "./runs.js";
 import { dirty, facts, figures, measures, now, status, trim } from "./store.js";
-import { change, view } from "./view.js";
+import { change, pack, unpack, view } from "./view.js";
 
 const BUDGET = 14;   // ms of drawing a frame; at least one chart is drawn
 const MARGIN = { l: 62, r: 14, t: 10, b: 24 };
@@ -147,6 +147,14 @@ function latest() {
   }
   const limit = now();
   return found && found > limit - 10 ? Math.min(found, limit + 5) : limit;
+}
+
+/* Charts hold so many series and no more. */
+export function tellLeftOut() {
+  for (const name of charts.keys()) {
+    const count = facts.left_out[name];
+    put(byId(`left-out-${name}`), count ? `without ${whole(count)} more, for which there is no room` : "");
+  }
 }
 
 const visible = (chart, name) => (chart.run ? runs.isShown(name) : !chart.hidden.has(name));
@@ -349,13 +357,13 @@ function toggle(chart, name, event) {
   if (event.shiftKey) names.forEach((other) => (other === name ? chart.hidden.delete(other) : chart.hidden.add(other)));
   else chart.hidden.has(name) ? chart.hidden.delete(name) : chart.hidden.add(name);
   if (names.every((one) => chart.hidden.has(one))) chart.hidden.clear();
-  change({ hide: [...charts.values()].flatMap((one) => [...one.hidden].map((series) => `${one.name}:${series}`)).join() || null });
+  change({ hide: pack([...charts.values()].flatMap((one) => [...one.hidden].map((series) => `${one.name}:${series}`))) });
   redraw(chart.name);
 }
 
 /* As the URL says. */
 function hiddenOf(figure) {
-  const own = (view.hide || "").split(",").filter((one) => one.startsWith(`${figure}:`));
+  const own = unpack(view.hide).filter((one) => one.startsWith(`${figure}:`));
   return new Set(own.map((one) => one.slice(figure.length + 1)));
 }
 
@@ -469,9 +477,12 @@ function save(name, href) {
 }
 
 async function exportPng(chart) {
-  const { wide, tall } = chart.drawn;
-  const layout = { ...chart.plot.layout, paper_bgcolor: palette.panel, title: { text: chart.title, x: 0.02, font: { size: 13 } }, margin: { ...MARGIN, t: 34 }, height: tall + 24 };
-  const href = await window.Plotly.toImage({ data: chart.plot.data, layout }, { format: "png", width: wide, height: tall + 24, scale: 2 });
+  draw(chart);   // it may not have been seen for a while
+  const { wide, tall, shown } = chart.drawn, longest = Math.max(1, ...shown.map((name) => name.length));
+  const rows = Math.ceil(shown.length / Math.max(1, Math.floor(wide / (50 + 7 * longest)))), below = 10 + 19 * rows, height = tall + 24 + below;   // as wide as Plotly makes its columns
+  const data = chart.plot.data.map((trace) => ({ ...trace, showlegend: Boolean(trace.name) }));
+  const layout = { ...chart.plot.layout, paper_bgcolor: palette.panel, title: { text: chart.title, x: 0.02, font: { size: 13 } }, margin: { ...MARGIN, t: 34, b: MARGIN.b + below }, height, showlegend: true, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { color: palette.soft } } };
+  const href = await window.Plotly.toImage({ data, layout }, { format: "png", width: wide, height, scale: 2 });
   save(file(chart, "png"), href);
 }
 

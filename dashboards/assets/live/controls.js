@@ -14,12 +14,12 @@ export function mount(root) {
     button.onclick = () => change({ window: Number(button.dataset.window) });
   }
   pause.onclick = () => change({ end: view.end === null ? Math.floor(now()) : null });
-  slider = element("input", { type: "range", min: -BACK, max: 0, step: 1, ariaLabel: "End of the window, seconds before now" });
+  slider = element("input", { type: "range", step: 1, ariaLabel: "End of the window" });
   label = element("output", { class: "tabular" });
   let waiting = 0;
   slider.oninput = () => {
     clearTimeout(waiting);
-    const end = Math.floor(now()) + Number(slider.value);
+    const end = Number(slider.value);
     tell(end);
     waiting = setTimeout(() => change({ end }), 120);
   };
@@ -43,7 +43,9 @@ function show() {
   pause.classList.toggle("primary", held);
   byId("scrub").hidden = !held;
   if (held) {
-    slider.value = String(Math.round(view.end - now()));
+    slider.max = String(Math.floor(Math.max(now(), view.end)));   // moments, and not their distance from a now that goes on
+    slider.min = String(Math.floor(Math.min(now() - BACK, view.end)));
+    slider.value = String(view.end);
     tell(view.end);
   }
 }

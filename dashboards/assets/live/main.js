@@ -22,7 +22,7 @@ let root = null, page = null;
 function look() {
   const found = byId("page");
   if (found === root) return;
-  if (page) { charts.unmount(); tables.forget(); page.unmount?.(); }
+  if (page) { charts.unmount(); tables.forget(); page.unmount?.(); byId("dialog")?.close(); }   // it asks about a page that was left
   root = found;
   page = null;
   if (!root) return;
@@ -38,6 +38,7 @@ function look() {
 function onFrame(frame) {
   if (frame && page && frame.page === root?.dataset.page) {
     page.update?.(frame.facts);
+    if (frame.facts.includes("left_out")) charts.tellLeftOut();
     if (frame.snapshot) charts.redraw();
     else if (frame.facts.includes("markers")) charts.redraw();
     else if (frame.touched.size) charts.schedule();

@@ -1,6 +1,6 @@
 /* Which runs are shown, and in which colours: the same in the table and in every chart. */
 import { facts } from "./store.js";
-import { change, view } from "./view.js";
+import { change, pack, unpack, view } from "./view.js";
 
 const NEWEST = 8;   // of more, unless they are chosen
 
@@ -10,7 +10,7 @@ const runOf = (series) => series.replace(/ bytes_raw$/, "");
 export const isAll = () => view.runs === "all" || names().length <= NEWEST;
 
 export function shown() {
-  if (view.runs && view.runs !== "all") return new Set(view.runs.split(","));
+  if (view.runs && view.runs !== "all") return new Set(unpack(view.runs));
   return new Set(view.runs === "all" ? names() : names().slice(-NEWEST));
 }
 
@@ -26,9 +26,9 @@ export function toggle(series, alone) {
   const run = runOf(series), chosen = shown();
   if (alone) {
     const only = chosen.size === 1 && chosen.has(run);
-    change({ runs: only ? null : run });
+    change({ runs: only ? null : pack([run]) });
     return;
   }
   chosen.has(run) ? chosen.delete(run) : chosen.add(run);
-  change({ runs: chosen.size ? [...chosen].join(",") : null });
+  change({ runs: pack([...chosen]) });
 }

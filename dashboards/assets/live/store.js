@@ -7,8 +7,9 @@ export const measures = [];   // of drawing, for benchmarks and the console: {cl
 
 const decoder = new TextDecoder();
 
-/* The server's time, in seconds. */
-export const now = () => Date.now() / 1000 + status.offset;
+/* The server's time, in seconds, by a clock that nobody sets. */
+const ticks = () => performance.now() / 1000;
+export const now = () => (status.heard ? ticks() + status.offset : Date.now() / 1000);
 window.pipelineNow = now;
 
 export function take(buffer) {
@@ -32,12 +33,15 @@ export function take(buffer) {
   Object.assign(facts, head.facts);
   Object.assign(status, {
     live: head.live, trouble: head.trouble, alerts: head.alerts, bad: head.bad, rate: head.rate, dead: head.dead,
-    loaded: head.history, heard: performance.now(), offset: status.heard ? status.offset : head.now - Date.now() / 1000,
+    loaded: head.history, heard: performance.now(), offset: offset(head),
     closed: head.series.length ? head.now : status.closed,
   });
   for (const name of touched) dirty.add(name);
   return { snapshot: head.kind === "snapshot", page: head.page, facts: Object.keys(head.facts), touched, now: head.now };
 }
+
+/* Frames are late, never early; and a machine that slept has a clock that stood still. */
+const offset = (head) => (head.kind === "snapshot" ? head.now - ticks() : Math.max(status.offset, head.now - ticks()));
 
 function merge(figure, name, first, width, rows, values, whole) {
   const all = (figures[figure] ??= {});

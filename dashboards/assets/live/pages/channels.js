@@ -3,7 +3,7 @@ import { byId, clock, element, put, short } from "../format.js";
 import { facts } from "../store.js";
 import { fill, listen } from "../tables.js";
 import { change, view } from "../view.js";
-import { tree } from "../payload.js";
+import { line, tree } from "../payload.js";
 
 let shown = null, timer = 0;
 
@@ -77,7 +77,7 @@ async function showEvents(quiet = false) {
     const rows = found.events.map((event) => {
       const row = element("details", { class: "event", "data-id": event.id, open: open.has(event.id) },
         element("summary", {}, element("span", { class: "tabular soft", text: clock(event.time) }), element("span", { class: "id", text: event.id }),
-          event.key ? element("span", { class: "chip", text: event.key }) : null, element("code", { text: line(event.data) })), tree(event.data));
+          event.key ? element("span", { class: "chip", text: event.key }) : null, element("code", { text: line(event.data) })), tree(event.data, true));
       return row;
     });
     box.replaceChildren(...(rows.length ? rows : [element("p", { class: "soft", text: found.durable ? `Nothing is kept here. Publish: pipeline publish ${channel} '{…}'` : "Nothing came while we listened; live channels keep nothing." })]));
@@ -85,11 +85,6 @@ async function showEvents(quiet = false) {
     if (!quiet) box.replaceChildren(element("p", { class: "bad", text: error.message }));
   }
 }
-
-const line = (data) => {
-  const text = JSON.stringify(data, (key, value) => (value && value.tensor ? `<${value.tensor}>` : value));
-  return text.length > 140 ? text.slice(0, 139) + "…" : text;
-};
 
 async function publish() {
   const channel = view.channel;

@@ -27,10 +27,11 @@ export function mount() {
 
 function choose(values) { change(values); load(); }
 
-/* The ledger says when there are more. */
+/* The ledger says when there are more, and what people do when there are fewer. */
 export function update(changed) {
-  const now = JSON.stringify(facts.dead || []);
-  if (changed.includes("dead") && now !== told) { told = now; load(); }
+  if (!changed.includes("dead") && !changed.includes("markers")) return;
+  const now = JSON.stringify([facts.dead, (facts.markers || []).findLast((mark) => mark.kind === "action")]);
+  if (now !== told) { told = now; load(); }
 }
 
 /* One load at a time; what is asked for during one is loaded after it. */
@@ -90,7 +91,8 @@ const picked = () => grid("dead")?.getSelectedRows() || [];
 
 function chosen() {
   const n = picked().length, all = shown.open || 0;
-  put(byId("chosen"), n ? `${n} chosen` : "");
+  const some = all > letters.length ? `the newest ${whole(letters.length)} of ${whole(all)}` : "";
+  put(byId("chosen"), [some, n ? `${n} chosen` : ""].filter(Boolean).join(" · "));
   for (const id of ["replay", "drop"]) byId(id).disabled = !n;
   for (const id of ["replay-all", "drop-all"]) byId(id).disabled = !all;
 }

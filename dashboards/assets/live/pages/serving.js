@@ -87,11 +87,11 @@ async function load() {
   if (!models) return;
   const names = Object.keys(models);
   if (!names.length) return toast("No model is served. Start: pipeline serve subscribers.serving:app", "bad");
-  const first = models[names[0]];
+  const next = (name) => ({ version: (models[name].version || 0) + 1, source: models[name].source || "" }), first = next(names[0]);
   await ask({
     title: "Load a version", yes: "Load", text: "Every worker loads it beside the old one and swaps between two batches; one that does not load is refused.",
-    fields: [{ name: "model", label: "model", options: names }, { name: "version", label: "version", type: "integer", value: (first.version || 0) + 1, required: true },
-      { name: "source", label: "source", value: first.source || "", hint: "a specification in PIPELINE_MODELS_DIR, or a built-in model" }],
+    fields: [{ name: "model", label: "model", options: names, sets: next }, { name: "version", label: "version", type: "integer", value: first.version, required: true },
+      { name: "source", label: "source", value: first.source, hint: "a specification in PIPELINE_MODELS_DIR, or a built-in model" }],
     submit: async (values) => { const done = await post("/api/models/load", { ...values, source: values.source || "" }); toast(`${values.model} v${values.version} is asked for`, "good"); return done; },
   });
 }

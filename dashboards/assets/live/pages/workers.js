@@ -17,7 +17,7 @@ async function rate() {
   const now = names.map((name) => `${name}: ${publishers[name].rate ?? "as fast as it goes"}`).join(", ");
   await ask({
     title: "Set a publisher's rate", yes: "Set", text: `Now: ${now}`,
-    fields: [{ name: "publisher", label: "publisher", options: names },
+    fields: [{ name: "publisher", label: "publisher", options: names, sets: (name) => ({ rate: publishers[name].rate }) },
       { name: "rate", label: "events a second and process", type: "number", value: publishers[names[0]].rate ?? "", hint: "0 holds it; empty: as fast as it goes" }],
     submit: async (values) => { const done = await post("/api/publishers/rate", values); toast(`${values.publisher}: ${values.rate ?? "as fast as it goes"}`, "good"); return done; },
   });
