@@ -15,8 +15,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
+from codecs import BOM_UTF8
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
@@ -49,6 +51,8 @@ __all__ = ["Number", "cli", "main"]
 
 BAD_INPUT = 2
 TOO_FEW = 3
+CHUNK = 64 << 10
+"""Bytes of stdin that are read at once."""
 LOOK = 0.2
 """Seconds between two looks for a channel that nobody has registered yet."""
 
@@ -320,7 +324,7 @@ def publish(channel: str, event: str, key: str | None, delay: float | None) -> N
         record = await app.registry.record(channel)
         target = record.channel()
         refused = 0
-        for number, line in _lines(event):
+        async for number, line in _lines(event):
             try:
                 value = record.parse(line)
                 receipt: Receipt = await app.publish(target, value, key=key, delay=delay)
@@ -337,13 +341,49 @@ def publish(channel: str, event: str, key: str | None, delay: float | None) -> N
         sys.exit(BAD_INPUT)
 
 
-def _lines(event: str) -> Iterator[tuple[int, str | bytes]]:
+async def _lines(event: str) -> AsyncGenerator[tuple[int, str | bytes]]:
     if event != "-":
         yield 1, event
         return
-    for number, line in enumerate(sys.stdin.buffer, 1):  # a line that is no text costs itself alone
+    number = 0
+    async for line in _stdin():  # as bytes: a line that is no text costs itself alone
+        number += 1
+        if number == 1:
+            line = line.removeprefix(BOM_UTF8)
         if line.strip():
-            yield number, line.rstrip(b"\r\n")
+            yield number, line.rstrip(b"\r")
+
+
+async def _stdin() -> AsyncGenerator[bytes]:
+    """Its lines. A thread that nobody waits for reads them: while none comes the loop goes on, and Ctrl-C ends it.
+
+    Raises OSError."""
+    if sys.stdin is None:  # whoever started us has closed it
+        return
+    loop, descriptor, room = asyncio.get_running_loop(), sys.stdin.fileno(), threading.Semaphore()
+    chunks: asyncio.Queue[bytes | OSError] = asyncio.Queue()
+
+    def read() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            while room.acquire():  # after the last chunk for ever
+                try:  # not by sys.stdin's buffer: Python cannot end while a thread holds the lock of that
+                    chunk: bytes | OSError = os.read(descriptor, CHUNK)
+                except OSError as error:
+                    chunk = error
+                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+
+    threading.Thread(target=read, name="stdin", daemon=True).start()
+    begun: list[bytes] = []
+    while chunk := await chunks.get():
+        if isinstance(chunk, OSError):
+            raise chunk
+        room.release()
+        end, *more = chunk.split(b"\n")
+        begun.append(end)
+        for begin in more:
+            yield b"".join(begun)
+            begun = [begin]
+    yield b"".join(begun)
 
 
 @cli.command()

@@ -124,7 +124,8 @@ def _lines_from_stdin(name: str) -> int:
     app = Pipeline("data")
     try:
         with opened_blocking(app) as pipe:
-            return 1 if publish_lines(app, pipe, name, iter(sys.stdin.readline, "")) else 0
+            lines = iter(sys.stdin.readline, "") if sys.stdin is not None else iter(())  # None: it was closed
+            return 1 if publish_lines(app, pipe, name, lines) else 0
     except PipelineError as error:
         return fail(error)
     except KeyboardInterrupt:

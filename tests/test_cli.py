@@ -21,6 +21,7 @@ import redis
 
 from pipeline import Channel, Event, Pipeline, Reject, RetryPolicy, Tensor, cli
 from pipeline.errors import ConfigurationError
+from pipeline.metrics import metrics_channel
 from pipeline.transports.redis import RedisBackend
 
 from .apps import idle, serving, until
@@ -56,19 +57,24 @@ async def ask(url: str, *arguments: str | bytes, stdin: str = "") -> subprocess.
     return await asyncio.to_thread(lambda: pipeline(url, *arguments, stdin=stdin))
 
 
+def shell(url: str, command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], env={**os.environ, "PIPELINE_REDIS_URL": url},
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+
+
 @contextmanager
-def running(url: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def running(url: str, *arguments: str, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline", "--url", url, *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd,
     )  # fmt: skip
     try:
         yield process
     finally:
         process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        process.communicate()
 
 
 async def test_events_published_by_hand_reach_typed_subscribers_tensors_too(url: str) -> None:
@@ -94,6 +100,34 @@ async def test_events_published_by_hand_reach_typed_subscribers_tensors_too(url:
     assert "line 4 is left out" in many.stderr
     assert "sensor: 5 is not of type 'string'" in many.stderr
     assert "line 5 is left out: not UTF-8 text" in many.stderr
+
+
+async def test_while_no_line_comes_to_be_published_it_says_that_it_lives_and_ctrl_c_ends_it(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_METRICS_INTERVAL", "0.1")
+    async with Pipeline("app", url) as app, app.watch(metrics_channel) as samples, asyncio.timeout(15):
+        await app.publish(readings, Reading(sensor="a", value=1))
+        with running(url, "publish", "readings", "-") as process:
+            assert process.stdin is not None
+            process.stdin.write('\ufeff{"sensor": "b", "value": 1}\n')  # as some editors begin a file
+            process.stdin.flush()
+            await asyncio.to_thread(line_with, "cli.", process)
+            lives = 0
+            async for sample in samples:
+                lives += sample.event.app == "cli"
+                if lives == 3:
+                    break
+            process.send_signal(signal.SIGINT)
+            assert await asyncio.to_thread(process.wait, 5) == 130
+
+
+async def test_a_stdin_that_is_closed_has_no_lines(url: str) -> None:
+    async with Pipeline("app", url) as app:
+        await app.publish(readings, Reading(sensor="a", value=1))
+        for command in ("-m pipeline publish readings -", "-m publishers.data --stdin --channel readings"):
+            done = await asyncio.to_thread(shell, url, f"{sys.executable} {command} <&-")
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 async def test_bad_input_is_one_clear_line(url: str) -> None:
