@@ -30,6 +30,7 @@ import click
 from . import render
 from .app import Pipeline
 from .channel import Channel
+from .deadletters import internal
 from .errors import (
     ConfigurationError,
     EventTypeError,
@@ -319,6 +320,8 @@ def publish(channel: str, event: str, key: str | None, delay: float | None) -> N
 
     Example: pipeline publish readings '{"sensor": "attic", "value": 21.5}' --key attic
     """
+    if internal(channel):
+        raise ConfigurationError(f"channel {channel!r} is the framework's own; it can be watched, not written")
 
     async def work(app: Pipeline) -> int:
         record = await app.registry.record(channel)

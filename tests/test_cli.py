@@ -138,6 +138,7 @@ async def test_bad_input_is_one_clear_line(url: str) -> None:
             (("publish", "readings", b'{"sensor": "\xff"}'), 2, "not UTF-8 text"),
             (("publish", b"\xff", "{}"), 2, "is not utf-8 text"),
             (("publish", "nowhere", "{}"), 2, "no channel 'nowhere' is registered (known: readings)"),
+            (("publish", "readings.dead", "{}"), 2, "'readings.dead' is the framework's own; it can be watched"),
             (("replay", "readings", "--group", "x", "--since", "1h"), 2, "no group 'x'"),
             (("pause", "readings", "--group", "x"), 2, "no group 'x'"),
             (("watch", "readings", "--since", "yesterday"), 2, "since="),
