@@ -303,7 +303,8 @@ def _newest_change() -> float:
         folders[:] = [name for name in folders if name not in hidden]
         for name in names:
             if name.endswith(".py"):
-                newest = max(newest, (Path(folder) / name).stat().st_mtime)
+                with contextlib.suppress(OSError):  # gone meanwhile, or a link to nowhere, as some editors lock files
+                    newest = max(newest, (Path(folder) / name).stat().st_mtime)
     return newest
 
 

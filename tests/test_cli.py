@@ -329,6 +329,19 @@ async def test_serving_in_several_processes_survives_a_kill_and_stops_at_once(ur
         assert ended(*again)
 
 
+def test_reloading_goes_on_beside_files_that_nobody_can_read(url: str, tmp_path: Path) -> None:
+    app = tmp_path / "mine.py"
+    app.write_text("from pipeline import Pipeline\napp = Pipeline('mine')\nprint('loaded', flush=True)\n")
+    with running(url, "serve", "mine:app", "--reload", cwd=tmp_path) as process:
+        line_with("loaded", process)
+        (tmp_path / ".#mine.py").symlink_to("me@host.1:2")  # as Emacs locks a file
+        time.sleep(0.5)  # two looks
+        os.utime(app, (time.time() + 1, time.time() + 1))
+        line_with("reloading", process)
+        process.terminate()
+        assert process.wait(10) == 0
+
+
 async def test_a_stop_that_comes_while_a_crashed_worker_waits_starts_no_other(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
