@@ -74,7 +74,7 @@ class _Plan:
 
 def _plans(procfile: Path, only: Sequence[str], scale: Mapping[str, int]) -> list[_Plan]:
     try:
-        processes = environ.parse_procfile(procfile.read_text()).processes
+        processes = environ.parse_procfile(_text(procfile)).processes
     except OSError as error:
         raise ConfigurationError(f"{procfile} cannot be read: {error.strerror}; name a Procfile with -f") from None
     except AssertionError as error:
@@ -94,9 +94,20 @@ def _plans(procfile: Path, only: Sequence[str], scale: Mapping[str, int]) -> lis
 
 def _environment(directory: Path) -> dict[str, str]:
     """What the children see. `python` and `pipeline` are the ones that run us, whether or not the venv is active."""
-    with contextlib.suppress(OSError):
-        return {**environ.parse((directory / ".env").read_text()), **_own_environment()}
-    return _own_environment()
+    file = directory / ".env"
+    try:
+        return {**environ.parse(_text(file)), **_own_environment()}
+    except OSError:
+        return _own_environment()
+    except ValueError as error:
+        raise error if isinstance(error, ConfigurationError) else ConfigurationError(f"{file}: {error}") from None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _own_environment() -> dict[str, str]:

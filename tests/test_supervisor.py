@@ -202,12 +202,24 @@ def test_only_the_chosen_processes_run_as_often_as_asked(tmp_path: Path) -> None
         ("one: true", [], {"one": 0}, "nothing to run"),
         ("one: true\none: false", [], {}, "unique"),
         (None, [], {}, "cannot be read"),
+        ("# \udcfc\none: true", [], {}, "/Procfile is not UTF-8 text: invalid start byte at byte 2"),
     ],
 )
 def test_a_wrong_procfile_or_name_is_refused_with_the_reason(
     tmp_path: Path, procfile: str | None, only: list[str], scale: dict[str, int], reason: str
 ) -> None:
     if procfile is not None:
-        (tmp_path / "Procfile").write_text(procfile)
+        (tmp_path / "Procfile").write_text(procfile, errors="surrogateescape")
     with pytest.raises(ConfigurationError, match=reason):
         up(tmp_path / "Procfile", only, scale)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"NAME=\xfc\n", " is not UTF-8 text: invalid start byte at byte 5"), (b'NAME="a\n', ": No closing quotation")],
+)
+def test_an_env_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "Procfile").write_text("one: true")
+    (tmp_path / ".env").write_bytes(content)
+    with pytest.raises(ConfigurationError, match=rf"/\.env{reason}"):
+        up(tmp_path / "Procfile")
