@@ -170,7 +170,8 @@ def settings() -> Settings:
     except ValidationError as error:
         raise ConfigurationError(_explain(error)) from None  # the cause would show the values, secrets among them
     except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{Path(_FILE).absolute()} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        file, where = Path(_FILE).absolute(), f"{error.reason} at byte {error.start}"
+        raise ConfigurationError(f"{file} is not UTF-8 text: {where}") from None
 
 
 def check_url(url: str) -> str:

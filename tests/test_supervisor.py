@@ -27,6 +27,13 @@ from pipeline.supervisor import up
 sys.exit(up(pathlib.Path("Procfile"), **json.loads(sys.argv[1])))
 """
 
+_BROKEN = """
+from pipeline import supervisor
+def _fate(status):
+    raise LookupError("nobody knows its fate")
+supervisor._fate = _fate
+"""
+
 _SHOW = """
 import os, sys
 print(os.environ["FROM_FILE"], os.environ["FROM_BOTH"], sys.executable)
@@ -63,13 +70,15 @@ signal.pause()
 
 @contextmanager
 def running(
-    directory: Path, procfile: str, arguments: str = "{}", **environment: str
+    directory: Path, procfile: str, arguments: str = "{}", *, program: str = _UP, **environment: str
 ) -> Iterator[subprocess.Popen[str]]:
     """`pipeline up` in `directory`, ended without leaving a process whatever the test does."""
     (directory / "Procfile").write_text(procfile)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **environment}
-    command = [sys.executable, "-c", _UP, arguments]
-    with subprocess.Popen(command, cwd=directory, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    command, output = [sys.executable, "-c", program, arguments], subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+    ) as process:
         try:
             yield process
         finally:
@@ -169,6 +178,36 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
         time.sleep(1.0)  # the watchdog is told of a child a moment after that was started
         process.kill()
     assert ended(*everyone)
+
+
+def test_a_terminal_that_lacks_characters_gets_others(tmp_path: Path) -> None:
+    procfile = "degrees: printf '21 \\302\\260C\\n'; echo next\n"
+    with running(tmp_path, procfile, PYTHONIOENCODING="ascii") as process:
+        output = said(process)
+        assert process.wait() == 0
+    assert "| 21 ?C\n" in output
+    assert "| next\n" in output
+    assert "degrees.1 finished" in output
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with running(folder, "crash: kill -40 $$\n") as process:
+        line_with("was killed by 40", process)
+        folder.rename(tmp_path / "other")
+        line_with("could not be started: No such file or directory", process)
+        (tmp_path / "other").rename(folder)
+        line_with("was killed by 40", process)
+
+
+def test_an_error_of_the_supervisors_own_ends_everything_and_is_told(tmp_path: Path) -> None:
+    with running(tmp_path, "crash: false\nsteady: sleep 60\n", program=_BROKEN + _UP) as process:
+        everyone = family(process)
+        output = said(process)
+        assert process.wait() == 1
+    assert "nobody knows its fate" in output
+    assert ended(*everyone, within=0.5)
 
 
 def test_nothing_goes_on_when_nobody_reads_the_output(tmp_path: Path) -> None:
