@@ -68,8 +68,28 @@ class Number(click.FloatRange):
         return number
 
 
+class _Unread(Exception):
+    """Raised for a BrokenPipeError, which click answers with status 1: whoever read our output has seen enough."""
+
+
+@contextlib.contextmanager
+def _unread() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise _Unread from None
+
+
 class _Verbs(click.Group):
     """Verbs in the order of the documentation, and those that other packages add; a broken one harms no other."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _unread():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _unread():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*self.commands, *(point.name for point in entry_points(group="pipeline.commands"))]
@@ -110,8 +130,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _Unread:
+        _give_up_stdout()
         sys.exit(0)
     except (EventTypeError, ConfigurationError) as error:
         _complain(error)
@@ -122,6 +142,16 @@ def main() -> None:
     except PipelineError as error:
         _complain(error)
         sys.exit(1)
+    except OSError as error:
+        _complain(error)
+        _give_up_stdout()
+        sys.exit(1)
+
+
+def _give_up_stdout() -> None:
+    """Python would write at its end what it could not write before."""
+    if sys.stdout is not None:  # or nobody had opened it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(error: Exception) -> None:
@@ -151,7 +181,7 @@ def up(only: str, scale: tuple[str, ...], procfile: Path) -> None:
     scales = {}
     for item in (part for one in scale for part in one.split(",")):
         name, _, count = item.partition("=")
-        if not count.isdigit():
+        if not (count.isascii() and count.isdecimal()):
             raise click.BadParameter(f"{item!r}: use NAME=N", param_hint="--scale")
         scales[name] = int(count)
     names = [name.strip() for name in only.split(",") if name.strip()]
@@ -404,14 +434,13 @@ def watch(channel: str, since: str | None, count: int | None, timeout: float | N
 
     Example: pipeline watch readings --since 5m --json | jq .data
     """
-    show = render.json_line if as_json or not sys.stdout.isatty() else render.line
+    show = render.line if sys.stdout and sys.stdout.isatty() and not as_json else render.json_line
 
     async def work(app: Pipeline) -> int:
         seen = 0
         async with contextlib.aclosing(_watched(app, channel, since)) as messages:
             async for message, data, kind in messages:
                 click.echo(show(message, data, kind))
-                sys.stdout.flush()
                 seen += 1
                 if seen == count:
                     break

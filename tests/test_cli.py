@@ -147,6 +147,7 @@ async def test_bad_input_is_one_clear_line(url: str) -> None:
             (("dead", "readings", "--replay", "--drop"), 2, "exclude each other"),
             (("dead", "readings", "--group", "x", "--replay"), 2, "channel 'readings' has no group 'x'"),
             (("dead", "readings", "--group", "x"), 2, "channel 'readings' has no group 'x'"),
+            (("up", "--scale", "redis=\u00b2"), 2, "use NAME=N"),
             (("serve", "nosuch:app"), 2, "No module named 'nosuch'"),
             (("serve", "json:dumps"), 2, "not a Pipeline"),
             (("serve", ":app"), 2, "say MODULE:APP"),
@@ -193,6 +194,34 @@ def test_a_url_that_is_none_is_one_clear_line(url: str, reason: str) -> None:
     assert (done.returncode, done.stderr.count("\n"), reason in done.stderr) == (2, 1, True), done.stderr
     with pytest.raises(ConfigurationError, match=reason):
         RedisBackend(url, "app")
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "reason"),
+    [
+        ("--host nosuch.invalid --port 0", 1, "cannot listen on nosuch.invalid:0: Name or service not known;"),
+        ("--url http://me:hush@nonsense", 2, "--url: not a URL that begins with one of redis://"),
+    ],
+)
+def test_where_the_dashboard_cannot_be_is_said_when_it_is_started(
+    url: str, options: str, status: int, reason: str
+) -> None:
+    done = shell(url, f"{sys.executable} -m dashboards {options}")
+    assert (done.returncode, reason in done.stderr, "hush" in done.stderr) == (status, True, False), done.stderr
+
+
+async def test_a_reader_that_has_seen_enough_ends_it_quietly_and_a_full_disk_with_a_line(url: str) -> None:
+    command = f"{sys.executable} -m pipeline"
+    async with Pipeline("app", url) as app:
+        await app.publish(readings, [Reading(sensor="a", value=n) for n in range(1000)])
+        for unread in (f"{command} watch readings --since 1h | head -1 >/dev/null", f"{command} --help | true"):
+            done = await asyncio.to_thread(shell, url, unread)
+            assert (done.returncode, done.stderr.removeprefix("watching readings\n")) == (0, "")
+        for closed in ("watch readings --since 1h --count 1", "stats"):
+            done = await asyncio.to_thread(shell, url, f"{command} {closed} >&-")
+            assert (done.returncode, done.stderr.removeprefix("watching readings\n")) == (0, "")
+        done = await asyncio.to_thread(shell, url, f"{command} stats --json >/dev/full")
+        assert (done.returncode, done.stderr) == (1, "pipeline: [Errno 28] No space left on device\n")
 
 
 def test_a_product_that_cannot_be_is_refused_before_anybody_computes_it(url: str, tmp_path: Path) -> None:
