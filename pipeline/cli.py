@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import io
 import json
 import logging
 import math
@@ -121,6 +122,8 @@ def cli(ctx: click.Context, url: str | None) -> None:
 
 def main() -> None:
     """The entry point: an error of ours is one line, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters; see stderr
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:

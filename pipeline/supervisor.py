@@ -269,8 +269,6 @@ class _Output:
     """Everybody's lines on our stdout, each with its time and its process's name. When nobody reads it, all stops."""
 
     def __init__(self, names: Sequence[str], on_closed: Callable[[], None]) -> None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than the processes
         self._printer = Printer(sys.stdout, width=max(map(len, [*names, "pipeline"])))
         self._colours = dict(zip(names, get_colours(), strict=False))
         self._on_closed = on_closed

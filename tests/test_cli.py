@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import psutil
 import pytest
 import redis
 
-from pipeline import Channel, Event, Pipeline, Reject, RetryPolicy, Tensor, cli
+from pipeline import Channel, Event, Message, Pipeline, Reject, RetryPolicy, Tensor, cli, render
+from pipeline.deadletters import DeadLetter
 from pipeline.errors import ConfigurationError
+from pipeline.ledger import ChannelLedger, GroupLedger, Ledger
 from pipeline.metrics import metrics_channel
 from pipeline.transports.redis import RedisBackend
 
@@ -314,6 +317,44 @@ async def test_dead_letters_are_shown_replayed_and_counted(url: str) -> None:
         assert "balances" in (await ask(url, "stats")).stdout
         rewound = await ask(url, "replay", "readings", "--group", "g", "--since", "1h")
         assert "2 events to read again" in rewound.stdout
+
+
+def test_nothing_that_somebody_publishes_commands_the_terminal() -> None:
+    hostile = "\x1b]0;owned\x07\x1b[2J \x9b1m\nforged \u202etxt"
+    shown = r"\x1b]0;owned\x07\x1b[2J \x9b1m\nforged \u202etxt"
+    message = Message(hostile, "s:1", "music", hostile, datetime.now(UTC), key=hostile)
+    assert render.line(message, hostile, "str").endswith(f"str {shown} [{shown}] {shown}")
+    dead = DeadLetter(
+        channel="c", group="g", event_id="s:1", attempts=1, reason=hostile, traceback="one\nt\x1b[2Jo", original=b""
+    )
+    first, *rows = render.letter(Message(dead, "s:1", "c.dead", "s", datetime.now(UTC))).splitlines()
+    assert first.endswith(r"after 1 attempts: \x1b]0;owned\x07\x1b[2J \x9b1m")
+    assert rows == [r"    forged \u202etxt", "    null", "    one", r"    t\x1b[2Jo"]
+
+
+def test_a_terminal_that_lacks_characters_ends_no_process(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    (tmp_path / "Procfile").write_text("degrees: printf '21 \\302\\260C\\n'; echo next\n")
+    done = pipeline(url, "up", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.partition(" | ")[2] for line in done.stdout.splitlines()] == [
+        r"21 \xb0C",
+        "next",
+        "degrees.1 finished",
+    ]
+
+
+@pytest.mark.parametrize("length", [10, 100, 195])
+def test_of_long_names_the_end_is_missing_and_of_numbers_nothing(length: int) -> None:
+    group = GroupLedger(handled=1_234_567, pending=89_012, paused=True)
+    channel = ChannelLedger(published=1_323_579, groups={"g" * length: group})
+    ledger = Ledger(time=1.0, channels={"c" * length: channel})
+    _, row = render.ledger(ledger, ledger, False).splitlines()
+    names, numbers = row.split()[:2], row.split()[2:]
+    assert all(shown == name * length or shown.endswith("…") for shown, name in zip(names, "cg", strict=True))
+    assert numbers == "1,323,579 0 1,234,567 0 0 0 89,012 0 0.0 s 0 balances, paused".split()
 
 
 async def test_a_group_is_paused_and_resumed_by_hand(url: str) -> None:

@@ -180,16 +180,6 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
     assert ended(*everyone)
 
 
-def test_a_terminal_that_lacks_characters_gets_others(tmp_path: Path) -> None:
-    procfile = "degrees: printf '21 \\302\\260C\\n'; echo next\n"
-    with running(tmp_path, procfile, PYTHONIOENCODING="ascii") as process:
-        output = said(process)
-        assert process.wait() == 0
-    assert "| 21 ?C\n" in output
-    assert "| next\n" in output
-    assert "degrees.1 finished" in output
-
-
 def test_a_process_that_cannot_be_started_is_tried_again(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
