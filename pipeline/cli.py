@@ -46,6 +46,7 @@ from .server import supervise
 from .settings import redact, settings
 from .supervisor import BACKOFF, HEALTHY_SECONDS
 from .supervisor import up as supervise_processes
+from .transports.client import ReplyError
 from .watchdog import watchdog
 from .watching import position
 
@@ -144,6 +145,9 @@ def main() -> None:
         sys.exit(BAD_INPUT)
     except PipelineError as error:
         _complain(error)
+        sys.exit(1)
+    except ReplyError as error:
+        _complain(PipelineError(f"Redis refuses: {error}"))
         sys.exit(1)
     except OSError as error:
         _complain(error)

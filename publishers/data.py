@@ -120,9 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _lines_from_stdin(name: str) -> int:
-    start_logging()
-    app = Pipeline("data")
     try:
+        start_logging()
+        app = Pipeline("data")
         with opened_blocking(app) as pipe:
             lines = iter(sys.stdin.readline, "") if sys.stdin is not None else iter(())  # None: it was closed
             return 1 if publish_lines(app, pipe, name, lines) else 0

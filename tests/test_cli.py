@@ -125,6 +125,15 @@ async def test_while_no_line_comes_to_be_published_it_says_that_it_lives_and_ctr
             assert await asyncio.to_thread(process.wait, 5) == 130
 
 
+def test_a_key_of_another_type_is_said_in_one_line(url: str) -> None:
+    with redis.Redis.from_url(url) as client:
+        client.set("pipeline:channels", "somebody's")
+    for arguments in (("stats",), ("publish", "readings", "{}"), ("watch", "readings")):
+        done = pipeline(url, *arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "Redis refuses: WRONGTYPE" in done.stderr
+
+
 async def test_a_stdin_that_is_closed_has_no_lines(url: str) -> None:
     async with Pipeline("app", url) as app:
         await app.publish(readings, Reading(sensor="a", value=1))

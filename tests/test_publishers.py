@@ -253,6 +253,13 @@ def test_every_program_explains_itself(name: str) -> None:
     assert len(result.stdout.splitlines()) > 8
 
 
+@pytest.mark.parametrize("arguments", [*PROGRAMS, "publishers.data --stdin", "publishers.training --rank 0"])
+def test_a_setting_that_cannot_be_is_said_in_one_line(arguments: str) -> None:
+    result = finished("-m", *arguments.split(), url="redis://127.0.0.1:1", PIPELINE_LOG_LEVEL="loud")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "PIPELINE_LOG_LEVEL" in result.stderr
+
+
 @pytest.mark.parametrize(
     "command",
     [
