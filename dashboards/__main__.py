@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import socket
 import sys
 
@@ -51,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"dashboard: http://{host}:{listener.getsockname()[1]}", flush=True)
     with listener:
         server = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
-        uvicorn.Server(server).run(sockets=[listener])
+        with contextlib.suppress(KeyboardInterrupt):  # it raises again what it has ended for
+            uvicorn.Server(server).run(sockets=[listener])
     return 0
 
 

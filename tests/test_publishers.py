@@ -6,7 +6,9 @@ import asyncio
 import csv
 import itertools
 import os
+import signal
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +285,18 @@ def test_a_program_waits_for_a_redis_that_is_not_there_yet(command: tuple[str, .
                 assert process.wait(10) == 0
             else:
                 line_with("ready", process)
+
+
+@pytest.mark.parametrize("name", ["publishers.gateway", "dashboards"])
+def test_a_server_ends_quietly_at_ctrl_c(valkey_url: str, name: str) -> None:
+    with program("-m", name, "--port", "0", url=valkey_url, PYTHONWARNINGS="default") as process:
+        address = line_with("http://", process).split()[-1]
+        with urllib.request.urlopen(address + ("/healthz" if name == "publishers.gateway" else "/"), timeout=20):
+            pass  # now it runs
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert "Traceback" not in process.stdout.read()
+        assert process.wait(10) == 0
 
 
 def test_a_password_in_the_url_is_not_shown() -> None:

@@ -94,7 +94,10 @@ class _Workers:
 
     def _start(self, rank: int) -> None:
         process = self._context.Process(target=_work_as_child, args=(self._plans[rank],), name=f"worker-{rank}")
+        # Ctrl-C is for this one, which ends the workers; they would die of it, loudly, while they import torch.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         process.start()
+        signal.signal(signal.SIGINT, before)
         self._processes[rank] = process
 
     def _stop(self, *_: object) -> None:
