@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import socket
 import sys
 
 import uvicorn
 
 from pipeline.errors import ConfigurationError
-from pipeline.settings import settings
+from pipeline.settings import check_url, settings
 
 from .app import create
 
@@ -29,6 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, metavar="N", help="default: DASHBOARD_PORT, or 8050; 0 takes a free one")
     parser.add_argument("--url", metavar="URL", help="Redis (default: PIPELINE_REDIS_URL)")
     options = parser.parse_args(arguments)
+    if options.url:
+        try:
+            check_url(options.url)
+        except ValueError as error:
+            parser.error(f"--url: {error}")
     try:
         config = settings()
         host = options.host or config.dashboard_host
@@ -40,13 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+        # Not by errno, which is none of the system's when a name is not known.
+        reason = str((isinstance(error, OSError) and error.strerror) or error).partition(" (while")[0]
         print(f"dashboard: cannot listen on {host}:{port}: {reason}; set DASHBOARD_PORT", file=sys.stderr)
         return 1
     print(f"dashboard: http://{host}:{listener.getsockname()[1]}", flush=True)
     with listener:
         server = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
-        uvicorn.Server(server).run(sockets=[listener])
+        with contextlib.suppress(KeyboardInterrupt):  # it raises again what it has ended for
+            uvicorn.Server(server).run(sockets=[listener])
     return 0
 
 

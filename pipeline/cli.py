@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import io
 import json
 import logging
 import math
@@ -15,8 +16,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
+from codecs import BOM_UTF8
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
@@ -28,6 +31,7 @@ import click
 from . import render
 from .app import Pipeline
 from .channel import Channel
+from .deadletters import internal
 from .errors import (
     ConfigurationError,
     EventTypeError,
@@ -42,6 +46,7 @@ from .server import supervise
 from .settings import redact, settings
 from .supervisor import BACKOFF, HEALTHY_SECONDS
 from .supervisor import up as supervise_processes
+from .transports.client import ReplyError
 from .watchdog import watchdog
 from .watching import position
 
@@ -49,6 +54,8 @@ __all__ = ["Number", "cli", "main"]
 
 BAD_INPUT = 2
 TOO_FEW = 3
+CHUNK = 64 << 10
+"""Bytes of stdin that are read at once."""
 LOOK = 0.2
 """Seconds between two looks for a channel that nobody has registered yet."""
 
@@ -63,8 +70,28 @@ class Number(click.FloatRange):
         return number
 
 
+class _Unread(Exception):
+    """Raised for a BrokenPipeError, which click answers with status 1: whoever read our output has seen enough."""
+
+
+@contextlib.contextmanager
+def _unread() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise _Unread from None
+
+
 class _Verbs(click.Group):
     """Verbs in the order of the documentation, and those that other packages add; a broken one harms no other."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _unread():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _unread():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*self.commands, *(point.name for point in entry_points(group="pipeline.commands"))]
@@ -96,6 +123,8 @@ def cli(ctx: click.Context, url: str | None) -> None:
 
 def main() -> None:
     """The entry point: an error of ours is one line, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters; see stderr
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
@@ -105,8 +134,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _Unread:
+        _give_up_stdout()
         sys.exit(0)
     except (EventTypeError, ConfigurationError) as error:
         _complain(error)
@@ -117,6 +146,19 @@ def main() -> None:
     except PipelineError as error:
         _complain(error)
         sys.exit(1)
+    except ReplyError as error:
+        _complain(PipelineError(f"Redis refuses: {error}"))
+        sys.exit(1)
+    except OSError as error:
+        _complain(error)
+        _give_up_stdout()
+        sys.exit(1)
+
+
+def _give_up_stdout() -> None:
+    """Python would write at its end what it could not write before."""
+    if sys.stdout is not None:  # or nobody had opened it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(error: Exception) -> None:
@@ -146,7 +188,7 @@ def up(only: str, scale: tuple[str, ...], procfile: Path) -> None:
     scales = {}
     for item in (part for one in scale for part in one.split(",")):
         name, _, count = item.partition("=")
-        if not count.isdigit():
+        if not (count.isascii() and count.isdecimal()):
             raise click.BadParameter(f"{item!r}: use NAME=N", param_hint="--scale")
         scales[name] = int(count)
     names = [name.strip() for name in only.split(",") if name.strip()]
@@ -298,7 +340,8 @@ def _newest_change() -> float:
         folders[:] = [name for name in folders if name not in hidden]
         for name in names:
             if name.endswith(".py"):
-                newest = max(newest, (Path(folder) / name).stat().st_mtime)
+                with contextlib.suppress(OSError):  # gone meanwhile, or a link to nowhere, as some editors lock files
+                    newest = max(newest, (Path(folder) / name).stat().st_mtime)
     return newest
 
 
@@ -315,12 +358,14 @@ def publish(channel: str, event: str, key: str | None, delay: float | None) -> N
 
     Example: pipeline publish readings '{"sensor": "attic", "value": 21.5}' --key attic
     """
+    if internal(channel):
+        raise ConfigurationError(f"channel {channel!r} is the framework's own; it can be watched, not written")
 
     async def work(app: Pipeline) -> int:
         record = await app.registry.record(channel)
         target = record.channel()
         refused = 0
-        for number, line in _lines(event):
+        async for number, line in _lines(event):
             try:
                 value = record.parse(line)
                 receipt: Receipt = await app.publish(target, value, key=key, delay=delay)
@@ -337,13 +382,49 @@ def publish(channel: str, event: str, key: str | None, delay: float | None) -> N
         sys.exit(BAD_INPUT)
 
 
-def _lines(event: str) -> Iterator[tuple[int, str | bytes]]:
+async def _lines(event: str) -> AsyncGenerator[tuple[int, str | bytes]]:
     if event != "-":
         yield 1, event
         return
-    for number, line in enumerate(sys.stdin.buffer, 1):  # a line that is no text costs itself alone
+    number = 0
+    async for line in _stdin():  # as bytes: a line that is no text costs itself alone
+        number += 1
+        if number == 1:
+            line = line.removeprefix(BOM_UTF8)
         if line.strip():
-            yield number, line.rstrip(b"\r\n")
+            yield number, line.rstrip(b"\r")
+
+
+async def _stdin() -> AsyncGenerator[bytes]:
+    """Its lines. A thread that nobody waits for reads them: while none comes the loop goes on, and Ctrl-C ends it.
+
+    Raises OSError."""
+    if sys.stdin is None:  # whoever started us has closed it
+        return
+    loop, descriptor, room = asyncio.get_running_loop(), sys.stdin.fileno(), threading.Semaphore()
+    chunks: asyncio.Queue[bytes | OSError] = asyncio.Queue()
+
+    def read() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            while room.acquire():  # after the last chunk for ever
+                try:  # not by sys.stdin's buffer: Python cannot end while a thread holds the lock of that
+                    chunk: bytes | OSError = os.read(descriptor, CHUNK)
+                except OSError as error:
+                    chunk = error
+                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+
+    threading.Thread(target=read, name="stdin", daemon=True).start()
+    begun: list[bytes] = []
+    while chunk := await chunks.get():
+        if isinstance(chunk, OSError):
+            raise chunk
+        room.release()
+        end, *more = chunk.split(b"\n")
+        begun.append(end)
+        for begin in more:
+            yield b"".join(begun)
+            begun = [begin]
+    yield b"".join(begun)
 
 
 @cli.command()
@@ -360,14 +441,13 @@ def watch(channel: str, since: str | None, count: int | None, timeout: float | N
 
     Example: pipeline watch readings --since 5m --json | jq .data
     """
-    show = render.json_line if as_json or not sys.stdout.isatty() else render.line
+    show = render.line if sys.stdout and sys.stdout.isatty() and not as_json else render.json_line
 
     async def work(app: Pipeline) -> int:
         seen = 0
         async with contextlib.aclosing(_watched(app, channel, since)) as messages:
             async for message, data, kind in messages:
                 click.echo(show(message, data, kind))
-                sys.stdout.flush()
                 seen += 1
                 if seen == count:
                     break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,8 @@ from .message import Message, trace_of
 __all__ = ["json_line", "ledger", "letter", "letter_json", "line"]
 
 MOST_TEXT = 400
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""What a terminal obeys or turns around instead of showing it, and what ends a line."""
 
 
 def json_line(message: Message[Any], data: Any, kind: str) -> str:
@@ -43,7 +46,12 @@ def line(message: Message[Any], data: Any, kind: str) -> str:
     if len(text) > MOST_TEXT:
         text = f"{text[:MOST_TEXT]} …"
     key = f" [{message.key}]" if message.key else ""
-    return f"{message.time.astimezone():%H:%M:%S.%f} {kind} {message.source}{key} {text}"
+    return _plain(f"{message.time.astimezone():%H:%M:%S.%f} {kind} {message.source}{key} {text}")
+
+
+def _plain(text: str) -> str:
+    """Anybody's words, as they may go to a terminal."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def ledger(before: Ledger, now: Ledger, everything: bool) -> str:
@@ -52,9 +60,10 @@ def ledger(before: Ledger, now: Ledger, everything: bool) -> str:
     table = Table(box=None, header_style="bold", pad_edge=False)
     columns = ("channel", "group", "published", "/s", "handled", "/s", "dead", "retried", "pending", "lag", "oldest")
     for name in columns:
-        table.add_column(name, justify="left" if name in ("channel", "group") else "right", no_wrap=True)
-    table.add_column("workers", justify="right")
-    table.add_column("ledger")
+        is_name = name in ("channel", "group")  # without a space, so it does not wrap but loses its end
+        table.add_column(name, justify="left" if is_name else "right", no_wrap=not is_name, overflow="ellipsis")
+    table.add_column("workers", justify="right", no_wrap=True)
+    table.add_column("ledger", no_wrap=True)
     for name, channel in now.channels.items():
         if name.startswith("pipeline.") and not everything:
             continue
@@ -63,7 +72,7 @@ def ledger(before: Ledger, now: Ledger, everything: bool) -> str:
         old = before.channels.get(name, channel)
         rate = f"{(channel.published - old.published) / seconds:,.0f}"
         if not channel.groups:
-            table.add_row(name, "", f"{channel.published:,}", rate)
+            table.add_row(_plain(name), "", f"{channel.published:,}", rate)
         for group, one in channel.groups.items():
             handled = (one.handled - old.groups.get(group, one).handled) / seconds
             difference = one.difference(channel.published)
@@ -71,11 +80,11 @@ def ledger(before: Ledger, now: Ledger, everything: bool) -> str:
             balance += ", paused" if one.paused else ""
             numbers = (one.handled, handled, one.dead, one.retried, one.pending, one.lag)
             table.add_row(
-                name, group, f"{channel.published:,}", rate, *(f"{number:,.0f}" for number in numbers),
+                _plain(name), _plain(group), f"{channel.published:,}", rate, *(f"{number:,.0f}" for number in numbers),
                 f"{one.oldest:.1f} s", str(one.consumers), balance,
             )  # fmt: skip
     out = io.StringIO()
-    Console(file=out, width=180).print(table)
+    Console(file=out, width=180, markup=False).print(table)
     return "\n".join(text.rstrip() for text in out.getvalue().splitlines())
 
 
@@ -84,8 +93,9 @@ def letter(message: Message[DeadLetter]) -> str:
     events = preview(one.original)
     text = json.dumps(outline(events[0] if isinstance(events, list) and len(events) == 1 else events))
     head = f"{message.time.astimezone():%Y-%m-%d %H:%M:%S} {one.group} {one.event_id} after {one.attempts} attempts"
-    trace = "".join(f"\n    {row}" for row in one.traceback.rstrip().splitlines()[-6:])
-    return f"{head}: {one.reason}\n    {text[:MOST_TEXT]}{trace}"
+    trace = one.traceback.rstrip().splitlines()[-6:]
+    rows = [*f"{head}: {one.reason}".splitlines(), text[:MOST_TEXT], *trace]
+    return "\n    ".join(map(_plain, rows))
 
 
 def letter_json(message: Message[DeadLetter]) -> str:

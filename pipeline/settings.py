@@ -17,6 +17,7 @@ from .errors import ConfigurationError
 __all__ = ["Settings", "check_url", "redact", "settings"]
 
 _PREFIX = "PIPELINE_"
+_FILE = ".env"
 _SCHEMES = ("redis://", "rediss://", "unix://", "memory://")
 
 
@@ -28,7 +29,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=_PREFIX,
-        env_file=".env",
+        env_file=_FILE,
+        env_file_encoding="utf-8",
         env_ignore_empty=True,
         extra="ignore",  # .env may hold other programs' variables
         frozen=True,
@@ -169,12 +171,15 @@ class Settings(BaseSettings):
 def settings() -> Settings:
     """The process's settings, read once (`settings.cache_clear()` makes the next call read again).
 
-    Raises ConfigurationError, naming each variable with a bad value.
+    Raises ConfigurationError, naming each variable with a bad value, or a `.env` that is no text.
     """
     try:
         return Settings()
     except ValidationError as error:
         raise ConfigurationError(_explain(error)) from None  # the cause would show the values, secrets among them
+    except UnicodeDecodeError as error:
+        file, where = Path(_FILE).absolute(), f"{error.reason} at byte {error.start}"
+        raise ConfigurationError(f"{file} is not UTF-8 text: {where}") from None
 
 
 def check_url(url: str) -> str:

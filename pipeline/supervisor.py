@@ -74,7 +74,7 @@ class _Plan:
 
 def _plans(procfile: Path, only: Sequence[str], scale: Mapping[str, int]) -> list[_Plan]:
     try:
-        processes = environ.parse_procfile(procfile.read_text()).processes
+        processes = environ.parse_procfile(_text(procfile)).processes
     except OSError as error:
         raise ConfigurationError(f"{procfile} cannot be read: {error.strerror}; name a Procfile with -f") from None
     except AssertionError as error:
@@ -94,9 +94,20 @@ def _plans(procfile: Path, only: Sequence[str], scale: Mapping[str, int]) -> lis
 
 def _environment(directory: Path) -> dict[str, str]:
     """What the children see. `python` and `pipeline` are the ones that run us, whether or not the venv is active."""
-    with contextlib.suppress(OSError):
-        return {**environ.parse((directory / ".env").read_text()), **_own_environment()}
-    return _own_environment()
+    file = directory / ".env"
+    try:
+        return {**environ.parse(_text(file)), **_own_environment()}
+    except OSError:
+        return _own_environment()
+    except ValueError as error:
+        raise error if isinstance(error, ConfigurationError) else ConfigurationError(f"{file}: {error}") from None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _own_environment() -> dict[str, str]:
@@ -120,10 +131,11 @@ class _Supervisor:
             loop.add_signal_handler(number, self._on_signal)
         try:
             await self._start()
-            await _first(self._stop.wait(), asyncio.wait(self._tasks.values()))
+            await _first(self._stop.wait(), asyncio.wait(self._tasks.values(), return_when=asyncio.FIRST_EXCEPTION))
         finally:
             await self._shut_down()
             watchdog().close()
+        await asyncio.gather(*self._tasks.values())  # which have ended; raises what one of them failed with
         return 0
 
     def _on_signal(self) -> None:
@@ -179,7 +191,11 @@ class _Process:
         delay, crashes = BACKOFF[0], 0
         while not self._stopped.is_set():
             started = time.monotonic()
-            status = await self._run()
+            try:
+                status = await self._run()
+                fate = _fate(status)
+            except OSError as error:
+                status, fate = None, f"could not be started: {error.strerror or error}"
             if self._stopped.is_set():
                 self._output.say(f"{self.plan.name} stopped")
             elif status == 0:
@@ -189,7 +205,7 @@ class _Process:
                 lived = time.monotonic() - started
                 delay, crashes = (BACKOFF[0], 1) if lived > HEALTHY_SECONDS else (delay, crashes + 1)
                 again = f"starts again in {delay:g} s" + (f" (crash {crashes} in a row)" if crashes > 1 else "")
-                self._output.say(f"{self.plan.name} {_fate(status)} after {lived:.1f} s; {again}")
+                self._output.say(f"{self.plan.name} {fate} after {lived:.1f} s; {again}")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopped.wait(), delay)
                 delay = min(delay * 2, BACKOFF[1])
@@ -219,11 +235,15 @@ class _Process:
                 cwd=self.plan.directory,
                 start_new_session=True,
             )
+        except OSError:
+            os.close(reading)
+            raise
         finally:
             os.close(writing)
         self._pid = child.pid
         dog.watch(-child.pid)
         copying = asyncio.create_task(self._output.copy(self.plan.name, reading))
+        copying.add_done_callback(self._on_copied)
         if self._stopped.is_set():  # while it was being started
             self.terminate()
         status = await child.wait()
@@ -233,6 +253,11 @@ class _Process:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(copying, 1.0)
         return status
+
+    def _on_copied(self, copying: asyncio.Task[None]) -> None:
+        """When that failed: nobody reads the program's output any more, and it would hang on it."""
+        if self._pid is not None and not copying.cancelled() and copying.exception() is not None:
+            self._signal(-self._pid, signal.SIGKILL)
 
     @staticmethod
     def _signal(target: int, number: int) -> None:
@@ -279,7 +304,8 @@ class _Output:
 
 
 def _fate(status: int) -> str:
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+    names = {int(one): one.name for one in signal.Signals}  # without most of the real-time ones
+    return f"was killed by {names.get(-status, -status)}" if status < 0 else f"exited with status {status}"
 
 
 async def _first(*events: Awaitable[object]) -> None:

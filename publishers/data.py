@@ -124,11 +124,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _lines_from_stdin(name: str) -> int:
-    start_logging()
-    app = Pipeline("data")
     try:
+        start_logging()
+        app = Pipeline("data")
         with opened_blocking(app) as pipe:
-            return 1 if publish_lines(app, pipe, name, iter(sys.stdin.buffer.readline, b"")) else 0
+            lines = iter(sys.stdin.buffer.readline, b"") if sys.stdin is not None else iter(())  # None: it was closed
+            return 1 if publish_lines(app, pipe, name, lines) else 0
     except PipelineError as error:
         return fail(error)
     except KeyboardInterrupt:

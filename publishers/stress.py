@@ -14,16 +14,19 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import click
+from pydantic_core import from_json
 
 from pipeline.cli import Number
-from pipeline.errors import ConfigurationError
+from pipeline.errors import ConfigurationError, PipelineError
 from pipeline.settings import settings
 
 __all__ = ["Outcome", "stress", "stress_test"]
@@ -51,9 +54,14 @@ class Outcome:
     """Latencies of 429s; in a closed loop their requests are asked again."""
     batches: list[int] = field(default_factory=list)
     """Size of the batch each answer was computed in."""
-    lost: int = 0
-    """Requests without any answer."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why requests were lost."""
     seconds: float = 0.0
+
+    @property
+    def lost(self) -> int:
+        """Requests without any answer, or with one that is not a gateway's."""
+        return self.reasons.total()
 
     def add(self, other: Outcome) -> None:
         """What another test at the same time saw."""
@@ -62,7 +70,7 @@ class Outcome:
         self.latencies += other.latencies
         self.refusals += other.refusals
         self.batches += other.batches
-        self.lost += other.lost
+        self.reasons += other.reasons
         self.seconds = max(self.seconds, other.seconds)
 
     def quantile(self, q: float) -> float:
@@ -76,6 +84,7 @@ class Outcome:
             "refusals": len(self.refusals),
             "statuses": {str(status): count for status, count in sorted(self.statuses.items())},
             "lost": self.lost,
+            "reasons": dict(self.reasons.most_common(5)),
             "seconds": round(self.seconds, 3),
             "rate": round(self.statuses[200] / self.seconds, 2) if self.seconds else 0.0,
             "p50_ms": round(1000 * self.quantile(0.5), 2) if self.latencies else None,
@@ -102,7 +111,7 @@ class _Connections:
 
     async def ask(self, kind: str, body: bytes, deadline: float | None) -> tuple[int, bytes, float]:
         """Status, body, and seconds after which to ask again. A gateway may close what was idle: then it is asked on a
-        new connection. Raises OSError, EOFError."""
+        new connection. Raises OSError, EOFError; ValueError for what is not HTTP."""
         while self._idle:
             reader, writer = self._idle.pop()
             if reader.at_eof() or writer.is_closing():
@@ -127,22 +136,73 @@ class _Connections:
                 f"content-length: {len(body)}\r\n\r\n".encode()
                 + body
             )
-            head = await reader.readuntil(b"\r\n\r\n")
-            lines = head.decode("latin-1").lower().split("\r\n")
-            fields = dict(line.split(": ", 1) for line in lines[1:-2])
-            answer = await reader.readexactly(int(fields["content-length"]))
+            try:
+                status, fields = _parsed(await reader.readuntil(b"\r\n\r\n"))
+                answer = await _body(reader, fields)
+            except (ValueError, IndexError, asyncio.LimitOverrunError):
+                raise ValueError("an answer is not HTTP") from None
         except BaseException:
             writer.close()
             raise
-        if fields.get("connection") == "close":
+        if fields.get("connection", "").lower() == "close":
             writer.close()
         else:
             self._idle.append((reader, writer))
-        return int(lines[0].split()[1]), answer, float(fields.get("retry-after", 1))
+        return status, answer, _pause(fields.get("retry-after", ""))
 
     async def close(self) -> None:
         for _, writer in self._idle:
             writer.close()
+
+
+def _parsed(head: bytes) -> tuple[int, dict[str, str]]:
+    """Status, and the fields by their names in lower case."""
+    first, *lines = head.decode("latin-1").split("\r\n")
+    fields = (line.partition(":") for line in lines)
+    return int(first.split()[1]), {name.strip().lower(): value.strip() for name, _, value in fields}
+
+
+async def _body(reader: asyncio.StreamReader, fields: Mapping[str, str]) -> bytes:
+    """As long as it says, or in chunks, as proxies like to send what they have changed, or up to the end."""
+    if "chunked" in fields.get("transfer-encoding", "").lower():
+        return await _chunks(reader)
+    return await (reader.readexactly(int(fields["content-length"])) if "content-length" in fields else reader.read())
+
+
+async def _chunks(reader: asyncio.StreamReader) -> bytes:
+    parts = []
+    while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+        parts.append(await reader.readexactly(size))
+        await reader.readuntil(b"\r\n")
+    while await reader.readuntil(b"\r\n") != b"\r\n":  # fields that follow
+        pass
+    return b"".join(parts)
+
+
+def _pause(text: str) -> float:
+    """Seconds that a Retry-After asks for: a number of them, or a date."""
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):  # the latter: it names no time zone
+        return 1.0
+
+
+def _prediction(answer: bytes) -> tuple[int, str | None]:
+    """The size of the batch it was computed in, and its first label. Raises ValueError."""
+    try:
+        found = from_json(answer)
+        batch, predictions = found.get("batch", 1), found.get("predictions")
+        return int(batch), str(predictions[0]["label"]) if predictions else None
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
+        raise ValueError("an answer is no prediction in JSON") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, EOFError):
+        return "the connection was closed before the answer's end"
+    return str((isinstance(error, OSError) and error.strerror) or error)
 
 
 async def stress_test(
@@ -171,18 +231,17 @@ async def stress_test(
                 await asyncio.sleep(after * random.uniform(1.0, 2.0))  # not all at once, as they were refused
                 began = time.perf_counter()
                 status, answer, after = await connections.ask(kind, body, deadline)
-        except (OSError, EOFError):
-            outcome.lost += 1
+            elapsed = time.perf_counter() - began
+            batch, label = _prediction(answer) if status == 200 else (0, None)
+        except (OSError, EOFError, ValueError) as error:
+            outcome.reasons[_reason(error)] += 1
             return
-        elapsed = time.perf_counter() - began
         outcome.statuses[status] += 1
         if status == 200:
             outcome.latencies.append(elapsed)
-            found = json.loads(answer)
-            outcome.batches.append(found.get("batch", 1))
-            predictions = found.get("predictions")
-            if predictions:
-                outcome.labels[str(predictions[0]["label"])] += 1
+            outcome.batches.append(batch)
+            if label is not None:
+                outcome.labels[label] += 1
         elif status == 429:
             outcome.refusals.append(elapsed)
 
@@ -262,7 +321,8 @@ def stress(
             click.echo(f"{name:10} {value}")
         click.echo(_histogram(outcome.latencies))
     if outcome.lost:
-        raise SystemExit(1)
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in outcome.reasons.most_common(3))
+        raise PipelineError(f"{outcome.lost} of {summary['requests']} requests were lost: {reasons}")
 
 
 def _histogram(latencies: Sequence[float]) -> str:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ import psutil
 import pytest
 import redis
 
-from pipeline import Channel, Event, Pipeline, Reject, RetryPolicy, Tensor, cli
+from pipeline import Channel, Event, Message, Pipeline, Reject, RetryPolicy, Tensor, cli, render
+from pipeline.deadletters import DeadLetter
 from pipeline.errors import ConfigurationError
+from pipeline.ledger import ChannelLedger, GroupLedger, Ledger
+from pipeline.metrics import metrics_channel
 from pipeline.transports.redis import RedisBackend
 
 from .apps import idle, serving, until
@@ -56,19 +60,24 @@ async def ask(url: str, *arguments: str | bytes, stdin: str = "") -> subprocess.
     return await asyncio.to_thread(lambda: pipeline(url, *arguments, stdin=stdin))
 
 
+def shell(url: str, command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], env={**os.environ, "PIPELINE_REDIS_URL": url},
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+
+
 @contextmanager
-def running(url: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def running(url: str, *arguments: str, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline", "--url", url, *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd,
     )  # fmt: skip
     try:
         yield process
     finally:
         process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        process.communicate()
 
 
 async def test_events_published_by_hand_reach_typed_subscribers_tensors_too(url: str) -> None:
@@ -96,6 +105,43 @@ async def test_events_published_by_hand_reach_typed_subscribers_tensors_too(url:
     assert "line 5 is left out: not UTF-8 text" in many.stderr
 
 
+async def test_while_no_line_comes_to_be_published_it_says_that_it_lives_and_ctrl_c_ends_it(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_METRICS_INTERVAL", "0.1")
+    async with Pipeline("app", url) as app, app.watch(metrics_channel) as samples, asyncio.timeout(15):
+        await app.publish(readings, Reading(sensor="a", value=1))
+        with running(url, "publish", "readings", "-") as process:
+            assert process.stdin is not None
+            process.stdin.write('\ufeff{"sensor": "b", "value": 1}\n')  # as some editors begin a file
+            process.stdin.flush()
+            await asyncio.to_thread(line_with, "cli.", process)
+            lives = 0
+            async for sample in samples:
+                lives += sample.event.app == "cli"
+                if lives == 3:
+                    break
+            process.send_signal(signal.SIGINT)
+            assert await asyncio.to_thread(process.wait, 5) == 130
+
+
+def test_a_key_of_another_type_is_said_in_one_line(url: str) -> None:
+    with redis.Redis.from_url(url) as client:
+        client.set("pipeline:channels", "somebody's")
+    for arguments in (("stats",), ("publish", "readings", "{}"), ("watch", "readings")):
+        done = pipeline(url, *arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "Redis refuses: WRONGTYPE" in done.stderr
+
+
+async def test_a_stdin_that_is_closed_has_no_lines(url: str) -> None:
+    async with Pipeline("app", url) as app:
+        await app.publish(readings, Reading(sensor="a", value=1))
+        for command in ("-m pipeline publish readings -", "-m publishers.data --stdin --channel readings"):
+            done = await asyncio.to_thread(shell, url, f"{sys.executable} {command} <&-")
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 async def test_bad_input_is_one_clear_line(url: str) -> None:
     async with Pipeline("app", url) as app:
         await app.publish(readings, Reading(sensor="a", value=1))
@@ -104,6 +150,7 @@ async def test_bad_input_is_one_clear_line(url: str) -> None:
             (("publish", "readings", b'{"sensor": "\xff"}'), 2, "not UTF-8 text"),
             (("publish", b"\xff", "{}"), 2, "is not utf-8 text"),
             (("publish", "nowhere", "{}"), 2, "no channel 'nowhere' is registered (known: readings)"),
+            (("publish", "readings.dead", "{}"), 2, "'readings.dead' is the framework's own; it can be watched"),
             (("replay", "readings", "--group", "x", "--since", "1h"), 2, "no group 'x'"),
             (("pause", "readings", "--group", "x"), 2, "no group 'x'"),
             (("watch", "readings", "--since", "yesterday"), 2, "since="),
@@ -112,6 +159,7 @@ async def test_bad_input_is_one_clear_line(url: str) -> None:
             (("dead", "readings", "--replay", "--drop"), 2, "exclude each other"),
             (("dead", "readings", "--group", "x", "--replay"), 2, "channel 'readings' has no group 'x'"),
             (("dead", "readings", "--group", "x"), 2, "channel 'readings' has no group 'x'"),
+            (("up", "--scale", "redis=\u00b2"), 2, "use NAME=N"),
             (("serve", "nosuch:app"), 2, "No module named 'nosuch'"),
             (("serve", "json:dumps"), 2, "not a Pipeline"),
             (("serve", ":app"), 2, "say MODULE:APP"),
@@ -158,6 +206,34 @@ def test_a_url_that_is_none_is_one_clear_line(url: str, reason: str) -> None:
     assert (done.returncode, done.stderr.count("\n"), reason in done.stderr) == (2, 1, True), done.stderr
     with pytest.raises(ConfigurationError, match=reason):
         RedisBackend(url, "app")
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "reason"),
+    [
+        ("--host nosuch.invalid --port 0", 1, "cannot listen on nosuch.invalid:0: Name or service not known;"),
+        ("--url http://me:hush@nonsense", 2, "--url: not a URL that begins with one of redis://"),
+    ],
+)
+def test_where_the_dashboard_cannot_be_is_said_when_it_is_started(
+    url: str, options: str, status: int, reason: str
+) -> None:
+    done = shell(url, f"{sys.executable} -m dashboards {options}")
+    assert (done.returncode, reason in done.stderr, "hush" in done.stderr) == (status, True, False), done.stderr
+
+
+async def test_a_reader_that_has_seen_enough_ends_it_quietly_and_a_full_disk_with_a_line(url: str) -> None:
+    command = f"{sys.executable} -m pipeline"
+    async with Pipeline("app", url) as app:
+        await app.publish(readings, [Reading(sensor="a", value=n) for n in range(1000)])
+        for unread in (f"{command} watch readings --since 1h | head -1 >/dev/null", f"{command} --help | true"):
+            done = await asyncio.to_thread(shell, url, unread)
+            assert (done.returncode, done.stderr.removeprefix("watching readings\n")) == (0, "")
+        for closed in ("watch readings --since 1h --count 1", "stats"):
+            done = await asyncio.to_thread(shell, url, f"{command} {closed} >&-")
+            assert (done.returncode, done.stderr.removeprefix("watching readings\n")) == (0, "")
+        done = await asyncio.to_thread(shell, url, f"{command} stats --json >/dev/full")
+        assert (done.returncode, done.stderr) == (1, "pipeline: [Errno 28] No space left on device\n")
 
 
 def test_a_product_that_cannot_be_is_refused_before_anybody_computes_it(url: str, tmp_path: Path) -> None:
@@ -252,6 +328,44 @@ async def test_dead_letters_are_shown_replayed_and_counted(url: str) -> None:
         assert "2 events to read again" in rewound.stdout
 
 
+def test_nothing_that_somebody_publishes_commands_the_terminal() -> None:
+    hostile = "\x1b]0;owned\x07\x1b[2J \x9b1m\nforged \u202etxt"
+    shown = r"\x1b]0;owned\x07\x1b[2J \x9b1m\nforged \u202etxt"
+    message = Message(hostile, "s:1", "music", hostile, datetime.now(UTC), key=hostile)
+    assert render.line(message, hostile, "str").endswith(f"str {shown} [{shown}] {shown}")
+    dead = DeadLetter(
+        channel="c", group="g", event_id="s:1", attempts=1, reason=hostile, traceback="one\nt\x1b[2Jo", original=b""
+    )
+    first, *rows = render.letter(Message(dead, "s:1", "c.dead", "s", datetime.now(UTC))).splitlines()
+    assert first.endswith(r"after 1 attempts: \x1b]0;owned\x07\x1b[2J \x9b1m")
+    assert rows == [r"    forged \u202etxt", "    null", "    one", r"    t\x1b[2Jo"]
+
+
+def test_a_terminal_that_lacks_characters_ends_no_process(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    (tmp_path / "Procfile").write_text("degrees: printf '21 \\302\\260C\\n'; echo next\n")
+    done = pipeline(url, "up", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.partition(" | ")[2] for line in done.stdout.splitlines()] == [
+        r"21 \xb0C",
+        "next",
+        "degrees.1 finished",
+    ]
+
+
+@pytest.mark.parametrize("length", [10, 100, 195])
+def test_of_long_names_the_end_is_missing_and_of_numbers_nothing(length: int) -> None:
+    group = GroupLedger(handled=1_234_567, pending=89_012, paused=True)
+    channel = ChannelLedger(published=1_323_579, groups={"g" * length: group})
+    ledger = Ledger(time=1.0, channels={"c" * length: channel})
+    _, row = render.ledger(ledger, ledger, False).splitlines()
+    names, numbers = row.split()[:2], row.split()[2:]
+    assert all(shown == name * length or shown.endswith("…") for shown, name in zip(names, "cg", strict=True))
+    assert numbers == "1,323,579 0 1,234,567 0 0 0 89,012 0 0.0 s 0 balances, paused".split()
+
+
 async def test_a_group_is_paused_and_resumed_by_hand(url: str) -> None:
     app, seen = Pipeline("app", url), []
 
@@ -292,6 +406,19 @@ async def test_serving_in_several_processes_survives_a_kill_and_stops_at_once(ur
         assert await asyncio.to_thread(process.wait, 10) == 0
         assert time.monotonic() - began < 3.0
         assert ended(*again)
+
+
+def test_reloading_goes_on_beside_files_that_nobody_can_read(url: str, tmp_path: Path) -> None:
+    app = tmp_path / "mine.py"
+    app.write_text("from pipeline import Pipeline\napp = Pipeline('mine')\nprint('loaded', flush=True)\n")
+    with running(url, "serve", "mine:app", "--reload", cwd=tmp_path) as process:
+        line_with("loaded", process)
+        (tmp_path / ".#mine.py").symlink_to("me@host.1:2")  # as Emacs locks a file
+        time.sleep(0.5)  # two looks
+        os.utime(app, (time.time() + 1, time.time() + 1))
+        line_with("reloading", process)
+        process.terminate()
+        assert process.wait(10) == 0
 
 
 async def test_a_stop_that_comes_while_a_crashed_worker_waits_starts_no_other(

@@ -7,7 +7,9 @@ import asyncio
 import csv
 import itertools
 import os
+import signal
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +273,13 @@ def test_every_program_explains_itself(name: str) -> None:
     assert len(result.stdout.splitlines()) > 8
 
 
+@pytest.mark.parametrize("arguments", [*PROGRAMS, "publishers.data --stdin", "publishers.training --rank 0"])
+def test_a_setting_that_cannot_be_is_said_in_one_line(arguments: str) -> None:
+    result = finished("-m", *arguments.split(), url="redis://127.0.0.1:1", PIPELINE_LOG_LEVEL="loud")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "PIPELINE_LOG_LEVEL" in result.stderr
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -294,6 +303,18 @@ def test_a_program_waits_for_a_redis_that_is_not_there_yet(command: tuple[str, .
                 assert process.wait(10) == 0
             else:
                 line_with("ready", process)
+
+
+@pytest.mark.parametrize("name", ["publishers.gateway", "dashboards"])
+def test_a_server_ends_quietly_at_ctrl_c(valkey_url: str, name: str) -> None:
+    with program("-m", name, "--port", "0", url=valkey_url, PYTHONWARNINGS="default") as process:
+        address = line_with("http://", process).split()[-1]
+        with urllib.request.urlopen(address + ("/healthz" if name == "publishers.gateway" else "/"), timeout=20):
+            pass  # now it runs
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert "Traceback" not in process.stdout.read()
+        assert process.wait(10) == 0
 
 
 def test_a_password_in_the_url_is_not_shown() -> None:

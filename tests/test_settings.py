@@ -63,6 +63,12 @@ def test_a_bad_value_is_refused_by_its_variables_name(
         settings()
 
 
+def test_a_file_that_is_no_text_is_named() -> None:
+    Path(".env").write_bytes(b"# Schl\xfcssel\nGATEWAY_PORT=8001\n")
+    with pytest.raises(ConfigurationError, match=r"/\.env is not UTF-8 text: invalid start byte at byte 6"):
+        settings()
+
+
 def test_no_secret_shows_in_a_representation_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELINE_TOKEN", "hush")
     monkeypatch.setenv("PIPELINE_REDIS_URL", "redis://me:hush@127.0.0.1/0")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,14 @@ from publishers import stress as module
 from publishers.stress import stress_test
 
 BODIES = [("application/json", b"{}")]
+LABELLED = b'{"batch": 2, "predictions": [{"label": "cat"}]}'
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
 
 
 @asynccontextmanager
-async def answering(*, idle: float = 60.0, once: bool = False, seconds: float = 0.0) -> AsyncIterator[str]:
+async def answering(
+    answer: bytes = ANSWER, *, idle: float = 60.0, once: bool = False, seconds: float = 0.0
+) -> AsyncIterator[str]:
     """The URL of a gateway that closes idle connections, or (once) every second request's instead of answering it."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -28,7 +33,7 @@ async def answering(*, idle: float = 60.0, once: bool = False, seconds: float = 
                     async with asyncio.timeout(idle):
                         await reader.readuntil(b"\r\n\r\n{}")
                     await asyncio.sleep(seconds)
-                    writer.write(ANSWER)
+                    writer.write(answer)
                     if once:
                         await reader.read(1)
                         return
@@ -77,6 +82,54 @@ async def test_what_nobody_answers_is_lost() -> None:
         pass
     outcome = await stress_test(url, BODIES, requests=3)
     assert (dict(outcome.statuses), outcome.lost) == ({}, 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "idle"),
+    [
+        (b"HTTP/1.1 200 OK\r\nServer:x\r\nContent-Length:%d\r\n\r\n%b" % (len(LABELLED), LABELLED), 60.0),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"%x;a=b\r\n%b\r\n5\r\n     \r\n0\r\nX: y\r\n\r\n" % (len(LABELLED), LABELLED),
+            60.0,
+        ),
+        (b"HTTP/1.0 200 OK\r\n\r\n" + LABELLED, 0.1),
+    ],
+    ids=["without spaces", "chunked", "up to the end"],
+)
+async def test_answers_of_proxies_are_read_as_well(answer: bytes, idle: float) -> None:
+    async with answering(answer, idle=idle) as url:
+        outcome = await stress_test(url, BODIES, requests=2, pause=0.05)
+    assert (outcome.labels["cat"], outcome.batches, outcome.reasons) == (2, [2, 2], {})
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n<h1>", "an answer is no prediction in JSON"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]", "an answer is no prediction in JSON"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: some\r\n\r\n", "an answer is not HTTP"),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", "an answer is not HTTP"),
+    ],
+    ids=["html", "list", "length", "ssh"],
+)
+async def test_what_is_no_answer_of_a_gateway_is_lost_and_the_reason_said(
+    tmp_path: Path, answer: bytes, reason: str
+) -> None:
+    picture = tmp_path / "cat.png"
+    picture.write_bytes(b"{}")
+    async with answering(answer) as url:
+        arguments = [str(picture), "--url", url, "--requests", "2", "--pause", "0"]
+        done = await asyncio.to_thread(CliRunner().invoke, module.stress, arguments)
+    assert str(done.exception) == f"2 of 2 requests were lost: {reason} (2)"
+
+
+def test_a_date_says_how_long_to_wait_as_well() -> None:
+    assert module._pause("2") == 2.0
+    later = datetime.now(UTC) + timedelta(seconds=30)
+    assert 25 < module._pause(format_datetime(later, usegmt=True)) <= 30
+    assert module._pause("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert module._pause("soon") == 1.0
 
 
 async def test_arrivals_that_had_to_wait_are_timed_from_when_they_were_due(monkeypatch: pytest.MonkeyPatch) -> None:

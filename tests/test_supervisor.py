@@ -27,6 +27,13 @@ from pipeline.supervisor import up
 sys.exit(up(pathlib.Path("Procfile"), **json.loads(sys.argv[1])))
 """
 
+_BROKEN = """
+from pipeline import supervisor
+def _fate(status):
+    raise LookupError("nobody knows its fate")
+supervisor._fate = _fate
+"""
+
 _SHOW = """
 import os, sys
 print(os.environ["FROM_FILE"], os.environ["FROM_BOTH"], sys.executable)
@@ -63,13 +70,15 @@ signal.pause()
 
 @contextmanager
 def running(
-    directory: Path, procfile: str, arguments: str = "{}", **environment: str
+    directory: Path, procfile: str, arguments: str = "{}", *, program: str = _UP, **environment: str
 ) -> Iterator[subprocess.Popen[str]]:
     """`pipeline up` in `directory`, ended without leaving a process whatever the test does."""
     (directory / "Procfile").write_text(procfile)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **environment}
-    command = [sys.executable, "-c", _UP, arguments]
-    with subprocess.Popen(command, cwd=directory, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    command, output = [sys.executable, "-c", program, arguments], subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+    ) as process:
         try:
             yield process
         finally:
@@ -171,6 +180,26 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
     assert ended(*everyone)
 
 
+def test_a_process_that_cannot_be_started_is_tried_again(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with running(folder, "crash: kill -40 $$\n") as process:
+        line_with("was killed by 40", process)
+        folder.rename(tmp_path / "other")
+        line_with("could not be started: No such file or directory", process)
+        (tmp_path / "other").rename(folder)
+        line_with("was killed by 40", process)
+
+
+def test_an_error_of_the_supervisors_own_ends_everything_and_is_told(tmp_path: Path) -> None:
+    with running(tmp_path, "crash: false\nsteady: sleep 60\n", program=_BROKEN + _UP) as process:
+        everyone = family(process)
+        output = said(process)
+        assert process.wait() == 1
+    assert "nobody knows its fate" in output
+    assert ended(*everyone, within=0.5)
+
+
 def test_nothing_goes_on_when_nobody_reads_the_output(tmp_path: Path) -> None:
     with running(tmp_path, "talk: while true; do echo talk; sleep 0.05; done\n") as process:
         line_with("talk", process)
@@ -202,12 +231,24 @@ def test_only_the_chosen_processes_run_as_often_as_asked(tmp_path: Path) -> None
         ("one: true", [], {"one": 0}, "nothing to run"),
         ("one: true\none: false", [], {}, "unique"),
         (None, [], {}, "cannot be read"),
+        ("# \udcfc\none: true", [], {}, "/Procfile is not UTF-8 text: invalid start byte at byte 2"),
     ],
 )
 def test_a_wrong_procfile_or_name_is_refused_with_the_reason(
     tmp_path: Path, procfile: str | None, only: list[str], scale: dict[str, int], reason: str
 ) -> None:
     if procfile is not None:
-        (tmp_path / "Procfile").write_text(procfile)
+        (tmp_path / "Procfile").write_text(procfile, errors="surrogateescape")
     with pytest.raises(ConfigurationError, match=reason):
         up(tmp_path / "Procfile", only, scale)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"NAME=\xfc\n", " is not UTF-8 text: invalid start byte at byte 5"), (b'NAME="a\n', ": No closing quotation")],
+)
+def test_an_env_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "Procfile").write_text("one: true")
+    (tmp_path / ".env").write_bytes(content)
+    with pytest.raises(ConfigurationError, match=rf"/\.env{reason}"):
+        up(tmp_path / "Procfile")

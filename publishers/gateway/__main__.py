@@ -10,6 +10,7 @@ Settings: GATEWAY_PORT, PIPELINE_GATEWAY_HOST, PIPELINE_TOKEN, PIPELINE_REDIS_UR
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         ws="none",
     )  # fmt: skip
     settle_memory()
-    with listener:
+    with listener, contextlib.suppress(KeyboardInterrupt):  # it raises again what it has ended for
         uvicorn.Server(config).run(sockets=[listener])
     return 0
 

@@ -53,7 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
         return (
             fail(f"--rank is from 0 to {workers - 1}") if not 0 <= rank < workers else _work(options | {"rank": rank})
         )
-    start_logging()
+    try:
+        start_logging()
+    except ConfigurationError as error:
+        return fail(error)
     with launcher.listening(wanted=options["runs"] == 0):  # who trains for ever also starts what is asked for
         return _Workers([options | {"rank": rank} for rank in range(workers)]).run()
 
@@ -91,7 +94,10 @@ class _Workers:
 
     def _start(self, rank: int) -> None:
         process = self._context.Process(target=_work_as_child, args=(self._plans[rank],), name=f"worker-{rank}")
+        # Ctrl-C is for this one, which ends the workers; they would die of it, loudly, while they import torch.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         process.start()
+        signal.signal(signal.SIGINT, before)
         self._processes[rank] = process
 
     def _stop(self, *_: object) -> None:
@@ -139,8 +145,8 @@ def _work(options: dict[str, Any]) -> int:
         print(f"run {name} rank {plan.rank} state {state}", flush=True)
 
     signal.signal(signal.SIGTERM, _interrupt)
-    start_logging()
     try:
+        start_logging()
         work(plan, report=report)
     except (ConfigurationError, OSError) as error:
         return fail(error)
