@@ -106,6 +106,14 @@ def test_a_round_is_the_mean_weighted_by_samples() -> None:
     assert closed.values == {"loss": 7.0}
 
 
+def test_a_value_is_averaged_over_those_who_gave_it() -> None:
+    team = Team(size=1)
+    team.join(0, 1)
+    team.push(0, [1], samples=1, values={"loss": 4.0, "accuracy": 0.5})
+    team.push(1, [1], samples=3, values={"loss": 8.0})
+    assert team.closed[0].values == {"accuracy": 0.5, "loss": 7.0}
+
+
 def test_the_order_of_arrival_does_not_change_a_bit() -> None:
     values = np.random.default_rng(0).standard_normal((3, 1000)).astype(np.float32) * [[1e-8], [1], [1e8]]
     found = set()

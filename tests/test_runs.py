@@ -614,10 +614,32 @@ def test_metrics_are_means_over_the_workers(plane: str, aggregator: str, team: A
         assert worker.rounds[-1]["values"] == {f"value{index}": index + 0.5 for index in range(31)}
 
 
+@planes
+def test_a_value_is_averaged_over_those_who_gave_it(plane: str, aggregator: str, team: Any) -> None:
+    workers = team(aggregator, "r", 2, plane=plane, workers=2, steps=4, values=1, alone=True)
+    for worker in workers:
+        worker.final()
+        assert [line["values"] for line in worker.rounds] == 2 * [{"value0": 0.5}, {"alone": 7.0, "value0": 0.5}]
+
+
+def test_a_local_round_averages_a_value_over_the_steps_that_gave_it(aggregator: str) -> None:
+    model = {"w": np.zeros(3, np.float32)}
+    with join("r", model, mode="local", steps=4, metrics=False, url=aggregator) as run:
+        for number in range(4):
+            run.step(loss=float(number), samples=number + 1, **({"accuracy": 0.5} if number == 2 else {}))
+        assert run.last is not None
+        assert run.last.values == {"loss": 2.0, "accuracy": 0.5}
+
+
 def test_more_metrics_than_shared_memory_holds_are_refused(aggregator: str, team: Any) -> None:
     [worker] = team(aggregator, "r", 1, plane="shm", steps=3, values=32)
-    with pytest.raises(ConfigurationError, match='plane="shm" averages at most 32 values a step, not 33: pass fewer'):
+    with pytest.raises(ConfigurationError, match=r'plane="shm" averages at most 32 values a step, .*, not 33'):
         worker.final()
+    with (
+        join("s", {"w": np.zeros(3, np.float32)}, plane="shm", metrics=False, url=aggregator) as run,
+        pytest.raises(ConfigurationError, match=r"names of 4,096 bytes, not 1 with 5,004: pass fewer"),
+    ):
+        run.step(gradients={"w": np.zeros(3)}, **{5000 * "x": 1.0})
 
 
 def test_no_shard_uses_its_slice_of_a_gradient_that_is_not_finite_elsewhere(aggregator: str, team: Any) -> None:

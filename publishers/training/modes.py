@@ -26,6 +26,7 @@ import numpy.typing as npt
 from pipeline import Tensor
 from pipeline.catalog import Round, State
 from pipeline.catalog.compression import Encoder, decode, nbytes_of
+from pipeline.catalog.training import mean_values
 from pipeline.errors import ConfigurationError
 from pipeline.settings import settings
 
@@ -340,7 +341,8 @@ class Local(Sync):
         self.outer = Outer(run.parameters.read(), *run.options.outer)
         self._steps = 0
         self._samples = 0
-        self._values: dict[str, float] = {}
+        self._given: list[tuple[int, dict[str, float]]] = []
+        """Since the last round, each step's samples and values."""
 
     def load(self, state: State) -> None:
         super().load(state)
@@ -357,15 +359,14 @@ class Local(Sync):
             run.parameters.step(given, optimizer)
         self._steps += 1
         self._samples += samples
-        for name, value in values.items():
-            self._values[name] = self._values.get(name, 0.0) + value * samples
+        self._given.append((samples, values))
         if self._steps >= run.options.steps:
             self._exchange()
 
     def _exchange(self) -> None:
         run = self.run
-        means = {name: total / self._samples for name, total in self._values.items()}
-        samples, self._steps, self._samples, self._values = self._samples, 0, 0, {}
+        means = mean_values(self._given)
+        samples, self._steps, self._samples, self._given = self._samples, 0, 0, []
         self.exchange_(
             self.outer.anchor - run.parameters.read(), samples, means,
             lambda mean: run.parameters.write(self.outer.step(mean)),

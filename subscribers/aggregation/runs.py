@@ -25,6 +25,7 @@ import numpy as np
 from pipeline import Reject, Tensor
 from pipeline.catalog import NO_SUM, Admission, Contribution, Round, RunPlan, State
 from pipeline.catalog.compression import clipped, decode, merge, nbytes_of
+from pipeline.catalog.training import mean_values
 
 from .checkpoints import Checkpoint, latest, save
 from .optimizers import Optimizer
@@ -378,14 +379,10 @@ class Run:
         weights = [(scale * sent.samples, sent) for scale, sent in parts]
         total = sum(sent.samples * scale for scale, sent in parts) or 1.0
         self._gathering += 0.1 * (now - self._first - self._gathering)
-        values = {name for _, sent in parts for name in sent.values}
         closed = Round(
             run=self.name, round=self.round, shard=self.shard, life=self.life, ranks=ranks, members=self._ranks(),
             refused=sorted(self._failed), again=self._is_summed_again, late=len(self._stale),
-            values={
-                name: sum(weight * sent.values.get(name, math.nan) for weight, sent in weights) / total
-                for name in sorted(values)
-            },
+            values=mean_values((weight, sent.values) for weight, sent in weights),
             samples=sum(sent.samples for _, sent in parts), seconds=now - self._first,
             state_from=self._source() if self._wanted else None,
         )  # fmt: skip
