@@ -21,7 +21,8 @@ from pipeline.catalog import Round, RunPlan, State
 from pipeline.errors import ConfigurationError
 from pipeline.server import Server
 from publishers.training import join, replay
-from publishers.training.exchange import Exchange, Refused
+from publishers.training.exchange import Exchange, JoinTimeout, NothingReduced, Refused
+from publishers.training.parameters import parameters_of
 
 from . import trainer
 from .processes import line_with
@@ -676,6 +677,37 @@ def test_what_does_not_fit_a_run_is_refused_with_the_reason(aggregator: str, tea
         third.final()
 
 
+def test_who_gets_nothing_to_begin_with_gives_up_in_time(
+    aggregator: str, team: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [first] = team(aggregator, "r", 1, steps=100_000, plane="redis")
+    first.until(1)
+    monkeypatch.setattr(Exchange, "take_state", lambda *_, **__: None)
+    monkeypatch.setattr(Exchange, "checkpoint", lambda *_, **__: None)
+    for name, mode in (("r", "sync"), ("served", "async")):
+        worker = join(name, {"w": np.zeros(1000, np.float32)}, mode=mode, timeout=0.3, metrics=False, url=aggregator)  # type: ignore[arg-type]
+        with pytest.raises(JoinTimeout, match=f"run {name} has not begun within 0.3 s"), worker:
+            pass
+
+
+@planes
+def test_an_all_reduce_of_nothing_finite_says_so_and_the_next_one_is_whole(plane: Any, aggregator: str) -> None:
+    ones = np.ones(3, np.float32)
+    with join("r", {"w": np.zeros(3, np.float32)}, plane=plane, metrics=False, url=aggregator) as run:
+        with pytest.raises(NothingReduced, match="run r, round 0: nobody's vector was finite"):
+            run.all_reduce(ones * np.inf)
+        assert run.all_reduce(ones).tolist() == [1, 1, 1]
+        assert run.all_reduce(np.arange(3)).tolist() == [0, 1, 2]  # type: ignore[arg-type]
+        for wrong, said in [
+            (ones[:1], r"takes float32 \[3\], not float32 \[1\]"),
+            (ones.reshape(1, 3), r"not float32 \[1, 3\]"),
+            (ones * 1j, r"not complex64 \[3\]"),
+            (np.full(3, 1e300), "beyond its range"),
+        ]:
+            with pytest.raises(ConfigurationError, match=said):
+                run.all_reduce(wrong)  # type: ignore[arg-type]
+
+
 def test_redis_may_go_and_come_back(team: Any, tmp_path: Path) -> None:
     with Server(tmp_path / "redis", appendonly=True) as server, aggregating(server.url, tmp_path):
         workers = team(server.url, "r", 2, workers=2, steps=60, plane="redis", lease=3.0)
@@ -705,3 +737,29 @@ def test_options_that_do_not_go_together_are_refused() -> None:
             join("r", model, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a list cannot be trained"):
         join("r", [1.0])
+
+
+# -- models --------------------------------------------------------------------------------------------------------
+
+
+def linear(**options: Any) -> Any:
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return torch.nn.Linear(3, 2, **options)
+
+
+def test_vectors_are_float32_whatever_torchs_default_is(tmp_path: Path) -> None:
+    import torch
+
+    model = linear(dtype=torch.float32)
+    (tmp_path / "shared").write_bytes(np.arange(8, dtype=np.float32).tobytes())
+    torch.set_default_dtype(torch.float64)
+    try:
+        parameters = parameters_of(model)
+        assert (parameters.read().dtype, parameters.gradient(None).dtype) == (np.float32, np.float32)
+        parameters.share(tmp_path / "shared")
+        assert parameters.read().tolist() == list(range(8))
+    finally:
+        torch.set_default_dtype(torch.float32)

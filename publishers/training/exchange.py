@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import secrets
 import socket
@@ -24,7 +25,7 @@ from pipeline.errors import ConfigurationError, PipelineError, RequestFailed, Re
 
 from ..command import opened_blocking
 
-__all__ = ["Exchange", "JoinTimeout", "Refused"]
+__all__ = ["Exchange", "JoinTimeout", "NothingReduced", "Refused", "Within"]
 
 logger = logging.getLogger("publishers.training")
 
@@ -46,6 +47,27 @@ class Refused(ConfigurationError):
 
 class JoinTimeout(PipelineError):
     """Raised when a run did not begin in time."""
+
+
+class NothingReduced(PipelineError):
+    """Raised when a round of all_reduce closed without a sum: what everybody gave was not finite."""
+
+
+class Within:
+    """The time that a run has to begin in, however often it is asked and whatever else is waited for."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._until = math.inf if seconds is None else time.monotonic() + seconds
+
+    def check(self, run: str) -> None:
+        """Raises JoinTimeout when it is over."""
+        if time.monotonic() > self._until:
+            raise JoinTimeout(f"run {run} has not begun within {self._seconds:g} s")
+
+    def at_most(self, seconds: float) -> float:
+        """What is left, and no more than these."""
+        return max(0.0, min(seconds, self._until - time.monotonic()))
 
 
 class Exchange:
@@ -154,11 +176,12 @@ class Exchange:
 
     # -- joining -------------------------------------------------------------------------------------------------
 
-    def join(self, *, again: bool = False, timeout: float | None = None) -> list[Admission]:
+    def join(self, within: Within, *, again: bool = False) -> list[Admission]:
         """Ask until the run has begun with this worker in it. `again`: this worker lost track and needs a State.
 
         Raises Refused, JoinTimeout.
         """
+        within.check(self.run)
         asked = time.monotonic()
         told = False
         self._attempt += 1
@@ -185,8 +208,7 @@ class Exchange:
                     f"{len(found[0].members)} of {self._plans[0].workers} workers are here" if found
                     else "no aggregator answers; start one: pipeline serve subscribers.aggregation:app",
                 )  # fmt: skip
-            if timeout is not None and time.monotonic() - asked > timeout:
-                raise JoinTimeout(f"run {self.run} has not begun within {timeout:g} s")
+            within.check(self.run)
             time.sleep(POLL)
 
     def _ask(self, action: Any, shard: int, *, round_: int) -> Admission | None:

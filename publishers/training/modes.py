@@ -30,7 +30,7 @@ from pipeline.catalog.training import mean_values
 from pipeline.errors import ConfigurationError
 from pipeline.settings import settings
 
-from .exchange import Refused
+from .exchange import NothingReduced, Refused, Within
 from .shared import host, release, sweep
 from .shared_rounds import SharedRounds
 
@@ -94,9 +94,9 @@ class Mode:
         self._begin(again=False)
 
     def _begin(self, *, again: bool) -> None:
-        run = self.run
+        run, within = self.run, Within(self.run.options.timeout)
         while True:
-            admission = run.exchange.join(again=again, timeout=run.options.timeout)[0]
+            admission = run.exchange.join(within, again=again)[0]
             run.plane = admission.plane or run.plan.plane
             members = [rank for rank in admission.members if rank not in admission.newcomers.values()]
             if admission.source == run.rank:
@@ -108,7 +108,7 @@ class Mode:
                 return
             beside = run.plane in ("shm", "torch")  # who of us leads is not the aggregator's affair
             leads = beside and admission.source < 0 and members[:1] == [run.rank]
-            until = time.monotonic() + max(1.0, run.plan.lease)
+            until = time.monotonic() + within.at_most(max(1.0, run.plan.lease))
             while True:
                 state = run.exchange.take_state(until - time.monotonic(), lowest_rank=0 if beside and not leads else -1)
                 if state is None:
@@ -326,10 +326,13 @@ class Sync(Mode):
             run.exchange.checkpoint(run.round, *self.state())
 
     def reduce(self, vector: Vector) -> Vector:
-        """All-reduce: one round with nothing to apply."""
+        """All-reduce: one round with nothing to apply. Raises NothingReduced."""
         found: list[Vector] = []
         while not found:
+            before = self.run.last
             self.exchange_(vector, 1, {}, found.append)
+            if not found and self.run.last is not before:  # else another worker's state was loaded instead
+                raise NothingReduced(f"run {self.run.name}, round {self.run.round - 1}: nobody's vector was finite")
         return found[0]
 
 
@@ -397,11 +400,11 @@ class Async(Mode):
         return True
 
     def begin(self) -> None:
-        run = self.run
+        run, within = self.run, Within(self.run.options.timeout)
         while True:
-            admissions = run.exchange.join(timeout=run.options.timeout)
+            admissions = run.exchange.join(within)
             if all(admission.ready for admission in admissions):
-                parts = run.exchange.take_weights(max(1.0, run.plan.lease))
+                parts = run.exchange.take_weights(within.at_most(max(1.0, run.plan.lease)))
                 if parts is None:
                     continue
                 self._write([part.tensors["values"] for part in parts])

@@ -104,8 +104,12 @@ class TorchModule:
         self.size = sum(parameter.numel() for parameter in self._parameters)
         self.matrices = _matrices(tuple(parameter.shape) for parameter in self._parameters)
 
+    def _flat(self) -> torch.Tensor:
+        """Whatever torch's default dtype and device are."""
+        return self._torch.empty(self.size, dtype=self._torch.float32, device="cpu")
+
     def _pieces(self, vector: Vector) -> Iterable[tuple[torch.nn.Parameter, torch.Tensor]]:
-        yield from self._views(self._torch.as_tensor(Tensor(vector)))
+        yield from self._views(self._torch.as_tensor(Tensor(vector), device="cpu"))
 
     def _views(self, flat: torch.Tensor) -> Iterable[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Each parameter and its piece of the flat tensor, in its shape."""
@@ -115,7 +119,7 @@ class TorchModule:
             at += parameter.numel()
 
     def read(self) -> Vector:
-        flat = self._torch.empty(self.size)
+        flat = self._flat()
         for parameter, piece in self._views(flat):
             piece.copy_(parameter.detach())
         return cast(Vector, flat.numpy())
@@ -126,7 +130,7 @@ class TorchModule:
                 parameter.copy_(piece)
 
     def gradient(self, given: Any) -> Vector:
-        flat = self._torch.empty(self.size)
+        flat = self._flat()
         for parameter, piece in self._views(flat):
             if parameter.grad is None:
                 piece.zero_()
@@ -189,7 +193,7 @@ class TorchModule:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def share(self, path: Path) -> None:
-        flat = self._torch.from_file(str(path), shared=True, size=self.size)
+        flat = self._torch.from_file(str(path), shared=True, size=self.size, dtype=self._torch.float32, device="cpu")
         for parameter, piece in self._views(flat):
             if parameter.dtype != self._torch.float32 or parameter.device.type != "cpu":
                 raise ConfigurationError("mode hogwild shares float32 parameters in a CPU's memory")

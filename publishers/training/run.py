@@ -278,11 +278,12 @@ class Run:
     def all_reduce(self, vector: Vector) -> Vector:
         """The mean of all workers' vectors, float32 [parameters]: a round of its own. Read-only, in mode sync.
 
-        What is returned is valid until the next round.
+        What is returned is valid until the next round. Raises ConfigurationError for a vector of another shape, or
+        with values beyond float32; NothingReduced when nobody's was finite.
         """
         if not isinstance(self._mode, Sync) or self.plan.mode != "sync":
             raise ConfigurationError("all_reduce is for mode sync")
-        return self._mode.reduce(vector)
+        return self._mode.reduce(_float32(vector, self.parameters.size))
 
     def _report(self, metrics: Metrics, given: Mapping[str, float]) -> None:
         """Once a round, or in mode hogwild now and then. The round's values are means over all workers."""
@@ -318,6 +319,18 @@ class Run:
         if self.mean is not None:
             numbers["gradient_norm"] = float(np.linalg.norm(self.mean))
         return numbers
+
+
+def _float32(vector: Any, size: int) -> Vector:
+    """Numbers [size], as they are or rounded. Raises ConfigurationError."""
+    given = np.asarray(vector)
+    if given.shape != (size,) or given.dtype.kind not in "fiu":
+        raise ConfigurationError(f"all_reduce takes float32 [{size}], not {given.dtype} {list(given.shape)}")
+    with np.errstate(over="ignore"):
+        rounded = given.astype(np.float32, copy=False)
+    if rounded is not given and np.isinf(rounded).sum() > np.isinf(given).sum():
+        raise ConfigurationError("all_reduce takes float32: some of these values are beyond its range")
+    return rounded
 
 
 def _number(value: Any) -> float:
