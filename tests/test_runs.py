@@ -20,6 +20,7 @@ from pipeline import Pipeline, Tensor, catalog
 from pipeline.catalog import Round, RunPlan, State
 from pipeline.errors import ConfigurationError
 from pipeline.server import Server
+from pipeline.settings import settings
 from publishers.training import join, replay
 from publishers.training.exchange import Exchange, JoinTimeout, NothingReduced, Refused
 from publishers.training.parameters import parameters_of
@@ -763,3 +764,37 @@ def test_vectors_are_float32_whatever_torchs_default_is(tmp_path: Path) -> None:
         assert parameters.read().tolist() == list(range(8))
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_hogwild_gives_a_dictionary_its_own_arrays_back_with_what_was_reached(aggregator: str) -> None:
+    def descend(parameters: dict[str, Any], gradients: dict[str, Any]) -> None:
+        parameters["w"] -= gradients["w"]
+
+    mine = np.zeros(3)
+    model = {"w": mine}
+    with join("r", model, mode="hogwild", metrics=False, url=aggregator) as run:
+        run.step(descend, gradients={"w": np.arange(3)})
+        assert model["w"].tolist() == [0, -1, -2]
+    assert model["w"] is mine
+    assert mine.tolist() == [0, -1, -2]
+
+
+def test_hogwild_refuses_what_it_cannot_share(aggregator: str) -> None:
+    before = {*settings().shm_dir.glob("pipeline-hogwild-*")}
+    array, estimator = np.zeros(3, np.float32), fitted("SGDClassifier")
+    for model, said in ((array, "pass a dictionary, and read its array anew"), (estimator, "use mode local")):
+        with (
+            pytest.raises(ConfigurationError, match=said),
+            join("r", model, mode="hogwild", metrics=False, url=aggregator),
+        ):
+            pass
+    assert {*settings().shm_dir.glob("pipeline-hogwild-*")} <= before
+
+
+def fitted(name: str, **options: Any) -> Any:
+    """A scikit-learn linear model that has seen `partial_fit` once."""
+    from sklearn import linear_model
+
+    model, random = getattr(linear_model, name)(random_state=0, **options), np.random.default_rng(0)
+    x = random.standard_normal((50, 3))
+    return model.partial_fit(x, (x[:, 0] > 0).astype(int), **({"classes": [0, 1]} if "Classifier" in name else {}))

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigurationError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Arrays", "Estimator", "Parameters", "TorchModule", "parameters_of"]
+__all__ = ["Arrays", "Estimator", "OneArray", "Parameters", "TorchModule", "parameters_of"]
 
 Vector = npt.NDArray[np.float32]
 
@@ -68,7 +68,7 @@ def parameters_of(model: Any) -> Parameters:
         if isinstance(model, torch.nn.Module):
             return TorchModule(model)
     if isinstance(model, np.ndarray):
-        return Arrays({"values": model})
+        return OneArray(model)
     if isinstance(model, MutableMapping):
         return Arrays(model)
     if hasattr(model, "partial_fit"):
@@ -216,6 +216,8 @@ class Arrays:
             if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
                 raise ConfigurationError(f"parameter {name!r} is no float array but {array!r:.80}")
         self._names = list(arrays)
+        self._private: dict[str, npt.NDArray[Any]] = {}
+        """The caller's arrays, while others are shared."""
         self.size = sum(array.size for array in arrays.values())
         self.matrices = _matrices(array.shape for array in arrays.values())
 
@@ -266,12 +268,28 @@ class Arrays:
 
     def share(self, path: Path) -> None:
         flat = np.memmap(path, np.float32, "r+", shape=(self.size,))
+        self._private = {name: self._arrays[name] for name in self._names}
         for name, piece in self._split(flat).items():
             self._arrays[name] = piece
 
     def unshare(self) -> None:
-        for name in self._names:
-            self._arrays[name] = np.array(self._arrays[name])
+        """The caller's arrays are back in the dictionary, with what was reached."""
+        for name, array in self._private.items():
+            array[...] = self._arrays[name]
+            self._arrays[name] = array
+        self._private = {}
+
+
+class OneArray(Arrays):
+    """A float array, changed in place: `values`."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        super().__init__({"values": array})
+
+    def share(self, path: Path) -> None:
+        raise ConfigurationError(
+            "mode hogwild cannot share an array that others hold; pass a dictionary, and read its array anew each step"
+        )
 
 
 class Estimator(Arrays):
@@ -296,6 +314,9 @@ class Estimator(Arrays):
         for name in ("standard_coef_", "standard_intercept_"):
             if hasattr(self._model, name):  # what partial_fit goes on from
                 setattr(self._model, name, getattr(self._model, name.removeprefix("standard_")))
+
+    def share(self, path: Path) -> None:
+        raise ConfigurationError("mode hogwild cannot share a scikit-learn model's coefficients; use mode local")
 
 
 def _plain(value: Any) -> Any:

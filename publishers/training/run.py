@@ -74,7 +74,8 @@ def join(
     """A context manager: on entry this worker joins the run, and begins with the weights that all others have.
 
     name         of the run; an aggregator opens it for its first worker (`pipeline serve subscribers.aggregation:app`)
-    model        a torch module; a dictionary of numpy float arrays, or one array; a scikit-learn linear model
+    model        a torch module; a dictionary of numpy float arrays, or one array; a scikit-learn linear model. In mode
+                 hogwild the dictionary holds arrays in shared memory meanwhile, and the caller's own again at the end
     mode         sync, async, hogwild, dogwild or local: see `publishers.training.modes`
     compress     what travels: none, bf16, fp16, int8, topk:SHARE, powersgd:RANK, with error feedback
     workers      the first round waits for so many
