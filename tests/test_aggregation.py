@@ -274,6 +274,26 @@ def test_what_does_not_fit_is_left_out_with_the_reason_and_the_round_goes_on(
     assert f"run r, round 0: what rank 1 sent is left out: {said}" in caplog.text
 
 
+def test_a_round_whose_mean_fails_for_all_is_closed_with_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise ValueError("as it happens")
+
+    team = Team(size=1)
+    team.join(0, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_merge", fails)
+        team.push(0, [1])
+        team.push(1, [3])
+    [closed] = team.closed
+    assert (closed.ranks, closed.refused, closed.parts) == ([], [0, 1], {})
+    assert "run r, round 0: what was sent cannot be summed" in caplog.text
+    team.push(0, [1])
+    team.push(1, [3])
+    assert team.mean() == [2]
+
+
 @pytest.mark.parametrize("plan", [{"mode": "local"}, {"size": 4}, {"plane": "shm"}])
 def test_a_worker_of_another_plan_is_refused(plan: dict[str, Any]) -> None:
     team = Team()

@@ -249,8 +249,9 @@ def merge(summands: Sequence[tuple[float, str, Parts]], size: int) -> tuple[str,
     """Σ weight · parts, in the order given, as codec and parts; and which summands held NaN or infinity, left out.
 
     The weights of what is left are scaled to their former sum. Exact values stay exact; bf16 and int8 come back as
-    bf16, fp16 as fp16, a mixture as float32; topk and powersgd stay as compressed as they came. Same summands, same
-    bits. Raises ValueError when parts are not their codec's, or a weight is not above 0.
+    bf16, fp16 as fp16, a mixture as float32; topk stays as compressed as it came, and powersgd where all took the same
+    matrices as products. Same summands, same bits. Raises ValueError when parts are not their codec's, or a weight is
+    not above 0.
     """
     for weight, _, _ in summands:
         if not 0 < weight < math.inf:
@@ -273,12 +274,13 @@ def _merged(summands: Sequence[tuple[float, str, Parts]], size: int) -> tuple[st
     kinds = {_split_name(codec)[0] for _, codec, _ in summands}
     if kinds == {"topk"}:
         return "topk", _merge_sparse(summands, size)
-    if kinds == {"powersgd"}:
+    if kinds == {"powersgd"} and len({_matrices_of(parts) for _, _, parts in summands}) == 1:
         return "powersgd", _merge_factors(summands, size)
     if kinds & {"topk", "powersgd"}:
         total = np.zeros(size, np.float32)
-        for weight, codec, parts in summands:
-            total += np.float32(weight) * decode(codec, parts, size)
+        with np.errstate(invalid="ignore", over="ignore"):
+            for weight, codec, parts in summands:
+                total += np.float32(weight) * decode(codec, parts, size)
         return "none", {"values": Tensor(total)}
     to = {"none": "none", "fp16": "fp16"}.get(next(iter(kinds)), "bf16") if len(kinds) == 1 else "none"
     return to, _merge_dense(summands, to, size)
@@ -521,11 +523,14 @@ def _multiply(parts: Parts, out: Vector) -> None:
         used += high - low
 
 
+def _matrices_of(parts: Parts) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """What tells apart who took other matrices as products: with another rank, others are worth it."""
+    return frozenset((name, tensor.shape[:1]) for name, tensor in parts.items() if name != "rest")
+
+
 def _merge_factors(summands: Sequence[tuple[float, str, Parts]], size: int) -> dict[str, Tensor]:
-    """A sum of products is one product: the factors side by side."""
+    """A sum of products of the same matrices is one product: the factors side by side."""
     all_ = [(np.float32(weight), _products(parts, size), np.asarray(parts["rest"])) for weight, _, parts in summands]
-    if len({tuple((at, len(p), len(q)) for at, (p, q) in found.items()) for _, found, _ in all_}) != 1:
-        raise ValueError("expected factors of the same matrices from everybody")
     merged: dict[str, Tensor] = {}
     with np.errstate(invalid="ignore", over="ignore"):
         for at in all_[0][1]:

@@ -408,7 +408,7 @@ class Run:
             left_out = [summands[index][1].rank for index in bad]
         except ValueError:
             summands, left_out = self._without_misfits(closed.round, summands)
-            codec, parts, bad = self._merge(summands)
+            codec, parts, bad = self._merge_or_nothing(closed.round, summands)
             left_out += [summands[index][1].rank for index in bad]
         if bad:
             logger.warning("run %s, round %d: not finite, left out: ranks %s", self.name, closed.round, left_out)
@@ -425,6 +425,16 @@ class Run:
 
     def _merge(self, summands: list[tuple[float, Contribution]]) -> tuple[str, dict[str, Tensor], list[int]]:
         return merge([(weight, sent.codec, sent.parts) for weight, sent in summands], self.plan.size)
+
+    def _merge_or_nothing(
+        self, number: int, summands: list[tuple[float, Contribution]]
+    ) -> tuple[str, dict[str, Tensor], list[int]]:
+        """The next round is open already: this one is closed, if need be with nothing."""
+        try:
+            return self._merge(summands)
+        except ValueError:
+            logger.exception("run %s, round %d: what was sent cannot be summed", self.name, number)
+            return "none", {}, list(range(len(summands)))
 
     def _without_misfits(
         self, number: int, summands: list[tuple[float, Contribution]]
