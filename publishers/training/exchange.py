@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from pipeline import Channel, Pipeline, ServerUnavailable, Tensor, catalog
 from pipeline.blocking import BlockingPipeline
 from pipeline.catalog import Admission, Contribution, Round, RunPlan, State
-from pipeline.errors import ConfigurationError, PipelineError, RequestFailed, RequestTimeout
+from pipeline.errors import ConfigurationError, PipelineError, PublishUncertain, RequestFailed, RequestTimeout
 
 from ..command import opened_blocking
 
@@ -156,15 +156,15 @@ class Exchange:
 
     def close(self) -> None:
         """Leave the run, so that nobody waits for this worker."""
-        with contextlib.suppress(PipelineError, TimeoutError):
-            self._pipe.call(asyncio.wait_for(self._leave(), 2.0))
 
         async def end() -> None:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-        self._pipe.call(end())
+        self._pipe.call(end())  # a sign of life after the leave would make this worker a member again
+        with contextlib.suppress(PipelineError, TimeoutError):
+            self._pipe.call(asyncio.wait_for(self._leave(), 2.0))
         self._stack.close()
 
     async def _leave(self) -> None:
@@ -215,12 +215,12 @@ class Exchange:
         return self._pipe.call(self._request(self._message(action, shard, round=round_, base=self._attempt)))
 
     async def _request(self, message: Contribution) -> Admission | None:
-        """None when nobody answers in time. Raises Refused."""
+        """None when nobody answers in time, or Redis may not have the question. Raises Refused."""
         try:
             answer: Admission = await self._app.request(
                 catalog.contributions, message, timeout=max(1.0, message.plan.lease), key=self._key(message.shard)
             )
-        except (RequestTimeout, ServerUnavailable):
+        except (RequestTimeout, ServerUnavailable, PublishUncertain):
             return None
         except RequestFailed as error:
             raise Refused(str(error)) from None
@@ -280,8 +280,9 @@ class Exchange:
                         if pushed.shard == shard and pushed.round == self._waiting:
                             with contextlib.suppress(PipelineError):
                                 await self._app.publish(catalog.contributions, pushed, key=self._key(shard))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self._plans[0].lease / 3)
+            with contextlib.suppress(TimeoutError):  # asyncio.wait_for of 3.11 forgets to be cancelled when woken
+                async with asyncio.timeout(self._plans[0].lease / 3):
+                    await self._wake.wait()
 
     # -- pushing -------------------------------------------------------------------------------------------------
 
