@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -18,7 +19,7 @@ import pytest
 
 from pipeline import Pipeline, Tensor, catalog
 from pipeline.catalog import Round, RunPlan, State
-from pipeline.errors import ConfigurationError
+from pipeline.errors import ConfigurationError, PublishUncertain
 from pipeline.server import Server
 from pipeline.settings import settings
 from publishers.training import join, replay
@@ -798,3 +799,84 @@ def fitted(name: str, **options: Any) -> Any:
     model, random = getattr(linear_model, name)(random_state=0, **options), np.random.default_rng(0)
     x = random.standard_normal((50, 3))
     return model.partial_fit(x, (x[:, 0] > 0).astype(int), **({"classes": [0, 1]} if "Classifier" in name else {}))
+
+
+@pytest.mark.parametrize("name", ["SGDClassifier", "SGDRegressor"])
+def test_scikit_learns_models_go_on_from_what_they_are_given(name: str) -> None:
+    model = fitted(name, alpha=1e-12, eta0=1e-12, learning_rate="constant")
+    parameters = parameters_of(model)
+    parameters.write(np.arange(4, dtype=np.float32))
+    model.partial_fit(np.eye(3), [0, 1, 1])
+    assert parameters.read() == pytest.approx([0, 1, 2, 3], abs=1e-6)
+
+
+def test_scikit_learns_models_that_would_not_train_together_are_refused() -> None:
+    from sklearn.linear_model import SGDClassifier, SGDOneClassSVM
+    from sklearn.neural_network import MLPClassifier
+
+    x, y = np.eye(3), [0, 1, 1]
+    for model, said in [
+        (SGDClassifier(), "call partial_fit of the SGDClassifier once before join"),
+        (SGDClassifier(average=True).partial_fit(x, y, classes=[0, 1]), "the SGDClassifier has average=True: .* use"),
+        (SGDOneClassSVM().partial_fit(x), "the SGDOneClassSVM has no coef_ and intercept_: .* the linear ones"),
+        (MLPClassifier(4).partial_fit(x, y, classes=[0, 1]), "the MLPClassifier has no coef_ and intercept_"),
+    ]:
+        with pytest.raises(ConfigurationError, match=said):
+            parameters_of(model)
+
+
+def test_who_joins_gets_a_learning_rate_that_is_a_tensor_and_every_other_option() -> None:
+    import torch
+
+    def trained(rate: Any, **options: Any) -> tuple[Any, Any]:
+        model = linear()
+        optimizer = torch.optim.Adam(model.parameters(), rate, **options)
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        return parameters_of(model), optimizer
+
+    first, given = trained(torch.tensor(0.1), betas=(0.5, 0.9))
+    tensors, note = first.state(given)
+    for rate in (torch.tensor(0.3), 0.3):
+        late, optimizer = trained(rate)
+        late.load_optimizer(optimizer, tensors, json.loads(json.dumps(note)))
+        [group] = optimizer.param_groups
+        assert type(group["lr"]) is type(rate)
+        assert (float(group["lr"]), group["betas"]) == (pytest.approx(0.1), (0.5, 0.9))
+        optimizer.step()
+
+
+# -- signs of life -------------------------------------------------------------------------------------------------
+
+
+def test_signs_of_life_end_before_the_leave(aggregator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that comes after it makes a ghost, which the next run of that name waits for."""
+    alive: list[bool] = []
+    publish = Pipeline.publish
+
+    async def looks(app: Pipeline, channel: Any, event: Any, **more: Any) -> Any:
+        if getattr(event, "action", "") == "leave":
+            alive.append("signs of life" in {task.get_name() for task in asyncio.all_tasks()})
+        return await publish(app, channel, event, **more)
+
+    monkeypatch.setattr(Pipeline, "publish", looks)
+    with join("r", {"w": np.zeros(3, np.float32)}, metrics=False, url=aggregator):
+        pass
+    assert alive == [False]
+
+
+def test_signs_of_life_go_on_when_redis_may_not_have_one(aggregator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = threading.Event()
+    request = Pipeline.request
+
+    async def fails_once(app: Pipeline, channel: Any, event: Any, **more: Any) -> Any:
+        if event.action == "beat" and not failed.is_set():
+            failed.set()
+            raise PublishUncertain("as it happens")
+        return await request(app, channel, event, **more)
+
+    monkeypatch.setattr(Pipeline, "request", fails_once)
+    model = {"w": np.zeros(3, np.float32)}
+    with join("r", model, mode="hogwild", lease=0.3, metrics=False, url=aggregator) as run:
+        assert failed.wait(5)
+        assert run.exchange.wait(lambda: run.exchange.awaited, 5)

@@ -188,9 +188,14 @@ class TorchModule:
             state.setdefault(int(index), {})[key] = number
         groups = optimizer.state_dict()["param_groups"]
         for group, loaded in zip(groups, saved["groups"], strict=False):
-            group.update({key: tuple(value) if isinstance(value, list) and key != "params" else value
-                          for key, value in loaded.items()})  # fmt: skip
+            group.update({key: self._option(group.get(key), value) for key, value in loaded.items() if key != "params"})
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _option(self, own: Any, loaded: Any) -> Any:
+        """What JSON made a list or a number, as what this worker's optimizer has there: a tuple, a tensor."""
+        if isinstance(own, self._torch.Tensor):
+            return self._torch.as_tensor(loaded, dtype=own.dtype, device=own.device)
+        return tuple(loaded) if isinstance(loaded, list) else loaded
 
     def share(self, path: Path) -> None:
         flat = self._torch.from_file(str(path), shared=True, size=self.size, dtype=self._torch.float32, device="cpu")
@@ -296,10 +301,7 @@ class Estimator(Arrays):
     """A scikit-learn linear model that has seen `partial_fit` once: `coef_` and `intercept_`. For mode local."""
 
     def __init__(self, model: Any) -> None:
-        if not hasattr(model, "coef_"):
-            raise ConfigurationError(
-                f"call partial_fit of the {type(model).__name__} once before join: then it has its coefficients"
-            )
+        _check_linear(model)
         super().__init__({"coef_": model.coef_, "intercept_": np.atleast_1d(model.intercept_)})
         self._model = model
 
@@ -311,14 +313,27 @@ class Estimator(Arrays):
         self.read()
         super().write(vector)
         self._model.intercept_ = self._arrays["intercept_"]
-        for name in ("standard_coef_", "standard_intercept_"):
-            if hasattr(self._model, name):  # what partial_fit goes on from
-                setattr(self._model, name, getattr(self._model, name.removeprefix("standard_")))
 
     def share(self, path: Path) -> None:
         raise ConfigurationError("mode hogwild cannot share a scikit-learn model's coefficients; use mode local")
 
 
+def _check_linear(model: Any) -> None:
+    """Raises ConfigurationError unless `coef_` and `intercept_` are what partial_fit goes on from."""
+    kind = type(model).__name__
+    if not (hasattr(model, "coef_") and hasattr(model, "intercept_")):
+        raise ConfigurationError(
+            f"the {kind} has no coef_ and intercept_: of scikit-learn's models the linear ones can be trained"
+            if hasattr(model, "n_features_in_")
+            else f"call partial_fit of the {kind} once before join: then it has its coefficients"
+        )
+    if getattr(model, "average", False):
+        raise ConfigurationError(
+            f"the {kind} has average={model.average}: partial_fit goes on from weights that it keeps to itself; use "
+            "average=False, rounds average too"
+        )
+
+
 def _plain(value: Any) -> Any:
-    """Without what JSON does not know."""
-    return json.loads(json.dumps(value, default=lambda _: None))
+    """Tensors as numbers, and without what JSON does not know."""
+    return json.loads(json.dumps(value, default=lambda one: one.tolist() if hasattr(one, "tolist") else None))
