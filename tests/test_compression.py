@@ -251,6 +251,23 @@ def test_a_vector_that_is_not_finite_is_found_and_left_out_and_not_remembered(co
     assert merge([(1.0, codec, parts)], size) == ("none", {}, [0])
 
 
+@pytest.mark.parametrize("largest", [1e9, 1e30, 9e35, 1e36, 3.4e38])
+@pytest.mark.parametrize("codec", LOSSY)
+def test_after_one_spike_what_is_said_is_what_is_meant_again(codec: str, largest: float) -> None:
+    """In a value, a row, or all: fp16 says what it can with two vectors, and what is too large counts for nothing."""
+    size = 40 * 40 + 10
+    for spiked in (slice(5, 6), slice(41, 81), slice(None)):
+        sent, spike, vector = Encoder(codec, size, {0: (40, 40)}), np.zeros(size, np.float32), normal(size)
+        spike[spiked] = largest
+        [*_, bad] = merge([(1.0, codec, sent.encode(spike))], size)
+        assert bad == [0] if largest >= 1e36 else codec.startswith("powersgd") or bad == []
+        said = [decode(codec, sent.encode(vector), size) for _ in range(3)]
+        assert np.isfinite(said).all()
+        assert np.isfinite(sent.error).all()
+        if codec == "fp16":
+            assert said[-1] == pytest.approx(vector, abs=0.01)
+
+
 @pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0xFF800000])
 def test_no_kind_of_nan_hides(bits: int) -> None:
     """Rounded carelessly, some of them become 0."""

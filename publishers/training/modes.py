@@ -172,10 +172,10 @@ class Mode:
 def _encoded(run: Run, encoders: list[Encoder], vector: Vector) -> tuple[list[tuple[str, Mapping[str, Tensor]]], str]:
     """What each shard gets, and why it gets nothing: no shard may use its slice of what is not finite elsewhere."""
     codec = run.options.compress
-    if len(encoders) > 1 and not np.isfinite(vector).all():
+    pieces = np.split(vector, np.cumsum(run.sizes)[:-1]) if len(encoders) > 1 else [vector]
+    if len(encoders) > 1 and not all(encoder.accepts(piece) for encoder, piece in zip(encoders, pieces, strict=True)):
         run.sent = 0
         return [("none", {}) for _ in encoders], "not finite"
-    pieces = np.split(vector, np.cumsum(run.sizes)[:-1]) if len(encoders) > 1 else [vector]
     began = time.perf_counter()
     parts = [encoder.encode(piece) for encoder, piece in zip(encoders, pieces, strict=True)]
     run.encoding = time.perf_counter() - began
