@@ -145,7 +145,8 @@ class Mode:
     def state(self) -> tuple[dict[str, Tensor], str]:
         tensors, note = self.run.parameters.state(self.run.optimizer)
         if self.run.optimizer is None and self.run.pending is not None:
-            kept, note = self.run.pending
+            kept, waiting = self.run.pending
+            note = {**waiting, **note}
             tensors |= {name: tensor for name, tensor in kept.items() if name.startswith("optimizer.")}
         return {**tensors, **self.extras()}, json.dumps({**note, **self.notes()})
 

@@ -5,6 +5,7 @@ Each class knows its framework; who trains with it sees vectors only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -91,7 +92,10 @@ def _matrices(shapes: Iterable[tuple[int, ...]]) -> dict[int, tuple[int, int]]:
 
 
 class TorchModule:
-    """Trainable parameters in `named_parameters` order, of any float dtype and device."""
+    """Trainable parameters in `named_parameters` order, of any float dtype and device; a complex one is two floats.
+
+    Extra state of the module (`get_extra_state`) is a tensor, or what JSON gives back as it was.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         import torch
@@ -101,8 +105,15 @@ class TorchModule:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self._parameters:
             raise ConfigurationError("the model has no parameter that requires a gradient")
-        self.size = sum(parameter.numel() for parameter in self._parameters)
-        self.matrices = _matrices(tuple(parameter.shape) for parameter in self._parameters)
+        self._shapes = [tuple(self._real(parameter).shape) for parameter in self._parameters]
+        self._sizes = [int(np.prod(shape)) for shape in self._shapes]
+        self.size = sum(self._sizes)
+        self.matrices = _matrices(self._shapes)
+
+    def _real(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A view of floats: complex [...] as [..., 2]."""
+        detached = tensor.detach()
+        return self._torch.view_as_real(detached.resolve_conj()) if detached.is_complex() else detached
 
     def _flat(self) -> torch.Tensor:
         """Whatever torch's default dtype and device are."""
@@ -112,22 +123,22 @@ class TorchModule:
         yield from self._views(self._torch.as_tensor(Tensor(vector), device="cpu"))
 
     def _views(self, flat: torch.Tensor) -> Iterable[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """Each parameter and its piece of the flat tensor, in its shape."""
+        """Each parameter and its piece of the flat tensor, in its shape as floats."""
         at = 0
-        for parameter in self._parameters:
-            yield parameter, flat[at : at + parameter.numel()].view(parameter.shape)
-            at += parameter.numel()
+        for parameter, shape, size in zip(self._parameters, self._shapes, self._sizes, strict=True):
+            yield parameter, flat[at : at + size].view(shape)
+            at += size
 
     def read(self) -> Vector:
         flat = self._flat()
         for parameter, piece in self._views(flat):
-            piece.copy_(parameter.detach())
+            piece.copy_(self._real(parameter))
         return cast(Vector, flat.numpy())
 
     def write(self, vector: Vector) -> None:
         with self._torch.no_grad():
             for parameter, piece in self._pieces(vector):
-                parameter.copy_(piece)
+                self._real(parameter).copy_(piece)
 
     def gradient(self, given: Any) -> Vector:
         flat = self._flat()
@@ -135,13 +146,15 @@ class TorchModule:
             if parameter.grad is None:
                 piece.zero_()
             else:
-                piece.copy_(parameter.grad)
+                grad = parameter.grad
+                piece.copy_(self._real(grad if grad.layout == self._torch.strided else grad.to_dense()))
                 parameter.grad = None
         return cast(Vector, flat.numpy())
 
     def apply(self, gradient: Vector, optimizer: Any) -> None:
         for parameter, piece in self._pieces(gradient):
-            parameter.grad = piece.to(parameter.dtype, copy=True).to(parameter.device)
+            own = self._torch.view_as_complex(piece.clone()) if parameter.is_complex() else piece
+            parameter.grad = own.to(parameter.dtype, copy=True).to(parameter.device)
         self.step(None, optimizer)
 
     def step(self, given: Any, optimizer: Any) -> None:
@@ -149,9 +162,15 @@ class TorchModule:
         optimizer.zero_grad()
 
     def state(self, optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {f"model.{name}": Tensor(value.detach().clone()) for name, value in self._model.state_dict().items()}
+        tensors, extra = {}, {}
+        for name, value in self._model.state_dict().items():
+            if isinstance(value, self._torch.Tensor):
+                tensors[f"model.{name}"] = Tensor(value.detach().clone())
+            else:
+                extra[name] = _checked_extra(name, value)
+        note = {"extra": extra} if extra else {}
         if optimizer is None:
-            return tensors, {}
+            return tensors, note
         saved = optimizer.state_dict()
         numbers: dict[str, Any] = {}
         for index, entries in saved["state"].items():
@@ -160,7 +179,8 @@ class TorchModule:
                     tensors[f"optimizer.{index}.{key}"] = Tensor(value.detach().clone())
                 else:
                     numbers[f"{index}.{key}"] = value
-        return tensors, {"optimizer": {"groups": _plain(saved["param_groups"]), "numbers": _plain(numbers)}}
+        note["optimizer"] = {"groups": _plain(saved["param_groups"]), "numbers": _plain(numbers)}
+        return tensors, note
 
     def load(self, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
         torch = self._torch
@@ -168,6 +188,7 @@ class TorchModule:
             self.write(np.asarray(tensors["values"]))
             return
         found = {name[6:]: torch.as_tensor(t).clone() for name, t in tensors.items() if name.startswith("model.")}
+        found |= note.get("extra", {})
         try:
             self._model.load_state_dict(found)
         except RuntimeError as error:
@@ -316,6 +337,16 @@ class Estimator(Arrays):
 
     def share(self, path: Path) -> None:
         raise ConfigurationError("mode hogwild cannot share a scikit-learn model's coefficients; use mode local")
+
+
+def _checked_extra(name: str, value: Any) -> Any:
+    """Raises ConfigurationError for what other workers would not get as it is."""
+    with contextlib.suppress(TypeError, ValueError):
+        if json.loads(json.dumps(value)) == value:
+            return value
+    raise ConfigurationError(
+        f"the model's {name} cannot travel: what get_extra_state returns is to be a tensor, or what JSON keeps as it is"
+    )
 
 
 def _check_linear(model: Any) -> None:
