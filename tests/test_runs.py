@@ -734,6 +734,8 @@ def test_options_that_do_not_go_together_are_refused() -> None:
         ({"shards": 2, "compress": "powersgd"}, "take shards=1"),
         ({"shards": 2, "clip": 1.0}, "clip takes shards=1"),
         ({"steps": 0}, "at least 1"),
+        ({"mode": "hogwild", "checkpoint": 5}, "mode hogwild has no rounds: clip and checkpoint do nothing there"),
+        ({"mode": "hogwild", "clip": 1.0}, "mode hogwild has no rounds"),
     ]:
         with pytest.raises(ValueError, match=said):
             join("r", model, **options)  # type: ignore[arg-type]
@@ -844,6 +846,65 @@ def test_who_joins_gets_a_learning_rate_that_is_a_tensor_and_every_other_option(
         assert type(group["lr"]) is type(rate)
         assert (float(group["lr"]), group["betas"]) == (pytest.approx(0.1), (0.5, 0.9))
         optimizer.step()
+
+
+def test_a_complex_parameter_is_exchanged_with_both_its_parts() -> None:
+    import torch
+
+    model = torch.nn.ParameterDict({"a": torch.ones(1), "z": torch.tensor([1 + 2j, 3 - 4j])})
+    parameters = parameters_of(model)
+    assert (parameters.size, parameters.read().tolist()) == (5, [1, 1, 2, 3, -4])
+    parameters.write(np.arange(5, dtype=np.float32))
+    assert model["z"].tolist() == [1 + 2j, 3 + 4j]
+    (model["z"] * (1 - 1j)).real.sum().backward()
+    gradient = parameters.gradient(None)
+    assert gradient.tolist() == [0, 1, 1, 1, 1]
+    parameters.apply(gradient, torch.optim.SGD(model.parameters(), 1.0))
+    assert model["z"].tolist() == [0 + 1j, 2 + 3j]
+
+
+def test_a_sparse_gradient_is_exchanged_as_a_whole() -> None:
+    import torch
+
+    model = torch.nn.Embedding(3, 2, sparse=True)
+    parameters = parameters_of(model)
+    model(torch.tensor([1, 1])).sum().backward()
+    assert parameters.gradient(None).tolist() == [0, 0, 2, 2, 0, 0]
+
+
+def test_a_models_extra_state_goes_along_where_it_can() -> None:
+    import torch
+
+    class Counting(torch.nn.Linear):
+        seen: Any = None
+
+        def get_extra_state(self) -> Any:
+            return self.seen
+
+        def set_extra_state(self, state: Any) -> None:
+            self.seen = state
+
+    first, late = Counting(3, 2), Counting(3, 2)
+    first.seen = {"batches": 3}
+    tensors, note = parameters_of(first).state(None)
+    parameters_of(late).load(tensors, json.loads(json.dumps(note)))
+    assert (late.seen, late.weight.tolist()) == ({"batches": 3}, first.weight.tolist())
+    first.seen = {1: object()}
+    with pytest.raises(ConfigurationError, match="the model's _extra_state cannot travel"):
+        parameters_of(first).state(None)
+
+
+@pytest.mark.parametrize("plane", ["shm", "redis"])
+def test_samples_are_a_count(plane: Any, aggregator: str) -> None:
+    model = {"w": np.zeros(3, np.float32)}
+    with join("r", model, plane=plane, metrics=False, url=aggregator) as run:
+        for count in (np.int64(5), 5.0, np.array(5)):
+            run.step(lambda *_: None, gradients=model, samples=count)  # type: ignore[arg-type]
+            assert run.last is not None
+            assert (run.last.samples, run.last.ranks) == (5, [0])
+        for wrong in (0, -3, 0.5, float("nan"), "many", None, np.ones(2)):
+            with pytest.raises(ConfigurationError, match="samples= is a whole number of at least 1, not"):
+                run.step(lambda *_: None, gradients=model, samples=wrong)  # type: ignore[arg-type]
 
 
 # -- signs of life -------------------------------------------------------------------------------------------------
