@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.catalog import Admission, Contribution, Round, RunPlan
 from pipeline.catalog.compression import Encoder, decode
 from pipeline.settings import settings
 from subscribers import aggregation
+from subscribers.aggregation import checkpoints
 from subscribers.aggregation.checkpoints import Checkpoint, folder_of, latest, save
 from subscribers.aggregation.optimizers import Optimizer
 from subscribers.aggregation.runs import Run, Server
@@ -632,6 +634,56 @@ def test_the_two_newest_checkpoints_are_kept_and_a_torn_one_is_left_out(data: Pa
     found = latest("a/b", 0)
     assert found is not None
     assert (found.round, found.tensors["w"].tolist(), found.note) == (20, [20.0] * 3, {"note": "20"})
+
+
+def test_a_run_goes_on_while_its_checkpoint_is_written_which_is_found_at_once(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk may take longer than a lease. What came meanwhile follows, the newest of it."""
+    written, save_file = threading.Event(), checkpoints.save_file
+
+    def slowly(*given: Any) -> None:
+        assert written.wait(10)
+        save_file(*given)
+
+    monkeypatch.setattr(checkpoints, "save_file", slowly)
+    team = Team(checkpoint=1)
+    team.join(0, 1)
+    for number in range(1, 4):
+        for rank in range(2):
+            team.push(rank, [number] * 3)
+        team.send(0, "state", round=number, parts={"model.w": Tensor(np.full(3, number, np.float32))})
+        found = latest("r", 0)
+        assert found is not None
+        assert (found.round, found.tensors["model.w"].tolist()) == (number, [number] * 3)
+    last = checkpoints.keep("r", 0, found)
+    assert [*data.rglob("*.safetensors")] == []
+    written.set()
+    last.result(10)
+    names = sorted(file.name for file in folder_of("r", 0).iterdir())
+    assert names in (["round-000000001.safetensors", "round-000000003.safetensors"], ["round-000000003.safetensors"])
+    found = latest("r", 0)
+    assert found is not None
+    assert found.round == 3
+
+
+def test_what_cannot_be_written_is_told_and_the_next_one_is(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (data / "runs").write_text("no folder")
+    one = Checkpoint(10, {"w": np.ones(3, np.float32)})
+    checkpoints.keep("r", 0, one).result(10)
+    assert "no checkpoint of round 10 in" in caplog.text
+    assert latest("r", 0) is None
+    (data / "runs").unlink()
+    checkpoints.keep("r", 0, one).result(10)
+    found = latest("r", 0)
+    assert found is not None
+    assert found is not one
+
+
+def test_shards_and_runs_of_like_names_have_folders_of_their_own(data: Path) -> None:
+    names = [("a", 0), ("a", 1), ("a.1", 0), ("a.1", 1), ("a/1", 0), ("a/1", 1)]
+    assert len({folder_of(run, shard) for run, shard in names}) == len(names)
+    assert folder_of("a.1", 0) == data / "runs" / "a.1", "where those of before are"
 
 
 # -- through Redis -------------------------------------------------------------------------------------------------

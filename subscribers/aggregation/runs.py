@@ -27,7 +27,7 @@ from pipeline.catalog import NO_SUM, Admission, Contribution, Round, RunPlan, St
 from pipeline.catalog.compression import clipped, decode, merge, nbytes_of
 from pipeline.catalog.training import mean_values
 
-from .checkpoints import Checkpoint, latest, save
+from .checkpoints import Checkpoint, keep, latest
 from .optimizers import Optimizer
 
 __all__ = ["Answer", "Member", "Run", "Server"]
@@ -303,14 +303,9 @@ class Run:
 
     def _state(self, sent: Contribution) -> Answer:
         """A worker's state, for a checkpoint."""
-        self._save(Checkpoint(sent.round, {name: np.asarray(t) for name, t in sent.parts.items()}, {"note": sent.note}))
+        tensors = {name: np.asarray(tensor) for name, tensor in sent.parts.items()}
+        keep(self.name, self.shard, Checkpoint(sent.round, tensors, {"note": sent.note}))
         return Answer([])
-
-    def _save(self, checkpoint: Checkpoint) -> None:
-        try:
-            save(self.name, self.shard, checkpoint)
-        except OSError as error:
-            logger.error("run %s: no checkpoint of round %d: %s", self.name, checkpoint.round, error)
 
     # -- rounds --------------------------------------------------------------------------------------------------
 
@@ -589,8 +584,10 @@ class Server(Run):
 
     def _checkpoint(self) -> None:
         assert self.weights is not None
-        note = {"step": self._optimizer.steps, "applied": self._applied, "note": self._note}
-        self._save(Checkpoint(self.round, {"weights": self.weights, **self._optimizer.state}, note))
+        note = {"step": self._optimizer.steps, "applied": dict(self._applied), "note": self._note}
+        arrays = {"weights": self.weights, **self._optimizer.state}
+        copies = {name: array.copy() for name, array in arrays.items()}  # the next push changes them
+        keep(self.name, self.shard, Checkpoint(self.round, copies, note))
 
 
 def _lowest_free(taken: set[int]) -> int:
