@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -905,6 +906,21 @@ def test_samples_are_a_count(plane: Any, aggregator: str) -> None:
         for wrong in (0, -3, 0.5, float("nan"), "many", None, np.ones(2)):
             with pytest.raises(ConfigurationError, match="samples= is a whole number of at least 1, not"):
                 run.step(lambda *_: None, gradients=model, samples=wrong)  # type: ignore[arg-type]
+
+
+def test_plane_torch_sums_where_the_model_is_if_each_worker_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from publishers.training.collective import each_has_its_own, gpu_of
+
+    assert parameters_of(linear(device="meta")).device == "meta"
+    assert {parameters_of(linear()).device, parameters_of({"w": np.zeros(3)}).device} == {"cpu"}
+    assert (gpu_of("cpu"), gpu_of("meta")) == ("none", "none")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU of {device}"))
+    first, second = gpu_of("cuda:0"), gpu_of("cuda:1")
+    assert [each_has_its_own(gpus) for gpus in ([first], [first, second])] == [True, True]
+    assert [each_has_its_own(gpus) for gpus in ([first, first], [first, "none"], ["none"])] == [False] * 3
 
 
 # -- signs of life -------------------------------------------------------------------------------------------------

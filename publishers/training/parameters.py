@@ -33,6 +33,10 @@ class Parameters(Protocol):
     matrices: dict[int, tuple[int, int]]
     """Offset → shape of what is a matrix (further dimensions flattened)."""
 
+    @property
+    def device(self) -> str:
+        """Where they are, as torch names it."""
+
     def read(self) -> Vector:
         """A copy of all parameters."""
 
@@ -109,6 +113,11 @@ class TorchModule:
         self._sizes = [int(np.prod(shape)) for shape in self._shapes]
         self.size = sum(self._sizes)
         self.matrices = _matrices(self._shapes)
+
+    @property
+    def device(self) -> str:
+        """The first one's; a model may be spread over several."""
+        return str(self._parameters[0].device)
 
     def _real(self, tensor: torch.Tensor) -> torch.Tensor:
         """A view of floats: complex [...] as [..., 2]."""
@@ -246,6 +255,7 @@ class Arrays:
         """The caller's arrays, while others are shared."""
         self.size = sum(array.size for array in arrays.values())
         self.matrices = _matrices(array.shape for array in arrays.values())
+        self.device = "cpu"
 
     def _split(self, vector: Vector) -> dict[str, npt.NDArray[Any]]:
         found, at = {}, 0

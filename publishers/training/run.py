@@ -94,9 +94,9 @@ def join(
                  Mode hogwild has none, and takes no clip
     record       (sync, local; one shard) a folder for every round's gradients; see `replay`
     plane        how vectors travel. redis: through the aggregator, in shared memory on one host, as blobs across hosts.
-                 shm: workers of one host sum in shared memory. torch: by torch.distributed (gloo, NCCL with GPUs). With
-                 both, events carry members and rounds only. auto: shm where all begin on one host and no other option
-                 needs the aggregator to see the vectors
+                 shm: workers of one host sum in shared memory. torch: by torch.distributed (gloo; NCCL where each has a
+                 GPU of its own). With both, events carry members and rounds only. auto: shm where all begin on one host
+                 and no other option needs the aggregator to see the vectors
     timeout      seconds to wait for the run to begin; then JoinTimeout
     metrics      publish loss, gradient norm, staleness, samples/s, … as training events
 
