@@ -238,7 +238,8 @@ class Group:
             self._texts[self.me, bank, : len(text)] = np.frombuffer(text, np.uint8)
             self._about[self.me, bank, 1:3] = self._about[self.me, bank, 1] + 1, len(text)
             self._written[bank] = names
-        self._values[self.me, bank, : len(names)] = list(values.values())
+        if names:
+            self._values[self.me, bank, : len(names)] = list(values.values())
 
     def samples(self, round_: int) -> list[int]:
         """By member; 0 of who contributed nothing finite."""
@@ -248,11 +249,10 @@ class Group:
     def values(self, round_: int) -> list[dict[str, float]]:
         """By member, what it gave beside its vector. Of the last round that is closed, until the next one is."""
         bank = round_ % 2
-        about, rows = self._about[:, bank].tolist(), self._values[:, bank].tolist()
-        return [
-            dict(zip(self._names(member, bank, changes, length), row, strict=False))
-            for member, ((_, changes, length, *_), row) in enumerate(zip(about, rows, strict=True))
-        ]
+        names = [self._names(member, bank, *said) for member, said in enumerate(self._about[:, bank, 1:3].tolist())]
+        if not any(names):
+            return [{} for _ in names]
+        return [dict(zip(*given, strict=False)) for given in zip(names, self._values[:, bank].tolist(), strict=True)]
 
     def _names(self, member: int, bank: int, changes: int, length: int) -> list[str]:
         known = self._read.get((member, bank))
