@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.catalog import Admission, Contribution, Round, RunPlan
 from pipeline.catalog.compression import Encoder, decode
 from pipeline.settings import settings
 from subscribers import aggregation
+from subscribers.aggregation import checkpoints
 from subscribers.aggregation.checkpoints import Checkpoint, folder_of, latest, save
 from subscribers.aggregation.optimizers import Optimizer
 from subscribers.aggregation.runs import Run, Server
@@ -104,6 +106,14 @@ def test_a_round_is_the_mean_weighted_by_samples() -> None:
     assert team.mean() == [4, 8]
     assert (closed.round, closed.ranks, closed.members, closed.samples) == (0, [0, 1], [0, 1], 4)
     assert closed.values == {"loss": 7.0}
+
+
+def test_a_value_is_averaged_over_those_who_gave_it() -> None:
+    team = Team(size=1)
+    team.join(0, 1)
+    team.push(0, [1], samples=1, values={"loss": 4.0, "accuracy": 0.5})
+    team.push(1, [1], samples=3, values={"loss": 8.0})
+    assert team.closed[0].values == {"accuracy": 0.5, "loss": 7.0}
 
 
 def test_the_order_of_arrival_does_not_change_a_bit() -> None:
@@ -264,6 +274,26 @@ def test_what_does_not_fit_is_left_out_with_the_reason_and_the_round_goes_on(
     assert team.mean() == [2, 2, 2]
     assert (team.closed[0].ranks, team.closed[0].refused) == ([0, 2], [1])
     assert f"run r, round 0: what rank 1 sent is left out: {said}" in caplog.text
+
+
+def test_a_round_whose_mean_fails_for_all_is_closed_with_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise ValueError("as it happens")
+
+    team = Team(size=1)
+    team.join(0, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_merge", fails)
+        team.push(0, [1])
+        team.push(1, [3])
+    [closed] = team.closed
+    assert (closed.ranks, closed.refused, closed.parts) == ([], [0, 1], {})
+    assert "run r, round 0: what was sent cannot be summed" in caplog.text
+    team.push(0, [1])
+    team.push(1, [3])
+    assert team.mean() == [2]
 
 
 @pytest.mark.parametrize("plan", [{"mode": "local"}, {"size": 4}, {"plane": "shm"}])
@@ -604,6 +634,56 @@ def test_the_two_newest_checkpoints_are_kept_and_a_torn_one_is_left_out(data: Pa
     found = latest("a/b", 0)
     assert found is not None
     assert (found.round, found.tensors["w"].tolist(), found.note) == (20, [20.0] * 3, {"note": "20"})
+
+
+def test_a_run_goes_on_while_its_checkpoint_is_written_which_is_found_at_once(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk may take longer than a lease. What came meanwhile follows, the newest of it."""
+    written, save_file = threading.Event(), checkpoints.save_file
+
+    def slowly(*given: Any) -> None:
+        assert written.wait(10)
+        save_file(*given)
+
+    monkeypatch.setattr(checkpoints, "save_file", slowly)
+    team = Team(checkpoint=1)
+    team.join(0, 1)
+    for number in range(1, 4):
+        for rank in range(2):
+            team.push(rank, [number] * 3)
+        team.send(0, "state", round=number, parts={"model.w": Tensor(np.full(3, number, np.float32))})
+        found = latest("r", 0)
+        assert found is not None
+        assert (found.round, found.tensors["model.w"].tolist()) == (number, [number] * 3)
+    last = checkpoints.keep("r", 0, found)
+    assert [*data.rglob("*.safetensors")] == []
+    written.set()
+    last.result(10)
+    names = sorted(file.name for file in folder_of("r", 0).iterdir())
+    assert names in (["round-000000001.safetensors", "round-000000003.safetensors"], ["round-000000003.safetensors"])
+    found = latest("r", 0)
+    assert found is not None
+    assert found.round == 3
+
+
+def test_what_cannot_be_written_is_told_and_the_next_one_is(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (data / "runs").write_text("no folder")
+    one = Checkpoint(10, {"w": np.ones(3, np.float32)})
+    checkpoints.keep("r", 0, one).result(10)
+    assert "no checkpoint of round 10 in" in caplog.text
+    assert latest("r", 0) is None
+    (data / "runs").unlink()
+    checkpoints.keep("r", 0, one).result(10)
+    found = latest("r", 0)
+    assert found is not None
+    assert found is not one
+
+
+def test_shards_and_runs_of_like_names_have_folders_of_their_own(data: Path) -> None:
+    names = [("a", 0), ("a", 1), ("a.1", 0), ("a.1", 1), ("a/1", 0), ("a/1", 1)]
+    assert len({folder_of(run, shard) for run, shard in names}) == len(names)
+    assert folder_of("a.1", 0) == data / "runs" / "a.1", "where those of before are"
 
 
 # -- through Redis -------------------------------------------------------------------------------------------------

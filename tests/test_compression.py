@@ -207,6 +207,18 @@ def test_a_sum_of_different_codecs_is_exact() -> None:
     np.testing.assert_allclose(decode("none", merged, 500), expected, atol=1e-5)
 
 
+def test_factors_of_different_matrices_are_summed_as_what_they_stand_for() -> None:
+    """For a higher rank fewer matrices are worth it."""
+    shapes = {0: (5, 5), 25: (40, 40)}
+    parts = [(0.5, name, Encoder(name, 1625, shapes).encode(normal(1625))) for name in ("powersgd:2", "powersgd:4")]
+    assert "p0" in parts[0][2]
+    assert "p0" not in parts[1][2]
+    merged_as, merged, bad = merge(parts, 1625)
+    expected = sum(np.float32(weight) * decode(codec, part, 1625) for weight, codec, part in parts)
+    assert (merged_as, bad) == ("none", [])
+    np.testing.assert_allclose(decode("none", merged, 1625), expected, atol=1e-5)
+
+
 def test_sums_are_taken_in_the_order_given() -> None:
     vectors = [np.float32([1e8]), np.float32([1.0]), np.float32([-1e8])]
     sums = {
@@ -237,6 +249,23 @@ def test_a_vector_that_is_not_finite_is_found_and_left_out_and_not_remembered(co
     assert np.array_equal(before, poisoned.error) if before is not None else poisoned.error is None
     assert np.isfinite(decode(codec, poisoned.encode(vector), size)).all()
     assert merge([(1.0, codec, parts)], size) == ("none", {}, [0])
+
+
+@pytest.mark.parametrize("largest", [1e9, 1e30, 9e35, 1e36, 3.4e38])
+@pytest.mark.parametrize("codec", LOSSY)
+def test_after_one_spike_what_is_said_is_what_is_meant_again(codec: str, largest: float) -> None:
+    """In a value, a row, or all: fp16 says what it can with two vectors, and what is too large counts for nothing."""
+    size = 40 * 40 + 10
+    for spiked in (slice(5, 6), slice(41, 81), slice(None)):
+        sent, spike, vector = Encoder(codec, size, {0: (40, 40)}), np.zeros(size, np.float32), normal(size)
+        spike[spiked] = largest
+        [*_, bad] = merge([(1.0, codec, sent.encode(spike))], size)
+        assert bad == [0] if largest >= 1e36 else codec.startswith("powersgd") or bad == []
+        said = [decode(codec, sent.encode(vector), size) for _ in range(3)]
+        assert np.isfinite(said).all()
+        assert np.isfinite(sent.error).all()
+        if codec == "fp16":
+            assert said[-1] == pytest.approx(vector, abs=0.01)
 
 
 @pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0xFF800000])
@@ -316,12 +345,6 @@ def test_parts_that_would_reach_outside_are_refused(codec: str, parts: dict[str,
     }
     with pytest.raises(ValueError, match=why):
         decode(codec, keep, 600)
-
-
-def test_factors_of_different_matrices_have_no_sum() -> None:
-    one, other = (Encoder("powersgd:1", 100, {0: shape}).encode(normal(100)) for shape in ((10, 10), (5, 20)))
-    with pytest.raises(ValueError, match="of the same matrices"):
-        merge([(1.0, "powersgd", one), (1.0, "powersgd", other)], 100)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])

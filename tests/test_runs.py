@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,12 @@ import pytest
 
 from pipeline import Pipeline, Tensor, catalog
 from pipeline.catalog import Round, RunPlan, State
-from pipeline.errors import ConfigurationError
+from pipeline.errors import ConfigurationError, PublishUncertain
 from pipeline.server import Server
+from pipeline.settings import settings
 from publishers.training import join, replay
-from publishers.training.exchange import Exchange, Refused
+from publishers.training.exchange import Exchange, JoinTimeout, NothingReduced, Refused
+from publishers.training.parameters import parameters_of
 
 from . import trainer
 from .processes import line_with
@@ -614,10 +618,32 @@ def test_metrics_are_means_over_the_workers(plane: str, aggregator: str, team: A
         assert worker.rounds[-1]["values"] == {f"value{index}": index + 0.5 for index in range(31)}
 
 
+@planes
+def test_a_value_is_averaged_over_those_who_gave_it(plane: str, aggregator: str, team: Any) -> None:
+    workers = team(aggregator, "r", 2, plane=plane, workers=2, steps=4, values=1, alone=True)
+    for worker in workers:
+        worker.final()
+        assert [line["values"] for line in worker.rounds] == 2 * [{"value0": 0.5}, {"alone": 7.0, "value0": 0.5}]
+
+
+def test_a_local_round_averages_a_value_over_the_steps_that_gave_it(aggregator: str) -> None:
+    model = {"w": np.zeros(3, np.float32)}
+    with join("r", model, mode="local", steps=4, metrics=False, url=aggregator) as run:
+        for number in range(4):
+            run.step(loss=float(number), samples=number + 1, **({"accuracy": 0.5} if number == 2 else {}))
+        assert run.last is not None
+        assert run.last.values == {"loss": 2.0, "accuracy": 0.5}
+
+
 def test_more_metrics_than_shared_memory_holds_are_refused(aggregator: str, team: Any) -> None:
     [worker] = team(aggregator, "r", 1, plane="shm", steps=3, values=32)
-    with pytest.raises(ConfigurationError, match='plane="shm" averages at most 32 values a step, not 33: pass fewer'):
+    with pytest.raises(ConfigurationError, match=r'plane="shm" averages at most 32 values a step, .*, not 33'):
         worker.final()
+    with (
+        join("s", {"w": np.zeros(3, np.float32)}, plane="shm", metrics=False, url=aggregator) as run,
+        pytest.raises(ConfigurationError, match=r"names of 4,096 bytes, not 1 with 5,004: pass fewer"),
+    ):
+        run.step(gradients={"w": np.zeros(3)}, **{5000 * "x": 1.0})
 
 
 def test_no_shard_uses_its_slice_of_a_gradient_that_is_not_finite_elsewhere(aggregator: str, team: Any) -> None:
@@ -654,6 +680,37 @@ def test_what_does_not_fit_a_run_is_refused_with_the_reason(aggregator: str, tea
         third.final()
 
 
+def test_who_gets_nothing_to_begin_with_gives_up_in_time(
+    aggregator: str, team: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [first] = team(aggregator, "r", 1, steps=100_000, plane="redis")
+    first.until(1)
+    monkeypatch.setattr(Exchange, "take_state", lambda *_, **__: None)
+    monkeypatch.setattr(Exchange, "checkpoint", lambda *_, **__: None)
+    for name, mode in (("r", "sync"), ("served", "async")):
+        worker = join(name, {"w": np.zeros(1000, np.float32)}, mode=mode, timeout=0.3, metrics=False, url=aggregator)  # type: ignore[arg-type]
+        with pytest.raises(JoinTimeout, match=f"run {name} has not begun within 0.3 s"), worker:
+            pass
+
+
+@planes
+def test_an_all_reduce_of_nothing_finite_says_so_and_the_next_one_is_whole(plane: Any, aggregator: str) -> None:
+    ones = np.ones(3, np.float32)
+    with join("r", {"w": np.zeros(3, np.float32)}, plane=plane, metrics=False, url=aggregator) as run:
+        with pytest.raises(NothingReduced, match="run r, round 0: nobody's vector was finite"):
+            run.all_reduce(ones * np.inf)
+        assert run.all_reduce(ones).tolist() == [1, 1, 1]
+        assert run.all_reduce(np.arange(3)).tolist() == [0, 1, 2]  # type: ignore[arg-type]
+        for wrong, said in [
+            (ones[:1], r"takes float32 \[3\], not float32 \[1\]"),
+            (ones.reshape(1, 3), r"not float32 \[1, 3\]"),
+            (ones * 1j, r"not complex64 \[3\]"),
+            (np.full(3, 1e300), "beyond its range"),
+        ]:
+            with pytest.raises(ConfigurationError, match=said):
+                run.all_reduce(wrong)  # type: ignore[arg-type]
+
+
 def test_redis_may_go_and_come_back(team: Any, tmp_path: Path) -> None:
     with Server(tmp_path / "redis", appendonly=True) as server, aggregating(server.url, tmp_path):
         workers = team(server.url, "r", 2, workers=2, steps=60, plane="redis", lease=3.0)
@@ -678,8 +735,225 @@ def test_options_that_do_not_go_together_are_refused() -> None:
         ({"shards": 2, "compress": "powersgd"}, "take shards=1"),
         ({"shards": 2, "clip": 1.0}, "clip takes shards=1"),
         ({"steps": 0}, "at least 1"),
+        ({"mode": "hogwild", "checkpoint": 5}, "mode hogwild has no rounds: clip and checkpoint do nothing there"),
+        ({"mode": "hogwild", "clip": 1.0}, "mode hogwild has no rounds"),
     ]:
         with pytest.raises(ValueError, match=said):
             join("r", model, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a list cannot be trained"):
         join("r", [1.0])
+
+
+# -- models --------------------------------------------------------------------------------------------------------
+
+
+def linear(**options: Any) -> Any:
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return torch.nn.Linear(3, 2, **options)
+
+
+def test_vectors_are_float32_whatever_torchs_default_is(tmp_path: Path) -> None:
+    import torch
+
+    model = linear(dtype=torch.float32)
+    (tmp_path / "shared").write_bytes(np.arange(8, dtype=np.float32).tobytes())
+    torch.set_default_dtype(torch.float64)
+    try:
+        parameters = parameters_of(model)
+        assert (parameters.read().dtype, parameters.gradient(None).dtype) == (np.float32, np.float32)
+        parameters.share(tmp_path / "shared")
+        assert parameters.read().tolist() == list(range(8))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_hogwild_gives_a_dictionary_its_own_arrays_back_with_what_was_reached(aggregator: str) -> None:
+    def descend(parameters: dict[str, Any], gradients: dict[str, Any]) -> None:
+        parameters["w"] -= gradients["w"]
+
+    mine = np.zeros(3)
+    model = {"w": mine}
+    with join("r", model, mode="hogwild", metrics=False, url=aggregator) as run:
+        run.step(descend, gradients={"w": np.arange(3)})
+        assert model["w"].tolist() == [0, -1, -2]
+    assert model["w"] is mine
+    assert mine.tolist() == [0, -1, -2]
+
+
+def test_hogwild_refuses_what_it_cannot_share(aggregator: str) -> None:
+    before = {*settings().shm_dir.glob("pipeline-hogwild-*")}
+    array, estimator = np.zeros(3, np.float32), fitted("SGDClassifier")
+    for model, said in ((array, "pass a dictionary, and read its array anew"), (estimator, "use mode local")):
+        with (
+            pytest.raises(ConfigurationError, match=said),
+            join("r", model, mode="hogwild", metrics=False, url=aggregator),
+        ):
+            pass
+    assert {*settings().shm_dir.glob("pipeline-hogwild-*")} <= before
+
+
+def fitted(name: str, **options: Any) -> Any:
+    """A scikit-learn linear model that has seen `partial_fit` once."""
+    from sklearn import linear_model
+
+    model, random = getattr(linear_model, name)(random_state=0, **options), np.random.default_rng(0)
+    x = random.standard_normal((50, 3))
+    return model.partial_fit(x, (x[:, 0] > 0).astype(int), **({"classes": [0, 1]} if "Classifier" in name else {}))
+
+
+@pytest.mark.parametrize("name", ["SGDClassifier", "SGDRegressor"])
+def test_scikit_learns_models_go_on_from_what_they_are_given(name: str) -> None:
+    model = fitted(name, alpha=1e-12, eta0=1e-12, learning_rate="constant")
+    parameters = parameters_of(model)
+    parameters.write(np.arange(4, dtype=np.float32))
+    model.partial_fit(np.eye(3), [0, 1, 1])
+    assert parameters.read() == pytest.approx([0, 1, 2, 3], abs=1e-6)
+
+
+def test_scikit_learns_models_that_would_not_train_together_are_refused() -> None:
+    from sklearn.linear_model import SGDClassifier, SGDOneClassSVM
+    from sklearn.neural_network import MLPClassifier
+
+    x, y = np.eye(3), [0, 1, 1]
+    for model, said in [
+        (SGDClassifier(), "call partial_fit of the SGDClassifier once before join"),
+        (SGDClassifier(average=True).partial_fit(x, y, classes=[0, 1]), "the SGDClassifier has average=True: .* use"),
+        (SGDOneClassSVM().partial_fit(x), "the SGDOneClassSVM has no coef_ and intercept_: .* the linear ones"),
+        (MLPClassifier(4).partial_fit(x, y, classes=[0, 1]), "the MLPClassifier has no coef_ and intercept_"),
+    ]:
+        with pytest.raises(ConfigurationError, match=said):
+            parameters_of(model)
+
+
+def test_who_joins_gets_a_learning_rate_that_is_a_tensor_and_every_other_option() -> None:
+    import torch
+
+    def trained(rate: Any, **options: Any) -> tuple[Any, Any]:
+        model = linear()
+        optimizer = torch.optim.Adam(model.parameters(), rate, **options)
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        return parameters_of(model), optimizer
+
+    first, given = trained(torch.tensor(0.1), betas=(0.5, 0.9))
+    tensors, note = first.state(given)
+    for rate in (torch.tensor(0.3), 0.3):
+        late, optimizer = trained(rate)
+        late.load_optimizer(optimizer, tensors, json.loads(json.dumps(note)))
+        [group] = optimizer.param_groups
+        assert type(group["lr"]) is type(rate)
+        assert (float(group["lr"]), group["betas"]) == (pytest.approx(0.1), (0.5, 0.9))
+        optimizer.step()
+
+
+def test_a_complex_parameter_is_exchanged_with_both_its_parts() -> None:
+    import torch
+
+    model = torch.nn.ParameterDict({"a": torch.ones(1), "z": torch.tensor([1 + 2j, 3 - 4j])})
+    parameters = parameters_of(model)
+    assert (parameters.size, parameters.read().tolist()) == (5, [1, 1, 2, 3, -4])
+    parameters.write(np.arange(5, dtype=np.float32))
+    assert model["z"].tolist() == [1 + 2j, 3 + 4j]
+    (model["z"] * (1 - 1j)).real.sum().backward()
+    gradient = parameters.gradient(None)
+    assert gradient.tolist() == [0, 1, 1, 1, 1]
+    parameters.apply(gradient, torch.optim.SGD(model.parameters(), 1.0))
+    assert model["z"].tolist() == [0 + 1j, 2 + 3j]
+
+
+def test_a_sparse_gradient_is_exchanged_as_a_whole() -> None:
+    import torch
+
+    model = torch.nn.Embedding(3, 2, sparse=True)
+    parameters = parameters_of(model)
+    model(torch.tensor([1, 1])).sum().backward()
+    assert parameters.gradient(None).tolist() == [0, 0, 2, 2, 0, 0]
+
+
+def test_a_models_extra_state_goes_along_where_it_can() -> None:
+    import torch
+
+    class Counting(torch.nn.Linear):
+        seen: Any = None
+
+        def get_extra_state(self) -> Any:
+            return self.seen
+
+        def set_extra_state(self, state: Any) -> None:
+            self.seen = state
+
+    first, late = Counting(3, 2), Counting(3, 2)
+    first.seen = {"batches": 3}
+    tensors, note = parameters_of(first).state(None)
+    parameters_of(late).load(tensors, json.loads(json.dumps(note)))
+    assert (late.seen, late.weight.tolist()) == ({"batches": 3}, first.weight.tolist())
+    first.seen = {1: object()}
+    with pytest.raises(ConfigurationError, match="the model's _extra_state cannot travel"):
+        parameters_of(first).state(None)
+
+
+@pytest.mark.parametrize("plane", ["shm", "redis"])
+def test_samples_are_a_count(plane: Any, aggregator: str) -> None:
+    model = {"w": np.zeros(3, np.float32)}
+    with join("r", model, plane=plane, metrics=False, url=aggregator) as run:
+        for count in (np.int64(5), 5.0, np.array(5)):
+            run.step(lambda *_: None, gradients=model, samples=count)  # type: ignore[arg-type]
+            assert run.last is not None
+            assert (run.last.samples, run.last.ranks) == (5, [0])
+        for wrong in (0, -3, 0.5, float("nan"), "many", None, np.ones(2)):
+            with pytest.raises(ConfigurationError, match="samples= is a whole number of at least 1, not"):
+                run.step(lambda *_: None, gradients=model, samples=wrong)  # type: ignore[arg-type]
+
+
+def test_plane_torch_sums_where_the_model_is_if_each_worker_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from publishers.training.collective import each_has_its_own, gpu_of
+
+    assert parameters_of(linear(device="meta")).device == "meta"
+    assert {parameters_of(linear()).device, parameters_of({"w": np.zeros(3)}).device} == {"cpu"}
+    assert (gpu_of("cpu"), gpu_of("meta")) == ("none", "none")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU of {device}"))
+    first, second = gpu_of("cuda:0"), gpu_of("cuda:1")
+    assert [each_has_its_own(gpus) for gpus in ([first], [first, second])] == [True, True]
+    assert [each_has_its_own(gpus) for gpus in ([first, first], [first, "none"], ["none"])] == [False] * 3
+
+
+# -- signs of life -------------------------------------------------------------------------------------------------
+
+
+def test_signs_of_life_end_before_the_leave(aggregator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that comes after it makes a ghost, which the next run of that name waits for."""
+    alive: list[bool] = []
+    publish = Pipeline.publish
+
+    async def looks(app: Pipeline, channel: Any, event: Any, **more: Any) -> Any:
+        if getattr(event, "action", "") == "leave":
+            alive.append("signs of life" in {task.get_name() for task in asyncio.all_tasks()})
+        return await publish(app, channel, event, **more)
+
+    monkeypatch.setattr(Pipeline, "publish", looks)
+    with join("r", {"w": np.zeros(3, np.float32)}, metrics=False, url=aggregator):
+        pass
+    assert alive == [False]
+
+
+def test_signs_of_life_go_on_when_redis_may_not_have_one(aggregator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = threading.Event()
+    request = Pipeline.request
+
+    async def fails_once(app: Pipeline, channel: Any, event: Any, **more: Any) -> Any:
+        if event.action == "beat" and not failed.is_set():
+            failed.set()
+            raise PublishUncertain("as it happens")
+        return await request(app, channel, event, **more)
+
+    monkeypatch.setattr(Pipeline, "request", fails_once)
+    model = {"w": np.zeros(3, np.float32)}
+    with join("r", model, mode="hogwild", lease=0.3, metrics=False, url=aggregator) as run:
+        assert failed.wait(5)
+        assert run.exchange.wait(lambda: run.exchange.awaited, 5)

@@ -3,7 +3,7 @@ As a process it can be killed and paused; where nobody does that, `main` in a th
 
 Its gradient is `rank + 1` everywhere, so the mean of a round tells whose gradients are in it. With `until` it ends with
 the first round in which somebody saw that this file is there: all workers end with the same one. With `adam` its
-optimizer has a state.
+optimizer has a state. With `alone`, rank 0 says that value in every other step, and nobody else does.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def main(name: str, options: dict[str, object], say: Callable[[dict[str, Any]], 
     poisons_at = options.pop("poisons_at", None)
     slow_at, slow_for = options.pop("slow_at", None), float(options.pop("slow_for", 0.6))  # type: ignore[arg-type]
     values = int(options.pop("values", 0))  # type: ignore[call-overload]
+    alone = options.pop("alone", False)
     model: Any = {"w": np.zeros(int(options.pop("size", 1000)), np.float32)}  # type: ignore[call-overload]
     weights = model["w"]
     served = options.get("mode") in ("async", "dogwild")
@@ -58,6 +59,8 @@ def main(name: str, options: dict[str, object], say: Callable[[dict[str, Any]], 
             if optimizer is not descend:
                 model["w"].grad = torch.from_numpy(gradient)
             more = {**_stop(until), **{f"value{index}": float(run.rank + index) for index in range(values)}}
+            if alone and run.rank == 0 and own % 2:
+                more["alone"] = 7.0
             run.step(None if served else optimizer, gradients={"w": gradient}, loss=float(run.rank), **more)
             last = run.last
             said = {"own": own, "round": number, "time": time.time(), "rank": run.rank}
@@ -65,7 +68,7 @@ def main(name: str, options: dict[str, object], say: Callable[[dict[str, Any]], 
                 said |= {
                     "closed": last.round, "ranks": last.ranks, "members": last.members, "refused": last.refused,
                     "late": last.late, "loss": last.values.get("loss"), "staleness": last.staleness,
-                    "values": {name: last.values.get(name) for name in more},
+                    "values": {name: value for name, value in last.values.items() if name != "loss"},
                     "mean": None if run.mean is None else float(run.mean[7]),
                 }  # fmt: skip
             say(said)

@@ -6,7 +6,7 @@
     codec, parts, bad = merge([(0.5, "int8", parts), (0.5, "int8", others)], size)   the weighted sum, ready to travel
 
     none         4 bytes a value; exact
-    bf16  fp16   2 bytes; fp16 has three bits more, and saturates at 65,504
+    bf16  fp16   2 bytes; fp16 has three bits more, and saturates at 65,504, which the next vector may say again
     int8         1 byte, and a float32 scale a block of 1,024 (symmetric, absolute maximum)
     topk:F       the share F (default 0.01) of largest magnitude, 8 bytes each; the threshold comes from a sample
     powersgd:R   matrices as products of rank R (default 2); what is no matrix, or too small to gain, as it is
@@ -45,6 +45,8 @@ BLOCK = 1024
 """Values that share a scale."""
 SAMPLE = 1 << 14
 """Values that a threshold is taken from."""
+LARGEST = 1e36
+"""What a lossy codec takes for finite is below: its sums and scales are then finite, too."""
 LARGEST_HALF = np.float32(65504)
 SMALLEST_NORMAL_HALF = 113 << 23
 """2^-14: the bits of its float32."""
@@ -117,13 +119,13 @@ class Encoder:
     def encode(self, vector: Vector) -> dict[str, Tensor]:
         """float32 [size] → parts. The vector is not changed; with codec none it is not copied either.
 
-        A vector with NaN or infinity makes parts in which `merge` finds it, and is not remembered.
+        A vector that it does not accept makes parts in which `merge` finds it, and is not remembered.
         """
         if vector.dtype != np.float32 or vector.shape != (self.size,):
             raise ValueError(f"expected float32 [{self.size}], not {vector.dtype} {list(vector.shape)}")
         if self.error is None:
             return {"values": Tensor(vector)}
-        if not _finite(vector):
+        if not self.accepts(vector):
             return self._nothing()
         if self.kind == "topk":
             return self._largest(self.error, vector)
@@ -131,12 +133,21 @@ class Encoder:
             return self._factors(self.error, vector)
         return self._rounded(self.error, vector)
 
+    def accepts(self, vector: Vector) -> bool:
+        """No NaN, no infinity; with a lossy codec also nothing of 1e36 or more, whose rounding could be infinite."""
+        if self.error is None:
+            return _finite(vector)
+        chunks = (vector[at : at + CHUNK] for at in range(0, len(vector), CHUNK))
+        return all(chunk.max() < LARGEST and chunk.min() > -LARGEST for chunk in chunks)
+
     def _rounded(self, error: Vector, vector: Vector) -> dict[str, Tensor]:
         out, scratch = _Dense.empty(self.kind, self.size), _scratch()
         for at in range(0, self.size, CHUNK):
             part = error[at : at + CHUNK]
             part += vector[at : at + CHUNK]
             part -= out.write(part, at, scratch)
+            if self.kind == "fp16":  # no more than the next vector can say: a spike is not sent for ever
+                np.clip(part, -LARGEST_HALF, LARGEST_HALF, out=part)
         return out.parts()
 
     def _largest(self, error: Vector, vector: Vector) -> dict[str, Tensor]:
@@ -174,6 +185,8 @@ class Encoder:
         for at, (rows, columns) in self._matrices.items():
             matrix, new = (flat[at : at + rows * columns].reshape(rows, columns) for flat in (error, vector))
             p, q = self._step(matrix, new, self._right[at])
+            if not (_finite(p.reshape(-1)) and _finite(q.reshape(-1))):
+                matrix[:] = 0  # else it would hold NaN for ever
             self._right[at] = self._start(q)
             parts[f"p{at}"], parts[f"q{at}"] = Tensor(p), Tensor(q)
         parts["rest"] = Tensor(np.concatenate(rest) if rest else np.empty(0, np.float32))
@@ -183,22 +196,24 @@ class Encoder:
         """Adds `new` to the matrix, and takes off it what the returned factors say."""
         blocks = _row_blocks(*matrix.shape)
         products = np.empty((len(matrix), start.shape[1]), np.float32)
-        for rows in blocks:
-            matrix[rows] += new[rows]
-            np.matmul(matrix[rows], start, out=products[rows])
-        p = np.ascontiguousarray(np.linalg.qr(products)[0], np.float32)
-        across = np.zeros((p.shape[1], matrix.shape[1]), np.float32)
-        for rows in blocks:
-            across += p[rows].T @ matrix[rows]
-        for rows in blocks:
-            matrix[rows] -= p[rows] @ across
+        with np.errstate(invalid="ignore", over="ignore"):  # of what is large enough, the product is not finite
+            for rows in blocks:
+                matrix[rows] += new[rows]
+                np.matmul(matrix[rows], start, out=products[rows])
+            p = np.ascontiguousarray(np.linalg.qr(products)[0], np.float32)
+            across = np.zeros((p.shape[1], matrix.shape[1]), np.float32)
+            for rows in blocks:
+                across += p[rows].T @ matrix[rows]
+            for rows in blocks:
+                matrix[rows] -= p[rows] @ across
         return p, np.ascontiguousarray(across.T)
 
     def _start(self, q: Vector) -> Vector:
         """The next q: this one's directions at length 1, so that nothing under- or overflows, and a random direction
         for one that vanished: it would never find anything again."""
-        lengths = np.linalg.norm(q, axis=0)
-        alive = lengths > SMALLEST
+        with np.errstate(invalid="ignore", over="ignore"):
+            lengths = np.linalg.norm(q, axis=0)
+        alive = (lengths > SMALLEST) & np.isfinite(lengths)
         random = self._random.standard_normal(q.shape, np.float32)
         start: Vector = np.where(alive, q / np.where(alive, lengths, 1), random)
         return start
@@ -249,8 +264,9 @@ def merge(summands: Sequence[tuple[float, str, Parts]], size: int) -> tuple[str,
     """Σ weight · parts, in the order given, as codec and parts; and which summands held NaN or infinity, left out.
 
     The weights of what is left are scaled to their former sum. Exact values stay exact; bf16 and int8 come back as
-    bf16, fp16 as fp16, a mixture as float32; topk and powersgd stay as compressed as they came. Same summands, same
-    bits. Raises ValueError when parts are not their codec's, or a weight is not above 0.
+    bf16, fp16 as fp16, a mixture as float32; topk stays as compressed as it came, and powersgd where all took the same
+    matrices as products. Same summands, same bits. Raises ValueError when parts are not their codec's, or a weight is
+    not above 0.
     """
     for weight, _, _ in summands:
         if not 0 < weight < math.inf:
@@ -273,12 +289,13 @@ def _merged(summands: Sequence[tuple[float, str, Parts]], size: int) -> tuple[st
     kinds = {_split_name(codec)[0] for _, codec, _ in summands}
     if kinds == {"topk"}:
         return "topk", _merge_sparse(summands, size)
-    if kinds == {"powersgd"}:
+    if kinds == {"powersgd"} and len({_matrices_of(parts) for _, _, parts in summands}) == 1:
         return "powersgd", _merge_factors(summands, size)
     if kinds & {"topk", "powersgd"}:
         total = np.zeros(size, np.float32)
-        for weight, codec, parts in summands:
-            total += np.float32(weight) * decode(codec, parts, size)
+        with np.errstate(invalid="ignore", over="ignore"):
+            for weight, codec, parts in summands:
+                total += np.float32(weight) * decode(codec, parts, size)
         return "none", {"values": Tensor(total)}
     to = {"none": "none", "fp16": "fp16"}.get(next(iter(kinds)), "bf16") if len(kinds) == 1 else "none"
     return to, _merge_dense(summands, to, size)
@@ -521,11 +538,14 @@ def _multiply(parts: Parts, out: Vector) -> None:
         used += high - low
 
 
+def _matrices_of(parts: Parts) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """What tells apart who took other matrices as products: with another rank, others are worth it."""
+    return frozenset((name, tensor.shape[:1]) for name, tensor in parts.items() if name != "rest")
+
+
 def _merge_factors(summands: Sequence[tuple[float, str, Parts]], size: int) -> dict[str, Tensor]:
-    """A sum of products is one product: the factors side by side."""
+    """A sum of products of the same matrices is one product: the factors side by side."""
     all_ = [(np.float32(weight), _products(parts, size), np.asarray(parts["rest"])) for weight, _, parts in summands]
-    if len({tuple((at, len(p), len(q)) for at, (p, q) in found.items()) for _, found, _ in all_}) != 1:
-        raise ValueError("expected factors of the same matrices from everybody")
     merged: dict[str, Tensor] = {}
     with np.errstate(invalid="ignore", over="ignore"):
         for at in all_[0][1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -23,6 +24,7 @@ __all__ = [
     "admissions",
     "contributions",
     "contributions_live",
+    "mean_values",
     "rounds",
     "rounds_live",
     "states",
@@ -35,6 +37,17 @@ Mode = Literal["sync", "async", "hogwild", "dogwild", "local"]
 
 NO_SUM = "no sum"
 """Why a worker's part of a round failed: plane torch gave it none."""
+
+
+def mean_values(given: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
+    """Of weights and values by name: the mean of each name over those who gave it."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for weight, values in given:
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + weight * value
+            weights[name] = weights.get(name, 0.0) + weight
+    return {name: sums[name] / weights[name] for name in sorted(sums)}
 
 
 class Weights(Event):
@@ -109,7 +122,7 @@ class Contribution(Event):
     parts: dict[str, Tensor] = Field(default_factory=dict)
     """The gradient, or delta of parameters, as `codec` left it; or a state's tensors by name."""
     values: dict[str, float] = Field(default_factory=dict)
-    """loss, accuracy, …: averaged over the round."""
+    """loss, accuracy, …: each averaged over those of the round who gave it."""
     failed: str = ""
     """Why there are no parts: the round goes on without them. Plane torch: NO_SUM, and nobody applies the round."""
     note: str = ""

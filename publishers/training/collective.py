@@ -1,12 +1,13 @@
-"""Plane torch: sums go through torch.distributed (gloo, NCCL for parameters on GPUs); events carry members and rounds.
+"""Plane torch: sums go through torch.distributed (gloo; NCCL where each worker has a GPU); events carry the rounds.
 
     sum ─▶ push(ok or failed) ─▶ aggregator: Round when all members have spoken ─▶ all apply their sum, or nobody does
 
 When one failed (a peer died in the middle), nobody applies anything: the group is formed anew of the members that the
 Round names, and the same gradients are summed again. So no worker ever applies a round that another did not. A gradient
 that is not finite takes part as zeros that count for no sample, and its worker says so. To form a
-group, the lowest rank that was in the round opens a store and publishes a State that says where; everybody signs there,
-newcomers too, and when all have, they connect. Whoever waits, for a signature or a sum, looks at the members meanwhile.
+group, the lowest rank that was in the round opens a store and publishes a State that says where; everybody signs there
+with the GPU it has, newcomers too, and when all have, they connect. Whoever waits, for a signature or a sum, looks at
+the members meanwhile.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -31,7 +32,7 @@ from pipeline.transports.client import address
 
 from .modes import Local, Sync
 
-__all__ = ["Collective", "LocalCollective"]
+__all__ = ["Collective", "LocalCollective", "each_has_its_own", "gpu_of"]
 
 logger = logging.getLogger("publishers.training")
 
@@ -51,6 +52,8 @@ class Collective(Sync):
     _members: list[int]
     _store: Any = None
     _group: Any = None
+    _on = torch.device("cpu")
+    """Where the group sums."""
     state_wanted = False
     """A State says where the next group meets, and comes after the round."""
 
@@ -96,15 +99,17 @@ class Collective(Sync):
         run.exchange.wait(lambda: run.exchange.awaited, run.plan.lease)  # else a sum with it could close without it
         signatures = [f"{run.round}/{rank}" for rank in self._members]
         try:
-            store.set(f"{run.round}/{run.rank}", "here")
+            store.set(f"{run.round}/{run.rank}", gpu_of(run.parameters.device))
             if self._until(lambda: bool(store.check(signatures))):
+                gpus = [store.get(signature).decode() for signature in signatures]
+                self._on = torch.device(run.parameters.device if each_has_its_own(gpus) else "cpu")
                 self._group = self._connect(dist.PrefixStore(str(run.round), store))  # type: ignore[attr-defined]
         except (RuntimeError, ValueError) as error:  # whoever keeps the store is gone, or a peer
             logger.info("run %s: the group could not be formed: %s", run.name, _first_line(error))
 
     def _connect(self, store: Any) -> Any:
         rank, size, most = self._members.index(self.run.rank), len(self._members), timedelta(seconds=LONGEST)
-        if self._device().type == "cuda":
+        if self._on.type == "cuda":
             return dist.ProcessGroupNCCL(store, rank, size, most)  # type: ignore[arg-type]
         return dist.ProcessGroupGloo(store, rank, size, most)
 
@@ -124,9 +129,6 @@ class Collective(Sync):
     def _drop_group(self) -> None:
         self._group = None
         _abandoned[:] = [(group, work) for group, work in _abandoned if not work.is_completed()]
-
-    def _device(self) -> torch.device:
-        return torch.device(getattr(self.run.parameters, "device", "cpu"))
 
     def close(self) -> None:
         self._drop_group()
@@ -167,9 +169,9 @@ class Collective(Sync):
         """The mean weighted by samples; None when a peer is gone."""
         if self._group is None:
             return None
-        sum_ = torch.from_numpy(np.append(vector * np.float32(samples), np.float32(samples))).to(self._device())
-        work = self._group.allreduce([sum_])
+        sum_ = torch.from_numpy(np.append(vector * np.float32(samples), np.float32(samples))).to(self._on)
         try:
+            work = self._group.allreduce([sum_])
             if self._until(work.is_completed):
                 work.wait()
                 whole: Vector = sum_.cpu().numpy()
@@ -204,6 +206,18 @@ class Collective(Sync):
 
 class LocalCollective(Collective, Local):
     """Mode local over torch.distributed."""
+
+
+def gpu_of(device: str) -> str:
+    """What tells a GPU that NCCL can use from all others; "none" for anything else."""
+    if torch.device(device).type != "cuda" or not dist.is_nccl_available():
+        return "none"
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def each_has_its_own(gpus: Sequence[str]) -> bool:
+    """NCCL takes one worker a GPU; others sum on their CPUs, by gloo."""
+    return "none" not in gpus and len({*gpus}) == len(gpus)
 
 
 def _first_line(error: Exception) -> str:

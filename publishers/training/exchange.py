@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import secrets
 import socket
@@ -20,11 +21,11 @@ from typing import Any, TypeVar
 from pipeline import Channel, Pipeline, ServerUnavailable, Tensor, catalog
 from pipeline.blocking import BlockingPipeline
 from pipeline.catalog import Admission, Contribution, Round, RunPlan, State
-from pipeline.errors import ConfigurationError, PipelineError, RequestFailed, RequestTimeout
+from pipeline.errors import ConfigurationError, PipelineError, PublishUncertain, RequestFailed, RequestTimeout
 
 from ..command import opened_blocking
 
-__all__ = ["Exchange", "JoinTimeout", "Refused"]
+__all__ = ["Exchange", "JoinTimeout", "NothingReduced", "Refused", "Within"]
 
 logger = logging.getLogger("publishers.training")
 
@@ -46,6 +47,27 @@ class Refused(ConfigurationError):
 
 class JoinTimeout(PipelineError):
     """Raised when a run did not begin in time."""
+
+
+class NothingReduced(PipelineError):
+    """Raised when a round of all_reduce closed without a sum: what everybody gave was not finite."""
+
+
+class Within:
+    """The time that a run has to begin in, however often it is asked and whatever else is waited for."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._until = math.inf if seconds is None else time.monotonic() + seconds
+
+    def check(self, run: str) -> None:
+        """Raises JoinTimeout when it is over."""
+        if time.monotonic() > self._until:
+            raise JoinTimeout(f"run {run} has not begun within {self._seconds:g} s")
+
+    def at_most(self, seconds: float) -> float:
+        """What is left, and no more than these."""
+        return max(0.0, min(seconds, self._until - time.monotonic()))
 
 
 class Exchange:
@@ -134,15 +156,15 @@ class Exchange:
 
     def close(self) -> None:
         """Leave the run, so that nobody waits for this worker."""
-        with contextlib.suppress(PipelineError, TimeoutError):
-            self._pipe.call(asyncio.wait_for(self._leave(), 2.0))
 
         async def end() -> None:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-        self._pipe.call(end())
+        self._pipe.call(end())  # a sign of life after the leave would make this worker a member again
+        with contextlib.suppress(PipelineError, TimeoutError):
+            self._pipe.call(asyncio.wait_for(self._leave(), 2.0))
         self._stack.close()
 
     async def _leave(self) -> None:
@@ -154,11 +176,12 @@ class Exchange:
 
     # -- joining -------------------------------------------------------------------------------------------------
 
-    def join(self, *, again: bool = False, timeout: float | None = None) -> list[Admission]:
+    def join(self, within: Within, *, again: bool = False) -> list[Admission]:
         """Ask until the run has begun with this worker in it. `again`: this worker lost track and needs a State.
 
         Raises Refused, JoinTimeout.
         """
+        within.check(self.run)
         asked = time.monotonic()
         told = False
         self._attempt += 1
@@ -185,20 +208,19 @@ class Exchange:
                     f"{len(found[0].members)} of {self._plans[0].workers} workers are here" if found
                     else "no aggregator answers; start one: pipeline serve subscribers.aggregation:app",
                 )  # fmt: skip
-            if timeout is not None and time.monotonic() - asked > timeout:
-                raise JoinTimeout(f"run {self.run} has not begun within {timeout:g} s")
+            within.check(self.run)
             time.sleep(POLL)
 
     def _ask(self, action: Any, shard: int, *, round_: int) -> Admission | None:
         return self._pipe.call(self._request(self._message(action, shard, round=round_, base=self._attempt)))
 
     async def _request(self, message: Contribution) -> Admission | None:
-        """None when nobody answers in time. Raises Refused."""
+        """None when nobody answers in time, or Redis may not have the question. Raises Refused."""
         try:
             answer: Admission = await self._app.request(
                 catalog.contributions, message, timeout=max(1.0, message.plan.lease), key=self._key(message.shard)
             )
-        except (RequestTimeout, ServerUnavailable):
+        except (RequestTimeout, ServerUnavailable, PublishUncertain):
             return None
         except RequestFailed as error:
             raise Refused(str(error)) from None
@@ -258,8 +280,9 @@ class Exchange:
                         if pushed.shard == shard and pushed.round == self._waiting:
                             with contextlib.suppress(PipelineError):
                                 await self._app.publish(catalog.contributions, pushed, key=self._key(shard))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self._plans[0].lease / 3)
+            with contextlib.suppress(TimeoutError):  # asyncio.wait_for of 3.11 forgets to be cancelled when woken
+                async with asyncio.timeout(self._plans[0].lease / 3):
+                    await self._wake.wait()
 
     # -- pushing -------------------------------------------------------------------------------------------------
 

@@ -26,10 +26,11 @@ import numpy.typing as npt
 from pipeline import Tensor
 from pipeline.catalog import Round, State
 from pipeline.catalog.compression import Encoder, decode, nbytes_of
+from pipeline.catalog.training import mean_values
 from pipeline.errors import ConfigurationError
 from pipeline.settings import settings
 
-from .exchange import Refused
+from .exchange import NothingReduced, Refused, Within
 from .shared import host, release, sweep
 from .shared_rounds import SharedRounds
 
@@ -93,9 +94,9 @@ class Mode:
         self._begin(again=False)
 
     def _begin(self, *, again: bool) -> None:
-        run = self.run
+        run, within = self.run, Within(self.run.options.timeout)
         while True:
-            admission = run.exchange.join(again=again, timeout=run.options.timeout)[0]
+            admission = run.exchange.join(within, again=again)[0]
             run.plane = admission.plane or run.plan.plane
             members = [rank for rank in admission.members if rank not in admission.newcomers.values()]
             if admission.source == run.rank:
@@ -107,7 +108,7 @@ class Mode:
                 return
             beside = run.plane in ("shm", "torch")  # who of us leads is not the aggregator's affair
             leads = beside and admission.source < 0 and members[:1] == [run.rank]
-            until = time.monotonic() + max(1.0, run.plan.lease)
+            until = time.monotonic() + within.at_most(max(1.0, run.plan.lease))
             while True:
                 state = run.exchange.take_state(until - time.monotonic(), lowest_rank=0 if beside and not leads else -1)
                 if state is None:
@@ -144,7 +145,8 @@ class Mode:
     def state(self) -> tuple[dict[str, Tensor], str]:
         tensors, note = self.run.parameters.state(self.run.optimizer)
         if self.run.optimizer is None and self.run.pending is not None:
-            kept, note = self.run.pending
+            kept, waiting = self.run.pending
+            note = {**waiting, **note}
             tensors |= {name: tensor for name, tensor in kept.items() if name.startswith("optimizer.")}
         return {**tensors, **self.extras()}, json.dumps({**note, **self.notes()})
 
@@ -171,10 +173,10 @@ class Mode:
 def _encoded(run: Run, encoders: list[Encoder], vector: Vector) -> tuple[list[tuple[str, Mapping[str, Tensor]]], str]:
     """What each shard gets, and why it gets nothing: no shard may use its slice of what is not finite elsewhere."""
     codec = run.options.compress
-    if len(encoders) > 1 and not np.isfinite(vector).all():
+    pieces = np.split(vector, np.cumsum(run.sizes)[:-1]) if len(encoders) > 1 else [vector]
+    if len(encoders) > 1 and not all(encoder.accepts(piece) for encoder, piece in zip(encoders, pieces, strict=True)):
         run.sent = 0
         return [("none", {}) for _ in encoders], "not finite"
-    pieces = np.split(vector, np.cumsum(run.sizes)[:-1]) if len(encoders) > 1 else [vector]
     began = time.perf_counter()
     parts = [encoder.encode(piece) for encoder, piece in zip(encoders, pieces, strict=True)]
     run.encoding = time.perf_counter() - began
@@ -325,10 +327,13 @@ class Sync(Mode):
             run.exchange.checkpoint(run.round, *self.state())
 
     def reduce(self, vector: Vector) -> Vector:
-        """All-reduce: one round with nothing to apply."""
+        """All-reduce: one round with nothing to apply. Raises NothingReduced."""
         found: list[Vector] = []
         while not found:
+            before = self.run.last
             self.exchange_(vector, 1, {}, found.append)
+            if not found and self.run.last is not before:  # else another worker's state was loaded instead
+                raise NothingReduced(f"run {self.run.name}, round {self.run.round - 1}: nobody's vector was finite")
         return found[0]
 
 
@@ -340,7 +345,8 @@ class Local(Sync):
         self.outer = Outer(run.parameters.read(), *run.options.outer)
         self._steps = 0
         self._samples = 0
-        self._values: dict[str, float] = {}
+        self._given: list[tuple[int, dict[str, float]]] = []
+        """Since the last round, each step's samples and values."""
 
     def load(self, state: State) -> None:
         super().load(state)
@@ -357,15 +363,14 @@ class Local(Sync):
             run.parameters.step(given, optimizer)
         self._steps += 1
         self._samples += samples
-        for name, value in values.items():
-            self._values[name] = self._values.get(name, 0.0) + value * samples
+        self._given.append((samples, values))
         if self._steps >= run.options.steps:
             self._exchange()
 
     def _exchange(self) -> None:
         run = self.run
-        means = {name: total / self._samples for name, total in self._values.items()}
-        samples, self._steps, self._samples, self._values = self._samples, 0, 0, {}
+        means = mean_values(self._given)
+        samples, self._steps, self._samples, self._given = self._samples, 0, 0, []
         self.exchange_(
             self.outer.anchor - run.parameters.read(), samples, means,
             lambda mean: run.parameters.write(self.outer.step(mean)),
@@ -396,11 +401,11 @@ class Async(Mode):
         return True
 
     def begin(self) -> None:
-        run = self.run
+        run, within = self.run, Within(self.run.options.timeout)
         while True:
-            admissions = run.exchange.join(timeout=run.options.timeout)
+            admissions = run.exchange.join(within)
             if all(admission.ready for admission in admissions):
-                parts = run.exchange.take_weights(max(1.0, run.plan.lease))
+                parts = run.exchange.take_weights(within.at_most(max(1.0, run.plan.lease)))
                 if parts is None:
                     continue
                 self._write([part.tensors["values"] for part in parts])

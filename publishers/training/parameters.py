@@ -5,6 +5,7 @@ Each class knows its framework; who trains with it sees vectors only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -20,7 +21,7 @@ from pipeline.errors import ConfigurationError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Arrays", "Estimator", "Parameters", "TorchModule", "parameters_of"]
+__all__ = ["Arrays", "Estimator", "OneArray", "Parameters", "TorchModule", "parameters_of"]
 
 Vector = npt.NDArray[np.float32]
 
@@ -31,6 +32,10 @@ class Parameters(Protocol):
     size: int
     matrices: dict[int, tuple[int, int]]
     """Offset → shape of what is a matrix (further dimensions flattened)."""
+
+    @property
+    def device(self) -> str:
+        """Where they are, as torch names it."""
 
     def read(self) -> Vector:
         """A copy of all parameters."""
@@ -68,7 +73,7 @@ def parameters_of(model: Any) -> Parameters:
         if isinstance(model, torch.nn.Module):
             return TorchModule(model)
     if isinstance(model, np.ndarray):
-        return Arrays({"values": model})
+        return OneArray(model)
     if isinstance(model, MutableMapping):
         return Arrays(model)
     if hasattr(model, "partial_fit"):
@@ -91,7 +96,10 @@ def _matrices(shapes: Iterable[tuple[int, ...]]) -> dict[int, tuple[int, int]]:
 
 
 class TorchModule:
-    """Trainable parameters in `named_parameters` order, of any float dtype and device."""
+    """Trainable parameters in `named_parameters` order, of any float dtype and device; a complex one is two floats.
+
+    Extra state of the module (`get_extra_state`) is a tensor, or what JSON gives back as it was.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         import torch
@@ -101,43 +109,61 @@ class TorchModule:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self._parameters:
             raise ConfigurationError("the model has no parameter that requires a gradient")
-        self.size = sum(parameter.numel() for parameter in self._parameters)
-        self.matrices = _matrices(tuple(parameter.shape) for parameter in self._parameters)
+        self._shapes = [tuple(self._real(parameter).shape) for parameter in self._parameters]
+        self._sizes = [int(np.prod(shape)) for shape in self._shapes]
+        self.size = sum(self._sizes)
+        self.matrices = _matrices(self._shapes)
+
+    @property
+    def device(self) -> str:
+        """The first one's; a model may be spread over several."""
+        return str(self._parameters[0].device)
+
+    def _real(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A view of floats: complex [...] as [..., 2]."""
+        detached = tensor.detach()
+        return self._torch.view_as_real(detached.resolve_conj()) if detached.is_complex() else detached
+
+    def _flat(self) -> torch.Tensor:
+        """Whatever torch's default dtype and device are."""
+        return self._torch.empty(self.size, dtype=self._torch.float32, device="cpu")
 
     def _pieces(self, vector: Vector) -> Iterable[tuple[torch.nn.Parameter, torch.Tensor]]:
-        yield from self._views(self._torch.as_tensor(Tensor(vector)))
+        yield from self._views(self._torch.as_tensor(Tensor(vector), device="cpu"))
 
     def _views(self, flat: torch.Tensor) -> Iterable[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """Each parameter and its piece of the flat tensor, in its shape."""
+        """Each parameter and its piece of the flat tensor, in its shape as floats."""
         at = 0
-        for parameter in self._parameters:
-            yield parameter, flat[at : at + parameter.numel()].view(parameter.shape)
-            at += parameter.numel()
+        for parameter, shape, size in zip(self._parameters, self._shapes, self._sizes, strict=True):
+            yield parameter, flat[at : at + size].view(shape)
+            at += size
 
     def read(self) -> Vector:
-        flat = self._torch.empty(self.size)
+        flat = self._flat()
         for parameter, piece in self._views(flat):
-            piece.copy_(parameter.detach())
+            piece.copy_(self._real(parameter))
         return cast(Vector, flat.numpy())
 
     def write(self, vector: Vector) -> None:
         with self._torch.no_grad():
             for parameter, piece in self._pieces(vector):
-                parameter.copy_(piece)
+                self._real(parameter).copy_(piece)
 
     def gradient(self, given: Any) -> Vector:
-        flat = self._torch.empty(self.size)
+        flat = self._flat()
         for parameter, piece in self._views(flat):
             if parameter.grad is None:
                 piece.zero_()
             else:
-                piece.copy_(parameter.grad)
+                grad = parameter.grad
+                piece.copy_(self._real(grad if grad.layout == self._torch.strided else grad.to_dense()))
                 parameter.grad = None
         return cast(Vector, flat.numpy())
 
     def apply(self, gradient: Vector, optimizer: Any) -> None:
         for parameter, piece in self._pieces(gradient):
-            parameter.grad = piece.to(parameter.dtype, copy=True).to(parameter.device)
+            own = self._torch.view_as_complex(piece.clone()) if parameter.is_complex() else piece
+            parameter.grad = own.to(parameter.dtype, copy=True).to(parameter.device)
         self.step(None, optimizer)
 
     def step(self, given: Any, optimizer: Any) -> None:
@@ -145,9 +171,15 @@ class TorchModule:
         optimizer.zero_grad()
 
     def state(self, optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {f"model.{name}": Tensor(value.detach().clone()) for name, value in self._model.state_dict().items()}
+        tensors, extra = {}, {}
+        for name, value in self._model.state_dict().items():
+            if isinstance(value, self._torch.Tensor):
+                tensors[f"model.{name}"] = Tensor(value.detach().clone())
+            else:
+                extra[name] = _checked_extra(name, value)
+        note = {"extra": extra} if extra else {}
         if optimizer is None:
-            return tensors, {}
+            return tensors, note
         saved = optimizer.state_dict()
         numbers: dict[str, Any] = {}
         for index, entries in saved["state"].items():
@@ -156,7 +188,8 @@ class TorchModule:
                     tensors[f"optimizer.{index}.{key}"] = Tensor(value.detach().clone())
                 else:
                     numbers[f"{index}.{key}"] = value
-        return tensors, {"optimizer": {"groups": _plain(saved["param_groups"]), "numbers": _plain(numbers)}}
+        note["optimizer"] = {"groups": _plain(saved["param_groups"]), "numbers": _plain(numbers)}
+        return tensors, note
 
     def load(self, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
         torch = self._torch
@@ -164,6 +197,7 @@ class TorchModule:
             self.write(np.asarray(tensors["values"]))
             return
         found = {name[6:]: torch.as_tensor(t).clone() for name, t in tensors.items() if name.startswith("model.")}
+        found |= note.get("extra", {})
         try:
             self._model.load_state_dict(found)
         except RuntimeError as error:
@@ -184,12 +218,17 @@ class TorchModule:
             state.setdefault(int(index), {})[key] = number
         groups = optimizer.state_dict()["param_groups"]
         for group, loaded in zip(groups, saved["groups"], strict=False):
-            group.update({key: tuple(value) if isinstance(value, list) and key != "params" else value
-                          for key, value in loaded.items()})  # fmt: skip
+            group.update({key: self._option(group.get(key), value) for key, value in loaded.items() if key != "params"})
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
+    def _option(self, own: Any, loaded: Any) -> Any:
+        """What JSON made a list or a number, as what this worker's optimizer has there: a tuple, a tensor."""
+        if isinstance(own, self._torch.Tensor):
+            return self._torch.as_tensor(loaded, dtype=own.dtype, device=own.device)
+        return tuple(loaded) if isinstance(loaded, list) else loaded
+
     def share(self, path: Path) -> None:
-        flat = self._torch.from_file(str(path), shared=True, size=self.size)
+        flat = self._torch.from_file(str(path), shared=True, size=self.size, dtype=self._torch.float32, device="cpu")
         for parameter, piece in self._views(flat):
             if parameter.dtype != self._torch.float32 or parameter.device.type != "cpu":
                 raise ConfigurationError("mode hogwild shares float32 parameters in a CPU's memory")
@@ -212,8 +251,11 @@ class Arrays:
             if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
                 raise ConfigurationError(f"parameter {name!r} is no float array but {array!r:.80}")
         self._names = list(arrays)
+        self._private: dict[str, npt.NDArray[Any]] = {}
+        """The caller's arrays, while others are shared."""
         self.size = sum(array.size for array in arrays.values())
         self.matrices = _matrices(array.shape for array in arrays.values())
+        self.device = "cpu"
 
     def _split(self, vector: Vector) -> dict[str, npt.NDArray[Any]]:
         found, at = {}, 0
@@ -262,22 +304,35 @@ class Arrays:
 
     def share(self, path: Path) -> None:
         flat = np.memmap(path, np.float32, "r+", shape=(self.size,))
+        self._private = {name: self._arrays[name] for name in self._names}
         for name, piece in self._split(flat).items():
             self._arrays[name] = piece
 
     def unshare(self) -> None:
-        for name in self._names:
-            self._arrays[name] = np.array(self._arrays[name])
+        """The caller's arrays are back in the dictionary, with what was reached."""
+        for name, array in self._private.items():
+            array[...] = self._arrays[name]
+            self._arrays[name] = array
+        self._private = {}
+
+
+class OneArray(Arrays):
+    """A float array, changed in place: `values`."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        super().__init__({"values": array})
+
+    def share(self, path: Path) -> None:
+        raise ConfigurationError(
+            "mode hogwild cannot share an array that others hold; pass a dictionary, and read its array anew each step"
+        )
 
 
 class Estimator(Arrays):
     """A scikit-learn linear model that has seen `partial_fit` once: `coef_` and `intercept_`. For mode local."""
 
     def __init__(self, model: Any) -> None:
-        if not hasattr(model, "coef_"):
-            raise ConfigurationError(
-                f"call partial_fit of the {type(model).__name__} once before join: then it has its coefficients"
-            )
+        _check_linear(model)
         super().__init__({"coef_": model.coef_, "intercept_": np.atleast_1d(model.intercept_)})
         self._model = model
 
@@ -289,11 +344,37 @@ class Estimator(Arrays):
         self.read()
         super().write(vector)
         self._model.intercept_ = self._arrays["intercept_"]
-        for name in ("standard_coef_", "standard_intercept_"):
-            if hasattr(self._model, name):  # what partial_fit goes on from
-                setattr(self._model, name, getattr(self._model, name.removeprefix("standard_")))
+
+    def share(self, path: Path) -> None:
+        raise ConfigurationError("mode hogwild cannot share a scikit-learn model's coefficients; use mode local")
+
+
+def _checked_extra(name: str, value: Any) -> Any:
+    """Raises ConfigurationError for what other workers would not get as it is."""
+    with contextlib.suppress(TypeError, ValueError):
+        if json.loads(json.dumps(value)) == value:
+            return value
+    raise ConfigurationError(
+        f"the model's {name} cannot travel: what get_extra_state returns is to be a tensor, or what JSON keeps as it is"
+    )
+
+
+def _check_linear(model: Any) -> None:
+    """Raises ConfigurationError unless `coef_` and `intercept_` are what partial_fit goes on from."""
+    kind = type(model).__name__
+    if not (hasattr(model, "coef_") and hasattr(model, "intercept_")):
+        raise ConfigurationError(
+            f"the {kind} has no coef_ and intercept_: of scikit-learn's models the linear ones can be trained"
+            if hasattr(model, "n_features_in_")
+            else f"call partial_fit of the {kind} once before join: then it has its coefficients"
+        )
+    if getattr(model, "average", False):
+        raise ConfigurationError(
+            f"the {kind} has average={model.average}: partial_fit goes on from weights that it keeps to itself; use "
+            "average=False, rounds average too"
+        )
 
 
 def _plain(value: Any) -> Any:
-    """Without what JSON does not know."""
-    return json.loads(json.dumps(value, default=lambda _: None))
+    """Tensors as numbers, and without what JSON does not know."""
+    return json.loads(json.dumps(value, default=lambda one: one.tolist() if hasattr(one, "tolist") else None))

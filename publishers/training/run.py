@@ -74,7 +74,8 @@ def join(
     """A context manager: on entry this worker joins the run, and begins with the weights that all others have.
 
     name         of the run; an aggregator opens it for its first worker (`pipeline serve subscribers.aggregation:app`)
-    model        a torch module; a dictionary of numpy float arrays, or one array; a scikit-learn linear model
+    model        a torch module; a dictionary of numpy float arrays, or one array; a scikit-learn linear model. In mode
+                 hogwild the dictionary holds arrays in shared memory meanwhile, and the caller's own again at the end
     mode         sync, async, hogwild, dogwild or local: see `publishers.training.modes`
     compress     what travels: none, bf16, fp16, int8, topk:SHARE, powersgd:RANK, with error feedback
     workers      the first round waits for so many
@@ -89,12 +90,13 @@ def join(
     server_optimizer, rate (async, dogwild) sgd, momentum, adagrad or adam, and its learning rate
     push_every, fetch_every (async, dogwild) steps between pushes, and fetches
     in_flight    (async) pushes at most that the server has not applied yet
-    checkpoint   rounds between checkpoints, which the aggregator keeps and a run of that name goes on from; 0: none
+    checkpoint   rounds between checkpoints, which the aggregator keeps and a run of that name goes on from; 0: none.
+                 Mode hogwild has none, and takes no clip
     record       (sync, local; one shard) a folder for every round's gradients; see `replay`
     plane        how vectors travel. redis: through the aggregator, in shared memory on one host, as blobs across hosts.
-                 shm: workers of one host sum in shared memory. torch: by torch.distributed (gloo, NCCL with GPUs). With
-                 both, events carry members and rounds only. auto: shm where all begin on one host and no other option
-                 needs the aggregator to see the vectors
+                 shm: workers of one host sum in shared memory. torch: by torch.distributed (gloo; NCCL where each has a
+                 GPU of its own). With both, events carry members and rounds only. auto: shm where all begin on one host
+                 and no other option needs the aggregator to see the vectors
     timeout      seconds to wait for the run to begin; then JoinTimeout
     metrics      publish loss, gradient norm, staleness, samples/s, … as training events
 
@@ -109,7 +111,8 @@ def join(
     needs_aggregator = (deadline, late, clip) != (None, "drop", None)
     if clip is not None and shards > 1:
         raise ConfigurationError("clip takes shards=1: each aggregator would clip its own slice")
-    plane = _check(mode, plane, options, needs_aggregator=needs_aggregator)
+    has_rounds = clip is not None or checkpoint > 0
+    plane = _check(mode, plane, options, needs_aggregator=needs_aggregator, has_rounds=has_rounds)
     parameters = parameters_of(model)
     plan = RunPlan(
         mode=mode, size=parameters.size, workers=workers, quorum=quorum, deadline=deadline, lease=lease, late=late,
@@ -137,13 +140,15 @@ class Options:
     timeout: float | None = None
 
 
-def _check(mode: str, plane: Plane, options: Options, *, needs_aggregator: bool) -> Plane:
+def _check(mode: str, plane: Plane, options: Options, *, needs_aggregator: bool, has_rounds: bool) -> Plane:
     """The plane that the options leave. Raises ConfigurationError for those that do not go together."""
     if mode not in MODES:
         raise ConfigurationError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
     if min(options.steps, options.push_every, options.fetch_every, options.shards) < 1 or options.in_flight < 0:
         raise ConfigurationError("steps, push_every, fetch_every and shards are at least 1, in_flight at least 0")
     in_rounds = mode in ("sync", "local")
+    if mode == "hogwild" and has_rounds:
+        raise ConfigurationError("mode hogwild has no rounds: clip and checkpoint do nothing there; leave them out")
     if options.shards > 1 and (options.compress.startswith("powersgd") or mode == "hogwild"):
         raise ConfigurationError("powersgd and mode hogwild take shards=1")
     if options.record is not None and (not in_rounds or options.shards > 1):
@@ -259,11 +264,12 @@ class Run:
 
         optimizer  any torch optimizer; for arrays a callable (parameters, gradients); None with a server
         loss, **values  numbers or one-element tensors, published as metrics
-        samples    how many the gradient is a mean of; contributions are weighted by it
+        samples    how many the gradient is a mean of, at least 1; contributions are weighted by it
         gradients  for a dictionary of arrays: a dictionary of their gradients
         """
         if self._mode is None:
             raise ConfigurationError("step() is for inside of `with join(...) as run:`")
+        samples = _count(samples)
         if optimizer is not None and optimizer is not self.optimizer:
             self.optimizer = optimizer
             if self.pending is not None:
@@ -278,11 +284,12 @@ class Run:
     def all_reduce(self, vector: Vector) -> Vector:
         """The mean of all workers' vectors, float32 [parameters]: a round of its own. Read-only, in mode sync.
 
-        What is returned is valid until the next round.
+        What is returned is valid until the next round. Raises ConfigurationError for a vector of another shape, or
+        with values beyond float32; NothingReduced when nobody's was finite.
         """
         if not isinstance(self._mode, Sync) or self.plan.mode != "sync":
             raise ConfigurationError("all_reduce is for mode sync")
-        return self._mode.reduce(vector)
+        return self._mode.reduce(_float32(vector, self.parameters.size))
 
     def _report(self, metrics: Metrics, given: Mapping[str, float]) -> None:
         """Once a round, or in mode hogwild now and then. The round's values are means over all workers."""
@@ -318,6 +325,29 @@ class Run:
         if self.mean is not None:
             numbers["gradient_norm"] = float(np.linalg.norm(self.mean))
         return numbers
+
+
+def _float32(vector: Any, size: int) -> Vector:
+    """Numbers [size], as they are or rounded. Raises ConfigurationError."""
+    given = np.asarray(vector)
+    if given.shape != (size,) or given.dtype.kind not in "fiu":
+        raise ConfigurationError(f"all_reduce takes float32 [{size}], not {given.dtype} {list(given.shape)}")
+    with np.errstate(over="ignore"):
+        rounded = given.astype(np.float32, copy=False)
+    if rounded is not given and np.isinf(rounded).sum() > np.isinf(given).sum():
+        raise ConfigurationError("all_reduce takes float32: some of these values are beyond its range")
+    return rounded
+
+
+def _count(samples: Any) -> int:
+    """A whole number above 0, of whatever type. Raises ConfigurationError."""
+    try:
+        count = int(samples)
+    except (TypeError, ValueError, OverflowError):
+        count = 0
+    if not 1 <= count < 1 << 53 or count != samples:
+        raise ConfigurationError(f"samples= is a whole number of at least 1, not {samples!r:.80}")
+    return count
 
 
 def _number(value: Any) -> float:

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import mmap
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ MOST = 256
 """Workers of a group."""
 VALUES = 32
 """Most metrics of a round."""
+NAMES = 4096
+"""Most bytes of their names."""
 CHUNK = 1 << 15
 """Values summed at a time: they stay in the cache."""
 LINE = 8
@@ -46,7 +49,10 @@ LEFT = np.iinfo(np.int64).max
 PREFIX = "pipeline-group-"
 
 _HEAD = 8 + MOST
-_LINES = 2 + VALUES // LINE
+_BANK = 1 + VALUES // LINE
+"""Lines of what is said of a vector: its samples, how often the names there have changed, their bytes; the values."""
+_LINES = 2 + 2 * _BANK
+"""Two banks, in turn: who is quick writes of the next round while others still read of this one."""
 
 
 def host(folder: Path) -> str:
@@ -97,11 +103,18 @@ class Group:
         if since not in (None, self.came[self.me]):
             self.me = -1
         self.contributed = lines[:, 0, 0]
-        self.samples = lines[:, 0, 1]
         self.done = lines[:, 1, 0]
-        self.values = lines.reshape(count, -1)[:, 2 * LINE :].view(np.float64)
+        banks = lines[:, 2:].reshape(count, 2, _BANK * LINE)
+        self._about = banks[:, :, :LINE]
+        self._values = banks[:, :, LINE:].view(np.float64)
         stride = _stride(self.size)
-        floats = np.frombuffer(self._map, np.float32, offset=_offset()).reshape(count + 1, stride)
+        floats = np.frombuffer(self._map, np.float32, (count + 1) * stride, _offset()).reshape(count + 1, stride)
+        texts = np.frombuffer(self._map, np.uint8, offset=_offset() + floats.nbytes)
+        self._texts = texts.reshape(count, 2, NAMES)
+        self._written: list[list[str]] = [[], []]
+        """The names that this worker has written, by bank."""
+        self._read: dict[tuple[int, int], tuple[int, list[str]]] = {}
+        """Member and bank → how often the names have changed, and what they then were."""
         self._slots = floats[:count, : self.size]
         self.result = floats[count, : self.size]
         self._scratch = np.empty(CHUNK, np.float32)
@@ -133,7 +146,8 @@ class Group:
                 raise ConfigurationError(f'shared memory cannot be used ({error}): use plane="redis"') from None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         try:
-            os.posix_fallocate(descriptor, 0, _offset() + 4 * _stride(size) * (len(members) + 1))
+            floats, names = 4 * _stride(size) * (len(members) + 1), 2 * NAMES * len(members)
+            os.posix_fallocate(descriptor, 0, _offset() + floats + names)
         except OSError as error:
             release(path, descriptor)
             raise ConfigurationError(
@@ -193,8 +207,12 @@ class Group:
 
     # -- one round -----------------------------------------------------------------------------------------------
 
-    def contribute(self, round_: int, vector: Vector, samples: int, values: Sequence[float]) -> bool:
-        """Copy the vector into this worker's slot. False when it is not finite: it then counts for nothing."""
+    def contribute(self, round_: int, vector: Vector, samples: int, values: Mapping[str, float]) -> bool:
+        """Copy the vector into this worker's slot. False when it is not finite: it then counts for nothing.
+
+        Raises ConfigurationError for more values than there is room for.
+        """
+        self._write(round_ % 2, values)
         slot = self._slots[self.me]
         finite = True
         with np.errstate(over="ignore", invalid="ignore"):
@@ -204,10 +222,44 @@ class Group:
                 finite = finite and bool(np.isfinite(np.add.reduce(part)))
         if not finite:
             finite = bool(np.isfinite(vector).all())
-        self.samples[self.me] = samples if finite else 0
-        self.values[self.me, : len(values)] = values
+        self._about[self.me, round_ % 2, 0] = samples if finite else 0
         self.contributed[self.me] = round_ + 1
         return finite
+
+    def _write(self, bank: int, values: Mapping[str, float]) -> None:
+        names = list(values)
+        if names != self._written[bank]:
+            text = json.dumps(names).encode()
+            if len(names) > VALUES or len(text) > NAMES:
+                raise ConfigurationError(
+                    f'plane="shm" averages at most {VALUES} values a step, with names of {NAMES:,} bytes, not '
+                    f'{len(names)} with {len(text):,}: pass fewer to step(), or use plane="redis"'
+                )
+            self._texts[self.me, bank, : len(text)] = np.frombuffer(text, np.uint8)
+            self._about[self.me, bank, 1:3] = self._about[self.me, bank, 1] + 1, len(text)
+            self._written[bank] = names
+        if names:
+            self._values[self.me, bank, : len(names)] = list(values.values())
+
+    def samples(self, round_: int) -> list[int]:
+        """By member; 0 of who contributed nothing finite."""
+        found: list[int] = self._about[:, round_ % 2, 0].tolist()
+        return found
+
+    def values(self, round_: int) -> list[dict[str, float]]:
+        """By member, what it gave beside its vector. Of the last round that is closed, until the next one is."""
+        bank = round_ % 2
+        names = [self._names(member, bank, *said) for member, said in enumerate(self._about[:, bank, 1:3].tolist())]
+        if not any(names):
+            return [{} for _ in names]
+        return [dict(zip(*given, strict=False)) for given in zip(names, self._values[:, bank].tolist(), strict=True)]
+
+    def _names(self, member: int, bank: int, changes: int, length: int) -> list[str]:
+        known = self._read.get((member, bank))
+        if known is None or known[0] != changes:
+            names = json.loads(self._texts[member, bank, :length].tobytes() or b"[]")
+            known = self._read[member, bank] = changes, names
+        return known[1]
 
     def all_contributed(self, round_: int) -> bool:
         return int(self.contributed.min()) > round_
@@ -224,7 +276,7 @@ class Group:
 
     def reduce(self, round_: int) -> None:
         """This worker's slice of the mean, weighted by samples."""
-        count, samples = len(self.members), self.samples.tolist()
+        count, samples = len(self.members), self.samples(round_)
         low, high = (self.size * part // count for part in (self.me, self.me + 1))
         sources = [(self._slots[index], number) for index, number in enumerate(samples) if number]
         total = sum(samples) or 1
@@ -250,7 +302,7 @@ class Group:
             self.contributed[self.me] = LEFT
 
     def release(self) -> None:
-        del self.contributed, self.samples, self.done, self.values, self._slots, self.result, self._words
+        del self.contributed, self.done, self._about, self._values, self._texts, self._slots, self.result, self._words
         with contextlib.suppress(BufferError):  # the caller may still hold the last result
             self._map.close()
         release(self.path, self._descriptor)

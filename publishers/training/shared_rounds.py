@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.catalog import Round
-from pipeline.errors import ConfigurationError
+from pipeline.catalog.training import mean_values
 from pipeline.settings import settings
 
-from .shared import VALUES, Group, sweep, wait
+from .shared import Group, sweep, wait
 
 if TYPE_CHECKING:
     from .run import Run
@@ -88,12 +88,6 @@ class SharedRounds:
         None when the group goes on without this worker.
         """
         run = self._run
-        names = sorted(values)
-        if len(names) > VALUES:
-            raise ConfigurationError(
-                f'plane="shm" averages at most {VALUES} values a step, not {len(names)}: pass fewer to step(), or use '
-                'plane="redis"'
-            )
         began = time.perf_counter()
         self._began = self._told = time.monotonic()
         if run.exchange.state_wanted.is_set() or self._joining():
@@ -104,25 +98,23 @@ class SharedRounds:
             if group.me < 0 or run.exchange.lost:
                 return None
             if number < group.begins:  # it was closed in the old generation
-                return None if self._old is None else self._closed(self._old, number, names, began)
-            group.contribute(number, vector, samples, [values[name] for name in names])
+                return None if self._old is None else self._closed(self._old, number, began)
+            group.contribute(number, vector, samples, values)
             if wait(lambda: group.all_contributed(number), self._disturbed):  # noqa: B023 (called at once)
                 run.waited = time.perf_counter() - began
                 group.reduce(number)
                 if group.me == 0 and wait(lambda: group.all_done(number), self._disturbed):  # noqa: B023
                     group.close_round(number)
                 if wait(lambda: group.closed > number, self._disturbed) and not group.passed:  # noqa: B023
-                    return self._closed(group, number, names, began)
+                    return self._closed(group, number, began)
             self._regroup()
 
-    def _closed(self, group: Group, number: int, names: list[str], began: float) -> tuple[Round, Vector | None]:
+    def _closed(self, group: Group, number: int, began: float) -> tuple[Round, Vector | None]:
         run = self._run
-        samples = group.samples.tolist()
+        samples = group.samples(number)
         ranks = [rank for rank, count in zip(group.members, samples, strict=True) if count]
-        weights = np.asarray(samples, np.float64) / (sum(samples) or 1)
-        means = {
-            name: float(weights @ np.where(weights > 0, group.values[:, index], 0)) for index, name in enumerate(names)
-        }
+        given = zip(samples, group.values(number), strict=True)
+        means = mean_values((count, values) for count, values in given if count)
         closed = Round(
             run=run.name, round=number, ranks=ranks, members=group.members, values=means, samples=sum(samples),
             refused=[rank for rank in group.members if rank not in ranks], seconds=time.perf_counter() - began,

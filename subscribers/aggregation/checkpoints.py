@@ -1,11 +1,17 @@
-"""Checkpoints of runs: safetensors files, whole or not there. The two newest of a run are kept."""
+"""Checkpoints of runs: safetensors files, whole or not there. The two newest of a run are kept.
+
+`keep` writes in a thread: a file may take longer than a lease, and who hears no signs of life meanwhile takes everybody
+for dead. A checkpoint that is not in its file yet goes with this process, as the rounds after any other one do.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
+import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +24,18 @@ from safetensors.numpy import save_file
 
 from pipeline.settings import settings
 
-__all__ = ["Checkpoint", "folder_of", "latest", "save"]
+__all__ = ["Checkpoint", "folder_of", "keep", "latest", "save"]
 
 logger = logging.getLogger("subscribers.aggregation")
 
 KEPT = 2
 _NAME = re.compile(r"round-(\d+)\.safetensors")
+
+
+_thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+_changing = threading.Lock()
+_waiting: dict[Path, Checkpoint] = {}
+"""By folder, the newest that is not in its file yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +46,41 @@ class Checkpoint:
 
 
 def folder_of(run: str, shard: int) -> Path:
-    """`<PIPELINE_DATA_DIR>/runs/<run>[.<shard>]`."""
+    """`<PIPELINE_DATA_DIR>/runs/<run>[@<shard>]`; no run has that sign in its name."""
     name = quote(run, safe="")
-    return settings().data_dir / "runs" / (f"{name}.{shard}" if shard else name)
+    return settings().data_dir / "runs" / (f"{name}@{shard}" if shard else name)
+
+
+def keep(run: str, shard: int, checkpoint: Checkpoint) -> Future[None]:
+    """Save it soon, after those before it; `latest` finds it at once. Where several wait, only the newest is written.
+
+    Its arrays are not to be changed any more. What cannot be written is logged.
+    """
+    folder = folder_of(run, shard)
+    with _changing:
+        _waiting[folder] = checkpoint
+    return _thread.submit(_write, folder)
+
+
+def _write(folder: Path) -> None:
+    checkpoint = _waiting.get(folder)
+    if checkpoint is None:
+        return  # it was written in the place of one before it
+    try:
+        _save(folder, checkpoint)
+    except Exception as error:  # the next one may do better
+        logger.error("no checkpoint of round %d in %s: %s", checkpoint.round, folder, error)
+    with _changing:
+        if _waiting.get(folder) is checkpoint:
+            del _waiting[folder]
 
 
 def save(run: str, shard: int, checkpoint: Checkpoint) -> Path:
-    """Raises OSError."""
-    folder = folder_of(run, shard)
+    """Raises OSError, SafetensorError."""
+    return _save(folder_of(run, shard), checkpoint)
+
+
+def _save(folder: Path, checkpoint: Checkpoint) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round-{checkpoint.round:09d}.safetensors"
     scratch = path.with_suffix(".part")
@@ -54,8 +93,11 @@ def save(run: str, shard: int, checkpoint: Checkpoint) -> Path:
 
 
 def latest(run: str, shard: int) -> Checkpoint | None:
-    """The newest that can be read; None when there is none."""
-    for path in reversed(_files(folder_of(run, shard))):
+    """The newest that can be read, or is about to be written; None when there is none."""
+    folder = folder_of(run, shard)
+    if (waiting := _waiting.get(folder)) is not None:
+        return waiting
+    for path in reversed(_files(folder)):
         try:
             with safe_open(path, "np") as file:
                 note = json.loads((file.metadata() or {}).get("note", "{}"))

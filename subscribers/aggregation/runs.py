@@ -25,8 +25,9 @@ import numpy as np
 from pipeline import Reject, Tensor
 from pipeline.catalog import NO_SUM, Admission, Contribution, Round, RunPlan, State
 from pipeline.catalog.compression import clipped, decode, merge, nbytes_of
+from pipeline.catalog.training import mean_values
 
-from .checkpoints import Checkpoint, latest, save
+from .checkpoints import Checkpoint, keep, latest
 from .optimizers import Optimizer
 
 __all__ = ["Answer", "Member", "Run", "Server"]
@@ -302,14 +303,9 @@ class Run:
 
     def _state(self, sent: Contribution) -> Answer:
         """A worker's state, for a checkpoint."""
-        self._save(Checkpoint(sent.round, {name: np.asarray(t) for name, t in sent.parts.items()}, {"note": sent.note}))
+        tensors = {name: np.asarray(tensor) for name, tensor in sent.parts.items()}
+        keep(self.name, self.shard, Checkpoint(sent.round, tensors, {"note": sent.note}))
         return Answer([])
-
-    def _save(self, checkpoint: Checkpoint) -> None:
-        try:
-            save(self.name, self.shard, checkpoint)
-        except OSError as error:
-            logger.error("run %s: no checkpoint of round %d: %s", self.name, checkpoint.round, error)
 
     # -- rounds --------------------------------------------------------------------------------------------------
 
@@ -378,14 +374,10 @@ class Run:
         weights = [(scale * sent.samples, sent) for scale, sent in parts]
         total = sum(sent.samples * scale for scale, sent in parts) or 1.0
         self._gathering += 0.1 * (now - self._first - self._gathering)
-        values = {name for _, sent in parts for name in sent.values}
         closed = Round(
             run=self.name, round=self.round, shard=self.shard, life=self.life, ranks=ranks, members=self._ranks(),
             refused=sorted(self._failed), again=self._is_summed_again, late=len(self._stale),
-            values={
-                name: sum(weight * sent.values.get(name, math.nan) for weight, sent in weights) / total
-                for name in sorted(values)
-            },
+            values=mean_values((weight, sent.values) for weight, sent in weights),
             samples=sum(sent.samples for _, sent in parts), seconds=now - self._first,
             state_from=self._source() if self._wanted else None,
         )  # fmt: skip
@@ -411,7 +403,7 @@ class Run:
             left_out = [summands[index][1].rank for index in bad]
         except ValueError:
             summands, left_out = self._without_misfits(closed.round, summands)
-            codec, parts, bad = self._merge(summands)
+            codec, parts, bad = self._merge_or_nothing(closed.round, summands)
             left_out += [summands[index][1].rank for index in bad]
         if bad:
             logger.warning("run %s, round %d: not finite, left out: ranks %s", self.name, closed.round, left_out)
@@ -428,6 +420,16 @@ class Run:
 
     def _merge(self, summands: list[tuple[float, Contribution]]) -> tuple[str, dict[str, Tensor], list[int]]:
         return merge([(weight, sent.codec, sent.parts) for weight, sent in summands], self.plan.size)
+
+    def _merge_or_nothing(
+        self, number: int, summands: list[tuple[float, Contribution]]
+    ) -> tuple[str, dict[str, Tensor], list[int]]:
+        """The next round is open already: this one is closed, if need be with nothing."""
+        try:
+            return self._merge(summands)
+        except ValueError:
+            logger.exception("run %s, round %d: what was sent cannot be summed", self.name, number)
+            return "none", {}, list(range(len(summands)))
 
     def _without_misfits(
         self, number: int, summands: list[tuple[float, Contribution]]
@@ -582,8 +584,10 @@ class Server(Run):
 
     def _checkpoint(self) -> None:
         assert self.weights is not None
-        note = {"step": self._optimizer.steps, "applied": self._applied, "note": self._note}
-        self._save(Checkpoint(self.round, {"weights": self.weights, **self._optimizer.state}, note))
+        note = {"step": self._optimizer.steps, "applied": dict(self._applied), "note": self._note}
+        arrays = {"weights": self.weights, **self._optimizer.state}
+        copies = {name: array.copy() for name, array in arrays.items()}  # the next push changes them
+        keep(self.name, self.shard, Checkpoint(self.round, copies, note))
 
 
 def _lowest_free(taken: set[int]) -> int:
