@@ -7,7 +7,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from pipeline import Batch, Channel, Pipeline
-from pipeline.transports import Group, client
+from pipeline.transports import SUSPICION, Commit, Group, Retried, Segment, client
 from pipeline.transports.streams import Streams
 
 from .apps import idle, serving, until
@@ -150,6 +150,40 @@ async def test_an_entry_whose_settlement_is_on_its_way_was_not_taken_away(stream
     await until(lambda: bool(reader.taken_away), 3.0)
     assert (reader.lost(), list(held)) == ([other], [other])
     await reader.close()
+
+
+async def test_what_was_taken_is_handed_out_though_the_same_look_fails(streams: Streams, url: str) -> None:
+    """Nobody else may have it while it is renewed here; and were it a suspect, nothing would be read beside it."""
+    reader = await streams.join(jobs, 0, Group("g", "one", lease=1.0))
+    async with Pipeline("app", url) as app:
+        await app.publish(jobs, Number(n=1))
+    (entry,) = await reader.read(1, 1.0)
+    apart = Commit([Segment(entry.id, 1, 0, 0)], retries=[Retried(0.0, entry.body, deliveries=SUSPICION)])
+    assert await reader.commit(apart) == []
+    reader.settled(entry.id)
+    reader._due_at = reader._claim_at = 0.0  # one look does both
+    with _failing_once(streams, "claim"):
+        (suspect,) = await reader.read(1, 1.0)
+    assert suspect.apart
+    await reader.close()
+
+
+@contextlib.contextmanager
+def _failing_once(streams: Streams, name: str) -> Iterator[None]:
+    """The connection is lost the next time this script is to run."""
+    run = streams.run
+    lost = []
+
+    async def lossy(script: str, *arguments: Any, **options: Any) -> Any:
+        if script == name and not lost:
+            lost.append(script)
+            raise client.LinkLost("injected")
+        return await run(script, *arguments, **options)
+
+    streams.run = lossy  # type: ignore[method-assign]
+    yield
+    streams.run = run  # type: ignore[method-assign]
+    assert lost
 
 
 async def test_a_connection_that_falls_silent_is_given_up_and_nothing_is_lost(

@@ -8,7 +8,7 @@ import logging
 import random
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ..channel import MOST_EVENTS, Channel
@@ -382,7 +382,8 @@ class StreamReader:
         self.taken_away: list[str] = []
         self.share: Share | None = None
         """Set for an exclusive group: who owns which partition."""
-        self._inherited: list[Entry] = []
+        self._found: list[Entry] = []
+        """Taken, and not yet returned by `read`: it is held and renewed, whatever fails after it was taken."""
         self._streams = streams
         self._channel = channel
         self._client = Client(streams.client.url, f"{streams.client.name}-read")
@@ -421,12 +422,8 @@ class StreamReader:
                         return []
                     await asyncio.sleep(POLL)
                     continue
-                found = self._inherited or await self._look(entries)
-                self._inherited = []
-                if self._paused and not found:
-                    await asyncio.sleep(POLL)
-                elif not found and not self._suspects:
-                    found = await self._read_new(entries)
+                if not self._found:
+                    await self._seek(entries)
             except (ServerUnavailable, LinkLost) as error:
                 logger.debug("%s: %s", self._where, error)
                 await self._streams.client.persist(self._client.link, patience=None, what=self._where)
@@ -435,9 +432,19 @@ class StreamReader:
                 await self._mend(error)
                 continue
             self._refused = False
-            if found or time.monotonic() >= deadline:
-                return found
-        return []
+            if self._found or time.monotonic() >= deadline:
+                break
+        found, self._found = self._found, []
+        return found
+
+    async def _seek(self, entries: int) -> None:
+        await self._look(entries)
+        if self._found:
+            return
+        if self._paused:
+            await asyncio.sleep(POLL)
+        elif not self._suspects:
+            await self._read_new(entries)
 
     async def _may_read(self, share: Share) -> bool:
         """Own the partition, or come to own it; give it up when this process has more than its share."""
@@ -451,15 +458,14 @@ class StreamReader:
                 return True
             logger.warning("%s: partition %s went to another worker", self._where, self.keys.base)
             share.owned.discard(key)
-            self.taken_away.extend(self.held)
-            self.held.clear()
+            self._lose_all()
             return False
         if not share.room() or await self._is_paused():
             return False
         if not await self._streams.run("own", [key], consumer, self._lease_ms):
             return False
         share.owned.add(key)
-        self._inherited = await self._inherit()
+        await self._inherit()
         return True
 
     async def _is_paused(self) -> bool:
@@ -468,35 +474,32 @@ class StreamReader:
         self._paused = await self._streams.client.call("HGET", names, "paused") is not None
         return self._paused
 
-    async def _inherit(self) -> list[Entry]:
+    async def _inherit(self) -> None:
         """What the last owner left pending comes first, in order: its commits do not count any more."""
-        found: list[Entry] = []
         cursor = b"0-0"
         names = [self.keys.stream, self.keys.group(self.group.name, "prog")]
         while True:
             cursor, claimed = await self._streams.run(
                 "claim", names, self.group.name, self.group.consumer, 0, cursor, 100
             )
-            found += self._hold(claimed)
+            self._hold(_claimed(claimed))
             if cursor == b"0-0":
-                return found
+                return
 
-    async def _look(self, entries: int) -> list[Entry]:
+    async def _look(self, entries: int) -> None:
         """Due events, hand-backs and whether the group is paused every POLL, abandoned entries twice a lease."""
         now = time.monotonic()
-        found: list[Entry] = []
         if self._alone in self.held:
             await asyncio.sleep(0.001)
-            return found
+            return
         if now >= self._due_at:
             self._due_at = now + POLL
-            found = await self._take_due(entries)
+            await self._take_due(entries)
         if now >= self._claim_at and not self._paused:
             self._claim_at = now + self.group.lease / 2 * random.uniform(0.7, 1.0)
-            found += await self._claim(entries)
-        return found
+            await self._claim(entries)
 
-    async def _take_due(self, entries: int) -> list[Entry]:
+    async def _take_due(self, entries: int) -> None:
         names = [self.keys.group(self.group.name, part) for part in ("due", "bod", "takes", "h")]
         empty = int(not self.held)
         taken, released, suspects, paused = await self._streams.run(
@@ -512,16 +515,9 @@ class StreamReader:
                 self._claim_at = 0.0
                 self._cursor = "0-0"
             self._released = released
-        found, now = [], time.monotonic()
-        for rid, body, times in taken:
-            name = str(rid, "ascii")
-            entry = Entry(name, body or b"", _weight(name), deliveries=times)
-            if entry.id not in self.held:
-                self.held[entry.id] = now
-                found.append(entry)
-        return found
+        self._hold(_due(str(rid, "ascii"), body, times) for rid, body, times in taken)
 
-    async def _claim(self, entries: int) -> list[Entry]:
+    async def _claim(self, entries: int) -> None:
         names = [self.keys.stream, self.keys.group(self.group.name, "prog")]
         most = max(16, entries)
         cursor, claimed = await self._streams.run(
@@ -530,37 +526,35 @@ class StreamReader:
         self._cursor = str(cursor, "ascii")
         if self._cursor != "0-0":
             self._claim_at = 0.0
-        found = self._hold(claimed)
-        if found:
-            logger.info("%s: took over %d abandoned entries", self._where, len(found))
-        return found
+        if many := self._hold(_claimed(claimed)):
+            logger.info("%s: took over %d abandoned entries", self._where, many)
 
-    def _hold(self, claimed: list[Any]) -> list[Entry]:
-        found, now = [], time.monotonic()
-        for id_, count, body, done, deliveries in claimed:
-            entry = _entry(id_, int(count), body, str(done, "ascii"), deliveries)
-            if entry.id not in self.held:
-                self.held[entry.id] = now
-                found.append(entry)
-                if deliveries > SUSPICION:
-                    self._due_at = 0.0  # it will be set apart, and nothing new is read before it
-        return found
+    def _hold(self, entries: Iterable[Entry]) -> int:
+        """How many of them were not in hand."""
+        before, now = len(self._found), time.monotonic()
+        for entry in entries:
+            if entry.id in self.held:
+                continue
+            self.held[entry.id] = now
+            self._found.append(entry)
+            if not entry.apart and entry.deliveries > SUSPICION:
+                self._due_at = 0.0  # it will be set apart, and nothing new is read before it
+        return len(self._found) - before
 
-    async def _read_new(self, entries: int) -> list[Entry]:
+    async def _read_new(self, entries: int) -> None:
         link = await self._client.link()
         reply = await link.call(
             "XREADGROUP", "GROUP", self.group.name, self.group.consumer, "COUNT", max(1, entries),
             "BLOCK", int(POLL * 1000), "STREAMS", self.keys.stream, ">",
         )  # fmt: skip
-        found, now = [], time.monotonic()
-        for id_, fields in reply[0][1] if reply else ():
+        new = reply[0][1] if reply else ()
+        found = [_entry(id_, int(fields[1]), fields[3]) for id_, fields in new if _is_frame(fields)]
+        for entry in found:
+            self.held.pop(entry.id, None)  # a rewind hands out again what is in hand
+        self._hold(found)
+        for id_, fields in new:
             if not _is_frame(fields):
                 await self._refuse_foreign(id_, fields)
-                continue
-            entry = _entry(id_, int(fields[1]), fields[3])
-            self.held[entry.id] = now
-            found.append(entry)
-        return found
 
     async def _refuse_foreign(self, id_: bytes, fields: list[bytes]) -> None:
         logger.error(
@@ -572,8 +566,7 @@ class StreamReader:
     async def _mend(self, error: ReplyError) -> None:
         if str(error).startswith(("NOGROUP", "UNBLOCKED")):
             logger.warning("%s was gone (flushed, or a restart without data); it is made anew", self._where)
-            self.taken_away.extend(self.held)
-            self.held.clear()
+            self._lose_all()
             self._cursor = "0-0"
             await self.regroup()
             return
@@ -585,6 +578,11 @@ class StreamReader:
             return
         logger.error("%s: Redis refuses to be read: %s", self._where, error)
         await asyncio.sleep(1.0)
+
+    def _lose_all(self) -> None:
+        self.taken_away.extend(self.held)
+        self.held.clear()
+        self._found.clear()
 
     async def commit(self, commit: Commit) -> list[str | None]:
         token = self.group.consumer if self.group.exclusive else ""
@@ -701,6 +699,16 @@ def _output_kind(channel: Channel[Any]) -> str:
 def _entry(id_: bytes, count: int, body: bytes, done: str = "", deliveries: int = 1) -> Entry:
     text = id_.decode("ascii")
     return Entry(text, body, count, done, deliveries, int(text.partition("-")[2]))
+
+
+def _claimed(entries: list[Any]) -> Iterator[Entry]:
+    """As claim.lua returns them."""
+    for id_, count, body, done, deliveries in entries:
+        yield _entry(id_, int(count), body, str(done, "ascii"), deliveries)
+
+
+def _due(rid: str, body: bytes | None, taken: int) -> Entry:
+    return Entry(rid, body or b"", _weight(rid), deliveries=taken)
 
 
 def _is_frame(fields: list[bytes]) -> bool:
