@@ -7,7 +7,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline import Batch, Channel, Pipeline
 from pipeline.transports import SUSPICION, Commit, Group, Retried, Segment, client
 from pipeline.transports.streams import Streams
 
-from .apps import idle, serving, until
+from .apps import failing_once, idle, serving, until
 from .workers import Number, Worker, hogs
 
 jobs = Channel("jobs", Number, frame=1)
@@ -162,28 +162,10 @@ async def test_what_was_taken_is_handed_out_though_the_same_look_fails(streams: 
     assert await reader.commit(apart) == []
     reader.settled(entry.id)
     reader._due_at = reader._claim_at = 0.0  # one look does both
-    with _failing_once(streams, "claim"):
+    with failing_once(streams, "claim"):
         (suspect,) = await reader.read(1, 1.0)
     assert suspect.apart
     await reader.close()
-
-
-@contextlib.contextmanager
-def _failing_once(streams: Streams, name: str) -> Iterator[None]:
-    """The connection is lost the next time this script is to run."""
-    run = streams.run
-    lost = []
-
-    async def lossy(script: str, *arguments: Any, **options: Any) -> Any:
-        if script == name and not lost:
-            lost.append(script)
-            raise client.LinkLost("injected")
-        return await run(script, *arguments, **options)
-
-    streams.run = lossy  # type: ignore[method-assign]
-    yield
-    streams.run = run  # type: ignore[method-assign]
-    assert lost
 
 
 async def test_a_connection_that_falls_silent_is_given_up_and_nothing_is_lost(

@@ -24,6 +24,9 @@ class Holder(Protocol):
     held: dict[str, float]
     taken_away: list[str]
 
+    @property
+    def owner(self) -> str: ...
+
 
 class Renewer:
     """Renews all that its readers hold, three times a lease. A lease must outlast three stretches that hold the GIL."""
@@ -72,12 +75,12 @@ class Renewer:
         self._missed = {pair for pair in self._missed if pair[0] in holders}
         for holder in holders:
             held = list(holder.held)
-            if not held and not holder.group.exclusive:
+            owner = holder.owner
+            if not held and not owner:
                 continue
             entries = [id_ for id_ in held if not id_.startswith("r")]
             apart = [id_ for id_ in held if id_.startswith("r")]
             keys, group = holder.keys, holder.group
-            owner = keys.group(group.name, "owner") if group.exclusive else ""
             names = [keys.stream, keys.group(group.name, "due"), owner]
             arguments: list[str | int] = [
                 group.name,

@@ -33,6 +33,8 @@ SYNC = 5.0
 """Seconds of one wait for the disk; less than a connection may be silent."""
 _COUNTS = struct.Struct(">7I")
 _RUN = struct.Struct(">3I")
+_TAKEN, _WAS_FREE = 0, 2
+"""What own.lua says: somebody else's; ours now, and nobody's before."""
 PATIENCE = 30.0
 """Seconds a publish waits for a Redis that went away before it gives up with an error."""
 
@@ -384,6 +386,9 @@ class StreamReader:
         """Set for an exclusive group: who owns which partition."""
         self._found: list[Entry] = []
         """Taken, and not yet returned by `read`: it is held and renewed, whatever fails after it was taken."""
+        self._left: bytes | None = None
+        """Up to where the partition's inheritance was taken, until all of it was: nothing new is read before it."""
+        self._owner = keys.group(group.name, "owner")
         self._streams = streams
         self._channel = channel
         self._client = Client(streams.client.url, f"{streams.client.name}-read")
@@ -399,6 +404,11 @@ class StreamReader:
         """The suspect in hand; nothing is read beside it."""
         self._refused = False
         """The last read was; said once."""
+
+    @property
+    def owner(self) -> str:
+        """The owner key of its partition while that is this process's; else ""."""
+        return self._owner if self.share is not None and self._owner in self.share.owned else ""
 
     @property
     def _where(self) -> str:
@@ -448,23 +458,27 @@ class StreamReader:
 
     async def _may_read(self, share: Share) -> bool:
         """Own the partition, or come to own it; give it up when this process has more than its share."""
-        key, consumer = self.keys.group(self.group.name, "owner"), self.group.consumer
-        if key in share.owned:
-            if share.surplus(key):
-                if not self.held:
-                    await self._give_up()
-                return False
-            if await self._streams.run("own", [key], consumer, self._lease_ms):
-                return True
-            logger.warning("%s: partition %s went to another worker", self._where, self.keys.base)
-            share.owned.discard(key)
-            self._lose_all()
+        key, mine = self._owner, self._owner in share.owned
+        if mine and share.surplus(key):
+            if not self.held:
+                await self._give_up()
             return False
-        if not share.room() or await self._is_paused():
+        if not mine and (not share.room() or await self._is_paused()):
             return False
-        if not await self._streams.run("own", [key], consumer, self._lease_ms):
+        status = await self._streams.run("own", [key], self.group.consumer, self._lease_ms)
+        if status == _TAKEN:
+            if mine:
+                logger.warning("%s: partition %s went to another worker", self._where, self.keys.base)
+                share.owned.discard(key)
+                self._lose_all()
             return False
-        share.owned.add(key)
+        if status == _WAS_FREE or not mine:
+            share.owned.add(key)
+            self._left = b"0-0"
+        if self._left is None:
+            return True
+        if await self._is_paused():
+            return False
         await self._inherit()
         return True
 
@@ -476,15 +490,13 @@ class StreamReader:
 
     async def _inherit(self) -> None:
         """What the last owner left pending comes first, in order: its commits do not count any more."""
-        cursor = b"0-0"
         names = [self.keys.stream, self.keys.group(self.group.name, "prog")]
-        while True:
+        while self._left is not None:
             cursor, claimed = await self._streams.run(
-                "claim", names, self.group.name, self.group.consumer, 0, cursor, 100
+                "claim", names, self.group.name, self.group.consumer, 0, self._left, 100
             )
             self._hold(_claimed(claimed))
-            if cursor == b"0-0":
-                return
+            self._left = None if cursor == b"0-0" else cursor
 
     async def _look(self, entries: int) -> None:
         """Due events, hand-backs and whether the group is paused every POLL, abandoned entries twice a lease."""
@@ -622,11 +634,10 @@ class StreamReader:
         await self._client.close()
 
     async def _give_up(self) -> None:
-        key = self.keys.group(self.group.name, "owner")
-        if self.share is not None and key in self.share.owned:
-            self.share.owned.discard(key)
+        if self.share is not None and self.owner:
+            self.share.owned.discard(self._owner)
             with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError):
-                await self._streams.run("own", [key], self.group.consumer, 0)
+                await self._streams.run("own", [self._owner], self.group.consumer, 0)
 
     @property
     def _lease_ms(self) -> int:

@@ -45,7 +45,12 @@ for at = replies_at, replies_at + 2 * n_replies - 1, 2 do
 end
 
 local segments, conflict, suppressed = {}, false, 0
-local fenced = ARGV[2] ~= '' and redis.call('GET', keys .. 'owner') ~= ARGV[2]
+local fenced = false
+if ARGV[2] ~= '' then
+  -- Nobody's: its lease ran out while Redis or its owner was away, and no other's commits have overtaken this one's events.
+  local owner = redis.call('GET', keys .. 'owner')
+  fenced = owner and owner ~= ARGV[2]
+end
 for i = 1, n_segments do
   local id = ARGV[2 + 2 * i]
   local n, low, high = struct.unpack('>I4I4I4', ARGV[3 + 2 * i])
