@@ -225,8 +225,7 @@ class Router:
             async with asyncio.timeout(2):
                 await self._release(list(self._held.values()))
         self._executor.close()
-        for reader in self._readers:
-            await reader.close()
+        await asyncio.gather(*(reader.close() for reader in self._readers))
 
     async def _release(self, frames: list[Held]) -> None:
         for reader in self._readers:

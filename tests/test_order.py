@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 
 import redis
 
@@ -173,3 +175,42 @@ async def test_nothing_new_is_read_before_what_a_partition_came_with_though_aski
         assert [entry.body for _ in range(2) for entry in await reader.read(1, 1.0)] == [b"1", b"2"]
     await reader.close()
     await streams.close()
+
+
+async def test_who_stops_serving_and_stays_open_leaves_its_partitions_to_others(anywhere: str) -> None:
+    one, two = Pipeline("one", anywhere), Pipeline("two", anywhere)
+    seen: list[int] = []
+    for app in (one, two):
+
+        @app.subscriber(ordered, group="g", ordered=True, lease=1.0)
+        async def work(event: Number) -> None:
+            seen.append(event.n)
+
+    async with one:
+        async with serving(two):
+            async with serving(one):
+                await asyncio.sleep(0.5)
+            for n in range(12):
+                await one.publish(ordered, Number(n=n), key=KEYS[n])
+            await idle(one, "ordered", 5)
+    assert sorted(seen) == list(range(12))
+
+
+async def test_an_ordered_worker_stops_though_redis_hangs() -> None:
+    with Server() as server:
+        app = Pipeline("app", server.url)
+
+        @app.subscriber(ordered, group="g", ordered=True, lease=3.0)
+        async def work(event: Number) -> None:
+            """Nothing comes."""
+
+        stop = asyncio.Event()
+        running = asyncio.create_task(app.serve(stop))
+        await asyncio.wait_for(app.ready.wait(), 10)
+        await asyncio.sleep(0.2)
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            stop.set()
+            await asyncio.wait_for(running, 9)
+        finally:
+            os.kill(server.pid, signal.SIGCONT)

@@ -31,6 +31,8 @@ TELL_EVERY = 600.0
 CONSUMER_IDLE = 300.0
 SYNC = 5.0
 """Seconds of one wait for the disk; less than a connection may be silent."""
+FAREWELL = 1.0
+"""Seconds for what only spares others the wait for a lease to end."""
 _COUNTS = struct.Struct(">7I")
 _RUN = struct.Struct(">3I")
 _TAKEN, _WAS_FREE = 0, 2
@@ -235,14 +237,22 @@ class Streams:
         self._readers.discard(reader)
         self.renewer.discard(reader)
 
+    async def leave(self, reader: StreamReader) -> None:
+        """With its last reader a group's share of the partitions ends: others may have them, though we stay open."""
+        if not any(other.share is reader.share for other in self._readers):
+            share = self._shares.pop((reader.channel.name, reader.group.name), None)
+            if share is not None:
+                await share.close()
+
     async def close(self) -> None:
         if self._janitor is not None:
             self._janitor.cancel()
             await asyncio.gather(self._janitor, return_exceptions=True)
         self.renewer.stop()
         for share in self._shares.values():
-            with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError):
-                await share.close()
+            with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError, TimeoutError):
+                async with asyncio.timeout(FAREWELL):
+                    await share.close()
         await self.client.close()
         await self._fsync.close()
 
@@ -377,6 +387,7 @@ class StreamReader:
     """One process's share of one group of one partition."""
 
     def __init__(self, streams: Streams, channel: Channel[Any], keys: Keys, group: Group) -> None:
+        self.channel = channel
         self.keys = keys
         self.group = group
         self.held: dict[str, float] = {}
@@ -390,7 +401,6 @@ class StreamReader:
         """Up to where the partition's inheritance was taken, until all of it was: nothing new is read before it."""
         self._owner = keys.group(group.name, "owner")
         self._streams = streams
-        self._channel = channel
         self._client = Client(streams.client.url, f"{streams.client.name}-read")
         self._cursor = "0-0"
         self._claim_at = 0.0
@@ -412,7 +422,7 @@ class StreamReader:
 
     @property
     def _where(self) -> str:
-        return f"group {self.group.name!r} of channel {self._channel.name!r}"
+        return f"group {self.group.name!r} of channel {self.channel.name!r}"
 
     async def regroup(self) -> None:
         keys, group = self.keys, self.group
@@ -627,9 +637,10 @@ class StreamReader:
 
     async def close(self) -> None:
         self._streams.forget(self)
-        await self._give_up()
         with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError, TimeoutError):
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(FAREWELL):
+                await self._give_up()
+                await self._streams.leave(self)
                 await self._streams.run("reap", [self.keys.stream], self.group.name, self.group.consumer, 0)
         await self._client.close()
 
