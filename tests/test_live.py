@@ -15,6 +15,7 @@ from pipeline import Batch, Channel, Event, Pipeline, Reject, RetryPolicy, Serve
 from pipeline.errors import ConfigurationError
 from pipeline.server import Server
 from pipeline.testing import first
+from pipeline.transports.client import LinkLost
 
 from .apps import serving, until
 
@@ -274,6 +275,84 @@ async def test_a_lost_connection_is_made_anew_and_the_gap_is_counted(url: str, l
             await until(lambda: any(client["sub"] == "1" for client in bare.client_list()))
         await other.publish(alerts, Alert(sensor="after"))
         await until(lambda: heard == ["before", "after"])
+
+
+async def test_a_listener_that_is_refused_for_a_while_hears_again(
+    live_client: LiveClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Server() as server:
+        app, other, heard = Pipeline("app", server.url, live_client=live_client), Pipeline("other", server.url), []
+
+        @app.subscriber(alerts, group="g")
+        async def listen(alert: Alert) -> None:
+            heard.append(alert.sensor)
+
+        async with other, app, serving(app):
+            with redis.Redis.from_url(server.url) as bare:
+                bare.config_set("requirepass", "secret")
+                bare.client_kill_filter(_type="pubsub")
+                await until(lambda: "cannot be heard" in caplog.text or "was lost" in caplog.text)
+                await asyncio.sleep(0.3)
+                bare.config_set("requirepass", "")
+                await until(lambda: any(client["sub"] != "0" for client in bare.client_list()))
+            await other.publish(alerts, Alert(sensor="after"))
+            await until(lambda: heard == ["after"])
+
+
+async def test_a_live_commit_whose_answer_is_lost_counts_once_and_publishes_once(url: str) -> None:
+    app, other = Pipeline("app", url), Pipeline("other", url)
+    kept: Channel[Alert] = Channel("kept", Alert)
+    calls = []
+
+    @app.subscriber(alerts, group="g", publishes=kept)
+    async def pass_on(alert: Alert) -> Alert:
+        calls.append(alert)
+        return alert
+
+    async with other, app, serving(app):
+        streams: Any = app.backend.durable
+        run, lost = streams.run, []
+
+        async def lossy(script: str, *arguments: Any, **options: Any) -> Any:
+            answer = await run(script, *arguments, **options)
+            if script == "commit" and not lost:
+                lost.append(answer)
+                raise LinkLost("injected")
+            return answer
+
+        streams.run = lossy
+        for n in range(2):
+            await other.publish(alerts, Alert(sensor=str(n)))
+            await until(lambda n=n: len(calls) == n + 1)  # type: ignore[misc]
+        async with asyncio.timeout(5):
+            while (counts := (await other.stats()).channels["alerts"].groups["g"]).handled < 2:
+                await asyncio.sleep(0.02)
+        passed_on = [message.event.sensor for message in await other.newest(kept, 10)]
+    assert (len(lost), counts.handled, sorted(passed_on)) == (1, 2, ["0", "1"])
+
+
+async def test_while_memory_is_full_live_channels_go_on() -> None:
+    """They take no room: a text is heard once, groups join, what they handle is counted."""
+    with Server() as server, redis.Redis.from_url(server.url) as bare:
+        app, heard = Pipeline("app", server.url), []
+
+        @app.subscriber(music, group="radio")
+        async def listen(text: str) -> None:
+            heard.append(text)
+
+        async with app:
+            bare.config_set("maxmemory", "1mb")
+            async with asyncio.timeout(5), serving(app):
+                await app.publish(music, "one")
+                await app.publish(music, "two")
+                await until(lambda: len(heard) == 2)
+                while (ledger := (await app.stats()).channels["classical_music"]).groups["radio"].handled < 2:
+                    await asyncio.sleep(0.02)
+            with pytest.raises(redis.OutOfMemoryError):
+                bare.set("still", "full")
+            bare.config_set("maxmemory", "0")
+    assert heard == ["one", "two"]
+    assert ledger.published == 2
 
 
 async def test_scripts_use_the_same_verbs_without_async(url: str) -> None:

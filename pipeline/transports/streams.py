@@ -144,7 +144,8 @@ class Streams:
     # -- committing ----------------------------------------------------------------------------------------------
 
     async def commit(self, keys: Keys, group: str, commit: Commit, token: str = "") -> list[str | None]:
-        """Also used, without segments, for the outputs of live subscribers. `token` fences an exclusive reader."""
+        """Also used, without segments, for the outputs of live subscribers. `token` fences an exclusive reader, and tells
+        a commit without segments from its repetition."""
         names, arguments = commit_arguments(keys, group, commit, token)
         for output in commit.outputs:
             if output.channel.durable:
@@ -171,26 +172,27 @@ class Streams:
         keys = Keys.of(channel, partition)
         names = [keys.group(group, part) for part in ("h", "due", "bod", "takes", "settled")]
         again = again or Retried(0.0, b"")
-        return bool(await self.run("replay", names, letter, int(ttl * 1000), again.count, again.origin, again.body))
+        arguments = (letter, int(ttl * 1000), again.count, again.origin, again.body)
+        return bool(await self._ask("replay", channel, group, names, *arguments))
 
     async def rewind(self, channel: str, partition: int, group: str, position: str) -> int:
         keys = Keys.of(channel, partition)
         names = [keys.stream, keys.meta, *(keys.group(group, part) for part in ("h", "prog", "due", "bod", "takes"))]
-        try:
-            return int(await self.run("rewind", names, group, position))
-        except ReplyError as error:
-            if "NOGROUP" in str(error) or "no such key" in str(error):
-                raise ConfigurationError(f"channel {channel!r} has no group {group!r}") from None
-            raise
+        return int(await self._ask("rewind", channel, group, names, group, position))
 
     async def pause(self, channel: str, partition: int, group: str, paused: bool) -> bool:
         keys = Keys.of(channel, partition)
+        names = [keys.groups, keys.group(group, "h")]
+        return bool(await self._ask("pause", channel, group, names, group, int(paused)))
+
+    async def _ask(self, name: str, channel: str, group: str, keys: list[str], *arguments: Argument) -> Any:
+        """A script that acts on a group because somebody asked for it, who is told why not."""
         try:
-            return bool(await self.run("pause", [keys.groups, keys.group(group, "h")], group, int(paused)))
+            return await self.run(name, keys, *arguments)
         except ReplyError as error:
-            if "NOGROUP" in str(error):
+            if "NOGROUP" in str(error) or "no such key" in str(error):
                 raise ConfigurationError(f"channel {channel!r} has no group {group!r}") from None
-            raise
+            raise ServerUnavailable(f"{name} of group {group!r}: Redis refuses: {error}") from None
 
     async def _maintain(self) -> None:
         turn = 0

@@ -1,6 +1,7 @@
 -- COMMIT: outputs, retries, replies, ledger and acknowledgement, together, once.
 -- KEYS: stream, h (the group's other keys differ in their last part), then (key, meta) an output
--- ARGV: group, fencing token ('' none: this group's partitions have no owner),
+-- ARGV: group, fencing token ('' none: this group's partitions have no owner) or, without segments, the reader's name of 16
+--       characters and the commit's own after it ('' none),
 --       seven packed numbers: segments, handled, dead, retried, retries, outputs, replies
 --       (id, packed n, low, high)… a segment    an id of an entry apart begins with r
 --       (delay ms, count, times taken, origin, body)… a retry
@@ -46,7 +47,7 @@ end
 
 local segments, conflict, suppressed = {}, false, 0
 local fenced = false
-if ARGV[2] ~= '' then
+if ARGV[2] ~= '' and n_segments > 0 then
   -- Nobody's: its lease ran out while Redis or its owner was away, and no other's commits have overtaken this one's events.
   local owner = redis.call('GET', keys .. 'owner')
   fenced = owner and owner ~= ARGV[2]
@@ -107,6 +108,14 @@ for _, s in ipairs(segments) do
         redis.call('HDEL', prog, s.id)
       end
     end
+  end
+end
+if n_segments == 0 then
+  redis.call('HDEL', h, '')
+  -- Nothing tells a live group's commit from its repetition but its name.
+  local name = ARGV[2]
+  if name ~= '' and redis.call('SET', keys .. 'src:' .. string.sub(name, 1, 16), name, 'PX', '86400000', 'GET') == name then
+    return {}
   end
 end
 -- A live group's first count is its first since it joined, or since the server lost its data and forgot the group.
