@@ -168,6 +168,18 @@ async def test_what_was_taken_is_handed_out_though_the_same_look_fails(streams: 
     await reader.close()
 
 
+async def test_a_stranger_in_the_stream_costs_nothing_though_refusing_it_fails(streams: Streams, url: str) -> None:
+    reader = await streams.join(jobs, 0, Group("g", "one", lease=30.0))
+    async with Pipeline("app", url) as app:
+        await app.publish(jobs, Number(n=1))
+        redis.Redis.from_url(url).xadd(reader.keys.stream, {"a": "stranger"})
+        await asyncio.sleep(0.002)
+        await app.publish(jobs, Number(n=2))
+    with failing_once(streams, "refuse"):
+        assert len(await reader.read(9, 1.0)) == 2
+    await reader.close()
+
+
 async def test_a_connection_that_falls_silent_is_given_up_and_nothing_is_lost(
     valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

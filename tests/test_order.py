@@ -186,13 +186,12 @@ async def test_who_stops_serving_and_stays_open_leaves_its_partitions_to_others(
         async def work(event: Number) -> None:
             seen.append(event.n)
 
-    async with one:
-        async with serving(two):
-            async with serving(one):
-                await asyncio.sleep(0.5)
-            for n in range(12):
-                await one.publish(ordered, Number(n=n), key=KEYS[n])
-            await idle(one, "ordered", 5)
+    async with one, serving(two):
+        async with serving(one):
+            await asyncio.sleep(0.5)
+        for n in range(12):
+            await one.publish(ordered, Number(n=n), key=KEYS[n])
+        await idle(one, "ordered", 5)
     assert sorted(seen) == list(range(12))
 
 

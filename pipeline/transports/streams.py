@@ -144,8 +144,8 @@ class Streams:
     # -- committing ----------------------------------------------------------------------------------------------
 
     async def commit(self, keys: Keys, group: str, commit: Commit, token: str = "") -> list[str | None]:
-        """Also used, without segments, for the outputs of live subscribers. `token` fences an exclusive reader, and tells
-        a commit without segments from its repetition."""
+        """Also used, without segments, for the outputs of live subscribers. `token` fences an exclusive reader, and
+        tells a commit without segments from its repetition."""
         names, arguments = commit_arguments(keys, group, commit, token)
         for output in commit.outputs:
             if output.channel.durable:
@@ -585,7 +585,7 @@ class StreamReader:
             "%s: entry %s with fields %r was not written by the pipeline and is left out; publish through it instead",
             self._where, id_.decode(), [str(name[:20]) for name in fields[:6:2]],
         )  # fmt: skip
-        await self._streams.client.call("XACK", self.keys.stream, self.group.name, id_)
+        await self._streams.run("refuse", [self.keys.stream], self.group.name, id_)
 
     async def _mend(self, error: ReplyError) -> None:
         if str(error).startswith(("NOGROUP", "UNBLOCKED")):

@@ -19,12 +19,14 @@ local retries_at = 4 + 2 * n_segments
 local outputs_at = retries_at + 5 * n_retries
 local replies_at = outputs_at + 3 * n_outputs
 
-local references = {}
+local references, now = {}, nil
 for i = 0, n_outputs - 1 do
   if ARGV[outputs_at + 3 * i] ~= 'p' then
     local key = KEYS[3 + 2 * i]
-    local t = redis.call('TYPE', key).ok
-    if t ~= 'stream' and t ~= 'none' then return redis.error_reply('WRONGTYPE ' .. key .. ' is a ' .. t) end
+    -- here: refusal
+    now = now or redis.call('TIME')
+    local refused = refusal(key, KEYS[4 + 2 * i], ARGV[outputs_at + 3 * i + 1], now)
+    if refused then return refused end
     local body = ARGV[outputs_at + 3 * i + 2]
     if string.byte(body, 1) == 0 then
       -- here: beside, chunks_of, is_there
@@ -137,12 +139,12 @@ for i = 0, n_outputs - 1 do
     redis.call('HINCRBY', meta, 'published', n)
   else
     if kind ~= 's' then
-      -- here: group_of, positions, drop_oldest, in_events, weigh
+      -- here: events_in, nearest, group_of, positions, drop_oldest, in_events, weigh
       local capacity = string.sub(kind, 2)
       if string.byte(kind) == 100 then drop_oldest(key, meta, string.sub(key, 1, -2) .. 'g', n, in_events(meta, capacity)) end
       weigh(meta, capacity, n, body)
     end
-    local id = add(key, meta, n, body)
+    local id = add(key, meta, n, body, now)
     if type(id) == 'table' then
       redis.log(redis.LOG_WARNING, id.err)
     elseif references[i] then
