@@ -467,6 +467,8 @@ class StreamReader:
             await asyncio.sleep(POLL)
         elif not self._suspects:
             await self._read_new(entries)
+        elif self.held:
+            await asyncio.sleep(POLL)
 
     async def _may_read(self, share: Share) -> bool:
         """Own the partition, or come to own it; give it up when this process has more than its share."""
