@@ -594,6 +594,7 @@ class Pipeline:
                 consumer=self.consumer,
                 payloads=self.payloads,
                 prefetch_bytes=self.settings.prefetch_bytes,
+                subscribers=self.subscribers,
                 middleware=self._middleware,
                 metrics=metrics,
             )

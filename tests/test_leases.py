@@ -196,7 +196,7 @@ async def test_one_group_whose_stream_is_gone_ends_no_leases_of_others(streams: 
 
 
 async def test_a_group_is_served_by_who_has_no_hand_free_to_look(url: str) -> None:
-    """Its only workers: one is busy for longer than a group lasts that nobody serves, one waits for a partition's turn."""
+    """One reader is busy for longer than a group lasts that nobody serves; the other has nothing, and does not look."""
     streams = Streams(url, "test", group_expires=0.6)
     busy, idle = [await streams.join(Channel("long", bytes, partitions=2), n, Group("g", "one", 0.3)) for n in (0, 1)]
     await streams.publish(busy.channel, 0, [Outgoing(b"1", 1, "s", 1)])

@@ -29,7 +29,8 @@ class Holder(Protocol):
 
 
 class Renewer:
-    """Renews all that its readers hold, three times a lease, and tells that their groups are served. A lease must outlast three stretches that hold the GIL."""
+    """Renews all that its readers hold, three times a lease, and tells that their groups are served. A lease must
+    outlast three stretches that hold the GIL."""
 
     def __init__(self, url: str, script: Script) -> None:
         self._url = url
