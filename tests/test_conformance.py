@@ -430,6 +430,21 @@ async def test_a_letter_whose_death_the_group_knows_no_more_cannot_be_replayed_a
     assert not await durable.backend.settle_letter("c", 0, "none", "letter", Retried(0.0, b"x"), 60.0)
 
 
+# -- memory alone ------------------------------------------------------------------------------------------------
+
+
+async def test_what_changes_a_store_in_memory_holds_its_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines of several threads may share it."""
+    backend = MemoryBackend.at("memory://conformance-lock")
+    await backend.open(1.0)
+    place, held = backend.store.partition("c"), []
+    monkeypatch.setattr(place, "trim", lambda keep: held.append(backend.store.lock._is_owned()))  # type: ignore[attr-defined]
+    await Place(backend, Channel("c", bytes), "").publish(1)
+    assert held == [True]
+    await backend.dropped("c", "flushed meanwhile", 1)
+    await backend.close()
+
+
 # -- Redis alone -------------------------------------------------------------------------------------------------
 
 

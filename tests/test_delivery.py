@@ -36,7 +36,8 @@ from pipeline import (
     router,
 )
 from pipeline.deadletters import describe
-from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError, PipelineError
+from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError, PipelineError, ServerUnavailable
+from pipeline.metrics import WorkerSample
 from pipeline.server import Server
 from pipeline.testing import first
 from pipeline.transports import Commit, Group, Segment
@@ -740,6 +741,36 @@ async def test_bounded_channels_that_feed_each_other_do_not_wait_for_each_other(
             await asyncio.gather(*(app.publish(there, Number(n=n % 3)) for n in range(90)))
         ledger = await idle(app, "back")
     assert ledger.groups["g"].handled == 90 + 60 + 30
+
+
+async def test_counts_of_an_interval_that_could_not_be_sent_come_with_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = Pipeline("app", "memory://late")
+    app.settings = app.settings.model_copy(update={"metrics_interval": 0.05})
+    sent: list[WorkerSample] = []
+
+    @app.subscriber(numbers, group="g")
+    async def work(event: Number) -> None:
+        """Nothing."""
+
+    async with app:
+        fails = iter([True, True])
+
+        async def send(sample: WorkerSample) -> None:
+            if sample.published and next(fails, False):
+                raise ServerUnavailable("away")
+            sent.append(sample)
+
+        monkeypatch.setattr(app._reporter, "_send", send)
+        async with serving(app):
+            for n in range(4):
+                await app.publish(numbers, Number(n=n))
+                await asyncio.sleep(0.06)
+            await until(lambda: sum(sample.published.get("numbers", 0) for sample in sent) >= 4)
+    assert sum(sample.published.get("numbers", 0) for sample in sent) == 4
+    groups = [group for sample in sent for group in sample.groups]
+    assert sum(group.handled for group in groups) == sum(sum(group.latency.values()) for group in groups) == 4
 
 
 async def test_who_is_held_up_by_a_full_output_says_so_once(

@@ -355,6 +355,32 @@ async def test_while_memory_is_full_live_channels_go_on() -> None:
     assert ledger.published == 2
 
 
+async def test_what_two_groups_of_a_channel_missed_is_counted_for_each_once(url: str) -> None:
+    app, heard = Pipeline("app", url), []
+    app.settings = app.settings.model_copy(update={"metrics_interval": 0.1})
+    for group in ("one", "two"):
+
+        @app.subscriber(alerts, group=group)
+        async def listen(alert: Alert) -> None:
+            heard.append(alert)
+
+    async with app, serving(app):
+        with redis.Redis.from_url(url) as bare:
+            for sequence in (1, 7):
+                frame = {"pipeline": 1, "source": "s", "sequence": sequence, "time": 1.0, "data": [{"sensor": "a"}]}
+                bare.publish("alerts", json.dumps(frame))
+        await until(lambda: len(heard) == 4)
+        async with asyncio.timeout(5):
+            while not all((dropped := await _dropped(app)).values()):
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(0.3)
+        assert dropped == await _dropped(app) == {"one": 5, "two": 5}
+
+
+async def _dropped(app: Pipeline) -> dict[str, int]:
+    return {name: group.dropped for name, group in (await app.stats()).channels["alerts"].groups.items()}
+
+
 async def test_scripts_use_the_same_verbs_without_async(url: str) -> None:
     with Pipeline("script", url).blocking() as pipe:
         with pipe.watch(alerts) as stream:

@@ -106,7 +106,8 @@ class MemoryBackend:
 
     async def dropped(self, channel: str, group: str, count: int) -> None:
         with self.store.lock:
-            self.store.partition(channel).groups[group].dropped += count
+            if (found := self.store.partition(channel).groups.get(group)) is not None:
+                found.dropped += count
 
     async def turn(self, name: str, holder: str, seconds: float) -> bool:
         with self.store.lock:
@@ -136,7 +137,8 @@ class _Durable:
         for frame in frames:
             await self._publish_one(channel, place, frame)
             frame.taken = True
-        place.trim(channel.keep)
+        with self._store.lock:
+            place.trim(channel.keep)
 
     async def _publish_one(self, channel: Channel[Any], place: Partition, frame: Outgoing) -> None:
         def work() -> bool:
