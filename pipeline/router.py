@@ -557,6 +557,8 @@ class Router:
                     flight.landed()
             if statuses:
                 self._repeats += repeats
+                if commit.uncertain:
+                    draft.number()  # an id that may have been heard must not come again
             else:
                 draft.applied(self._context.metrics)
                 break

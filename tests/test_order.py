@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from typing import Any
 
 import redis
 
 from pipeline import Channel, Message, Pipeline, RetryPolicy
 from pipeline.server import Server
 from pipeline.transports import CHANCES, SUSPICION, Commit, Group, Outgoing, Segment
+from pipeline.transports.client import LinkLost
 from pipeline.transports.redis import RedisBackend
 from pipeline.transports.streams import Streams
 
@@ -173,6 +175,35 @@ async def test_nothing_new_is_read_before_what_a_partition_came_with_though_aski
         client.xreadgroup("g", "dead", {reader.keys.stream: ">"}, count=1)
     with failing_once(streams, "claim"):
         assert [entry.body for _ in range(2) for entry in await reader.read(1, 1.0)] == [b"1", b"2"]
+    await reader.close()
+    await streams.close()
+
+
+async def test_what_was_taken_of_a_partition_is_handed_out_before_it_is_given_up(url: str) -> None:
+    """The second page of what it came with could not be had, and meanwhile it is more than this one's share."""
+    streams = Streams(url, "test")
+    pair: Channel[Number] = Channel("pair", Number, partitions=2)
+    reader = await streams.join(pair, 1, Group("g", "two", 5.0, exclusive=True))
+    await streams.publish(pair, 1, [Outgoing(b"%d" % n, 1, "s", n) for n in range(1, 151)])
+    with redis.Redis.from_url(url) as client:
+        client.xreadgroup("g", "dead", {reader.keys.stream: ">"}, count=150)
+    assert reader.share is not None
+    claim, pages = streams.run, []
+
+    async def lossy(script: str, *arguments: Any, **options: Any) -> Any:
+        if script == "claim" and len(pages) == 1:
+            reader.share.most = 0  # type: ignore[union-attr]
+            pages.append(None)
+            raise LinkLost("injected")
+        pages.extend([None] * (script == "claim"))
+        return await claim(script, *arguments, **options)
+
+    streams.run = lossy  # type: ignore[method-assign]
+    taken = await reader.read(1, 1.0)
+    assert [entry.body for entry in taken] == [b"%d" % n for n in range(1, 101)]
+    await reader.release([entry.id for entry in taken])
+    assert await reader.read(1, 0.1) == []
+    assert reader.owner == ""
     await reader.close()
     await streams.close()
 

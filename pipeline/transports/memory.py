@@ -149,7 +149,7 @@ class _Durable:
                 return
             await asyncio.sleep(STEP)
 
-    async def _insist(self, work: Callable[[], T], operation: str) -> T:
+    async def _insist(self, work: Callable[[], T], operation: str, commit: Commit | None = None) -> T:
         """As the Redis transport does: what is idempotent is repeated when its answer is lost."""
         while True:
             try:
@@ -157,6 +157,8 @@ class _Durable:
                     result: T = self._store.faults.run(operation, work)
                 return result
             except LinkLost:
+                if commit is not None:
+                    commit.uncertain = True
                 await asyncio.sleep(STEP * random.random())
 
     async def full(self, channel: Channel[Any], partition: int) -> bool:
@@ -181,7 +183,7 @@ class _Durable:
             self.emit(commit)
             return []
 
-        return await self._insist(work, "commit")
+        return await self._insist(work, "commit", commit)
 
     def emit(self, commit: Commit) -> None:
         for output in commit.outputs:

@@ -177,6 +177,8 @@ class _Subscription:
             try:
                 return await client.persist(self._connect, patience=None, what=what)
             except Exception as error:
+                if client.closed:
+                    raise
                 logger.error("%s cannot be heard: %s", what, error)
                 await asyncio.sleep(1.0)
 

@@ -150,10 +150,16 @@ class Streams:
         for output in commit.outputs:
             if output.channel.durable:
                 self._know(output.channel, output.partition)
+
+        async def write() -> Any:
+            try:
+                return await self.run("commit", names, *arguments)
+            except LinkLost:
+                commit.uncertain = True
+                raise
+
         try:
-            statuses = await self.client.persist(
-                lambda: self.run("commit", names, *arguments), patience=None, what=f"commit of {group}"
-            )
+            statuses = await self.client.persist(write, patience=None, what=f"commit of {group}")
         except ReplyError as error:
             if str(error).startswith("EXPIRED"):
                 raise PayloadExpired(str(error)) from None
@@ -439,7 +445,7 @@ class StreamReader:
         deadline = time.monotonic() + wait
         while not self._stopping:
             try:
-                if self.share is not None and not await self._may_read(self.share):
+                if self.share is not None and not await self._may_read(self.share) and not self._found:
                     if time.monotonic() >= deadline:
                         return []
                     await asyncio.sleep(POLL)
@@ -611,7 +617,7 @@ class StreamReader:
         self._found.clear()
 
     async def commit(self, commit: Commit) -> list[str | None]:
-        token = self.group.consumer if self.group.exclusive else ""
+        token = self.group.consumer if self.group.exclusive and commit.segments else ""
         return await self._streams.commit(self.keys, self.group.name, commit, token)
 
     def settled(self, entry: str) -> None:
