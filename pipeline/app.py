@@ -32,13 +32,13 @@ from .batching import Batch
 from .blocking import BlockingPipeline
 from .channel import Channel, check_name
 from .deadletters import DeadLetter, dead_channel, fits
-from .errors import ConfigurationError, FrameError, UnknownChannel
+from .errors import ConfigurationError, FrameError, PipelineError, UnknownChannel
 from .executors import RunIn
 from .frame import Codec, Frame, holds
 from .ledger import Ledger, ledger_channel
 from .lifecycle import drain, first_failure, on_signals, run, settle_memory, unless
 from .message import Message, Receipt
-from .metrics import GroupMetrics, WorkerSample, metrics_channel
+from .metrics import GroupMetrics, GroupSample, WorkerSample, metrics_channel
 from .middleware import Middleware
 from .payloads import Payloads
 from .publishing import Outbox, check_delay, check_envelope
@@ -50,6 +50,7 @@ from .router import Context, Router
 from .settings import Settings, settings
 from .subscriber import Subscriber, declare
 from .transports import Backend, Entry, Retried, Transport
+from .transports.client import LinkLost, ReplyError
 from .watching import Beginning, Since, Watch, before, position
 
 __all__ = ["Pipeline"]
@@ -599,6 +600,7 @@ class Pipeline:
                 consumer=self.consumer,
                 payloads=self.payloads,
                 prefetch_bytes=self.settings.prefetch_bytes,
+                subscribers=self.subscribers,
                 middleware=self._middleware,
                 metrics=metrics,
             )
@@ -779,11 +781,14 @@ class Pipeline:
         return counts
 
     async def _report(self, sample: WorkerSample) -> None:
-        for router, _ in self._routers:
-            channel = router.subscriber.channel
-            if not channel.durable and sample.dropped.get(channel.name):
-                await self._need_backend().dropped(channel.name, router.subscriber.group, sample.dropped[channel.name])
         await self.publish(metrics_channel, sample)
+        for group in sample.groups:
+            if group.dropped:
+                await self._count_dropped(group)
+
+    async def _count_dropped(self, group: GroupSample) -> None:
+        with contextlib.suppress(PipelineError, LinkLost, ReplyError):  # the sample is sent, and must not be again
+            await self._need_backend().dropped(group.channel, group.group, group.dropped)
 
     async def _report_ledger(self) -> None:
         interval = self.settings.metrics_interval

@@ -408,6 +408,13 @@ class Draft:
             yield body, end - start
             start = end
 
+    def number(self) -> None:
+        """The numbers of its live outputs are taken."""
+        for output in self._commit.outputs:
+            if not output.channel.durable:
+                name = output.channel.name
+                self._sources.published[name] = self._sources.published.get(name, 0) + output.count
+
     def applied(self, metrics: GroupMetrics) -> None:
         """The commit took effect: count it."""
         commit, now = self._commit, time.time()
@@ -417,8 +424,7 @@ class Draft:
         for output in commit.outputs:
             name = output.channel.name
             metrics.published[name] = metrics.published.get(name, 0) + output.count
-            if not output.channel.durable:
-                self._sources.published[name] = self._sources.published.get(name, 0) + output.count
+        self.number()
         for held, low, high in self._runs:
             metrics.latency.add(max(0.0, now - held.frame.time(low)), high - low + 1)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from .channel import Channel
 from .events import Event
@@ -16,6 +19,7 @@ __all__ = [
     "GroupSample",
     "Histogram",
     "WorkerSample",
+    "merged",
     "metrics_channel",
     "quantile",
 ]
@@ -49,6 +53,8 @@ class GroupSample(Event):
     """Seconds for which this process has had the oldest of them."""
     paused: bool = False
     """Its group was paused when this process last looked."""
+    dropped: int = 0
+    """Events of a live channel known to be lost to it."""
 
 
 class GpuSample(Event):
@@ -93,6 +99,30 @@ class WorkerSample(Event):
     """None without a GPU, or without the extra `gpu`."""
     last: bool = False
     """The process's app was closed in order after this. Who falls silent without it was killed, or cut off."""
+
+
+def merged(earlier: WorkerSample, later: WorkerSample) -> WorkerSample:
+    """One sample of both intervals; what is not counted is as it was at the end."""
+    before = {(group.channel, group.group): group for group in earlier.groups}
+    groups = [
+        _added(before.pop((group.channel, group.group), None), group, _GROUP_COUNTS, _GROUP_BINS)
+        for group in later.groups
+    ]
+    whole = later.model_copy(update={"groups": [*groups, *before.values()]})
+    return _added(earlier, whole, ("interval",), ("published", "dropped"))
+
+
+_GROUP_COUNTS = ("handled", "dead", "retried", "suppressed", "busy", "dropped")
+_GROUP_BINS = ("batches", "batch_sizes", "latency")
+Sample = TypeVar("Sample", GroupSample, WorkerSample)
+
+
+def _added(one: Sample | None, other: Sample, counts: Sequence[str], bins: Sequence[str]) -> Sample:
+    if one is None:
+        return other
+    sums: dict[str, Any] = {name: getattr(one, name) + getattr(other, name) for name in counts}
+    sums |= {name: dict(Counter(getattr(one, name)) + Counter(getattr(other, name))) for name in bins}
+    return other.model_copy(update=sums)
 
 
 metrics_channel: Channel[WorkerSample] = Channel("pipeline.metrics", WorkerSample, keep=900.0)
@@ -165,6 +195,7 @@ class GroupMetrics:
             leases=holding.leases,
             oldest_lease=holding.oldest,
             paused=holding.paused,
+            dropped=self.dropped,
         )
         self.reset()
         return sample

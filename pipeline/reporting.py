@@ -16,7 +16,7 @@ import psutil
 from .errors import PipelineError
 from .gpu import Gpus
 from .ledger import ChannelLedger, GroupLedger, Ledger
-from .metrics import GpuSample, GroupMetrics, WorkerSample
+from .metrics import GpuSample, GroupMetrics, WorkerSample, merged
 from .registry import Registry
 from .router import Router
 from .transports import Backend, PartitionStats
@@ -110,6 +110,7 @@ class Reporter:
         self._ledger = ledger
         self.reported = False
         """Something was sent, so others know of this process."""
+        self._unsent: WorkerSample | None = None
         self._gpus = Gpus()
         self._seen_gpus: list[GpuSample] | None = None
         self._process = psutil.Process()
@@ -124,7 +125,11 @@ class Reporter:
                 self._seen_gpus = await self._gpus.read()
                 sample = self.sample()
                 await asyncio.sleep(0)  # events that came meanwhile go first
-                await self._send(sample)
+                try:
+                    await self._send(sample)
+                except Exception:
+                    self._unsent = sample
+                    raise
                 self.reported = True
                 await asyncio.sleep(0)
                 await self._ledger()
@@ -134,6 +139,11 @@ class Reporter:
                 logger.exception("metrics of this second could not be reported")
 
     def sample(self, *, last: bool = False) -> WorkerSample:
+        """What was counted since the last one that was sent."""
+        unsent, self._unsent = self._unsent, None
+        return merged(unsent, self._sample(last)) if unsent is not None else self._sample(last)
+
+    def _sample(self, last: bool) -> WorkerSample:
         now = time.monotonic()
         elapsed, self._last = now - self._last, now
         before, self._cpu = self._cpu, time.process_time()

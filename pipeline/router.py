@@ -15,7 +15,7 @@ import logging
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -56,6 +56,8 @@ READER_PATIENCE = 1.0
 """Seconds for which a drain waits for a read to end, and to hand work back."""
 LAST_COMMITS = 2.0
 """Seconds that what is done has at least to be committed in a drain."""
+HELD_UP = 5.0
+"""Seconds for which a full output keeps a group from reading before that is said."""
 NOT_WRITTEN = (PipelineError, ValueError, TypeError)
 """What drafting a commit may raise, which talks to nobody: an outcome that cannot be put in bytes."""
 
@@ -96,6 +98,8 @@ class Context:
     consumer: str
     payloads: Payloads
     prefetch_bytes: int
+    subscribers: Sequence[Subscriber]
+    """All of the app."""
     middleware: list[Middleware]
     metrics: GroupMetrics
 
@@ -121,8 +125,10 @@ class Router:
             for channel in subscriber.publishes
             if channel.capacity is not None
             and not channel.drops_oldest
-            and channel.name != subscriber.channel.name  # which only reading empties
+            and not _leads_to(subscriber.channel.name, channel.name, context.subscribers)  # only reading empties it
         ]
+        self._full_since: float | None = None
+        self._told_of_full = False
         self._tensors = [channel for channel in subscriber.publishes if context.codec(channel).tensors]
         reply = subscriber.channel.reply
         self._tensors_in_answers = reply is not None and reply_codec(reply).tensors
@@ -225,8 +231,7 @@ class Router:
             async with asyncio.timeout(2):
                 await self._release(list(self._held.values()))
         self._executor.close()
-        for reader in self._readers:
-            await reader.close()
+        await asyncio.gather(*(reader.close() for reader in self._readers))
 
     async def _release(self, frames: list[Held]) -> None:
         for reader in self._readers:
@@ -247,9 +252,11 @@ class Router:
             await self.flow.room()
             if self._draining.is_set():
                 return
-            if self._bounded and await self._outputs_full():
+            if self._bounded and (full := await self._full_output()) is not None:
+                self._tell_of(full)
                 await asyncio.sleep(0.05)
                 continue
+            self._full_since = None
             entries = await reader.read(self.flow.frames(), 1.0)
             for id_ in reader.lost():
                 self._lose(reader, id_)
@@ -262,16 +269,27 @@ class Router:
             await asyncio.sleep(0)  # handlers begin before the next read is written…
             await asyncio.sleep(0)  # …and what the quick ones have done is committed
 
-    async def _outputs_full(self) -> bool:
+    async def _full_output(self) -> str | None:
         """Backpressure goes upstream: while a channel we publish to is full, nothing new is taken."""
         for channel in self._bounded:
             for partition in range(channel.partitions):
                 try:
                     if await self._context.transport(channel).full(channel, partition):
-                        return True
+                        return channel.name
                 except (PipelineError, OSError, ReplyError):
-                    return True
-        return False
+                    return channel.name
+        return None
+
+    def _tell_of(self, channel: str) -> None:
+        """Once: backpressure is no fault, but apps whose channels feed each other would wait for ever in silence."""
+        now = time.monotonic()
+        self._full_since = self._full_since or now
+        if now - self._full_since > HELD_UP and not self._told_of_full:
+            self._told_of_full = True
+            logger.warning(
+                "%s has read nothing for %.0f s, since channel %r, which it publishes to, is full: do its subscribers "
+                "keep up, and do they wait for a channel that this one fills?", self._name, HELD_UP, channel,
+            )  # fmt: skip
 
     async def _accept(self, entry: Entry, reader: Reader, partition: int, suspect: bool) -> None:
         codec, durable = self._codec, self.subscriber.channel.durable
@@ -539,6 +557,8 @@ class Router:
                     flight.landed()
             if statuses:
                 self._repeats += repeats
+                if commit.uncertain:
+                    draft.number()  # an id that may have been heard must not come again
             else:
                 draft.applied(self._context.metrics)
                 break
@@ -621,6 +641,22 @@ class Router:
         if done:
             self._held.pop((id(held.reader), held.entry.id), None)
             held.reader.settled(held.entry.id)
+
+
+def _leads_to(here: str, channel: str, subscribers: Sequence[Subscriber]) -> bool:
+    """Whether what is in `channel`, when it is handled, is published `here`, be it by several handlers in turn."""
+    seen, ahead = {here}, [channel]
+    while ahead and here not in ahead:
+        name = ahead.pop()
+        seen.add(name)
+        ahead += [
+            output.name
+            for subscriber in subscribers
+            if subscriber.channel.name == name
+            for output in subscriber.publishes
+            if output.name == here or output.name not in seen
+        ]
+    return here in ahead
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -418,6 +419,32 @@ async def test_a_tail_can_begin_in_the_past(durable: Place) -> None:
     await tail.close()
 
 
+async def test_a_letter_whose_death_the_group_knows_no_more_cannot_be_replayed_and_stays(durable: Place) -> None:
+    """The group has expired and was made anew since."""
+    reader = await durable.join()
+    letter = ("c", 0, "g", "letter")
+    assert not await durable.backend.settle_letter(*letter, Retried(0.0, b"x"), 60.0)
+    assert await durable.backend.settled_letters("c", 0, "g") == set()
+    assert await durable.backend.settle_letter(*letter, None, 60.0), "dropping it needs no group"
+    await reader.close()
+    assert not await durable.backend.settle_letter("c", 0, "none", "letter", Retried(0.0, b"x"), 60.0)
+
+
+# -- memory alone ------------------------------------------------------------------------------------------------
+
+
+async def test_what_changes_a_store_in_memory_holds_its_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines of several threads may share it."""
+    backend = MemoryBackend.at("memory://conformance-lock")
+    await backend.open(1.0)
+    place, held = backend.store.partition("c"), []
+    monkeypatch.setattr(place, "trim", lambda keep: held.append(backend.store.lock._is_owned()))  # type: ignore[attr-defined]
+    await Place(backend, Channel("c", bytes), "").publish(1)
+    assert held == [True]
+    await backend.dropped("c", "flushed meanwhile", 1)
+    await backend.close()
+
+
 # -- Redis alone -------------------------------------------------------------------------------------------------
 
 
@@ -456,6 +483,85 @@ async def test_an_output_key_of_another_type_is_refused_with_nothing_written(url
         assert client.get("pipeline:{out}:s") == b"mine"
     stats = await there.stats()
     assert (stats.handled, stats.pending) == (0, 4)
+    await reader.close()
+    await backend.close()
+
+
+async def test_an_output_that_a_foreign_entry_leaves_no_place_is_refused_with_nothing_written(url: str) -> None:
+    backend = RedisBackend(url, "conformance")
+    await backend.open(1.0)
+    there = Place(backend, Channel("c", bytes), url)
+    reader = await there.join()
+    await there.publish(1)
+    (entry,) = await take(reader, 1)
+    commit = Commit([whole(entry)], handled=4, outputs=[Output(Channel("out", bytes), 0, b"x", 1)])
+    with redis.Redis.from_url(url) as client:
+        client.xadd("pipeline:{out}:s", {"x": "y"}, id="9999999999999-1000000")
+        with pytest.raises(ReplyError, match=r"FOREIGN .* holds entry 9999999999999-1000000"):
+            await reader.commit(commit)
+        stats = await there.stats()
+        assert (stats.handled, stats.pending) == (0, 4)
+        client.delete("pipeline:{out}:s")
+        assert await reader.commit(commit) == []
+        assert client.xlen("pipeline:{out}:s") == 1
+    await reader.close()
+    await backend.close()
+
+
+async def test_foreign_entries_keep_nobody_out_and_the_ledger_balances(url: str) -> None:
+    """The first that a group finds, its last, among what a full channel drops, and what a rewind finds."""
+    backend = RedisBackend(url, "conformance")
+    await backend.open(1.0)
+    there = Place(backend, Channel("c", bytes, capacity=3 * FRAME, overflow="drop_oldest"), url)
+    with redis.Redis.from_url(url) as client:
+
+        def intrude() -> None:
+            client.xadd("pipeline:{c}:s", {"x": "7"})
+            time.sleep(0.002)
+
+        intrude()
+        reader = await there.join()
+        await there.publish(1)
+        intrude()
+        (entry,) = await take(reader, 1)
+        assert await reader.read(9, 0.0) == []
+        assert await reader.commit(Commit([whole(entry)], handled=FRAME)) == []
+        reader.settled(entry.id)
+        assert (await there.stats()).lag == 0
+        for first in range(5, 22, FRAME):
+            await there.publish(first)
+            intrude()
+        stats = await there.stats()
+        assert (stats.lag, stats.dropped) == (3 * FRAME, 2 * FRAME)
+        assert await backend.rewind("c", 0, "g", "0-0") == 6 * FRAME
+    assert [entry.body for entry in await take(reader, 6)] == [f"s:{first}+4".encode() for first in range(1, 22, FRAME)]
+    assert (await there.stats()).pending == 6 * FRAME
+    await reader.close()
+    await backend.close()
+
+
+@pytest.mark.parametrize("deleted", ["stream", "group"])
+async def test_what_waits_apart_outlives_its_stream_and_is_not_counted_twice(url: str, deleted: str) -> None:
+    """Somebody has deleted a group with redis-cli: what the stream still has is read again, and nothing beside it."""
+    backend = RedisBackend(url, "conformance")
+    await backend.open(1.0)
+    there = Place(backend, Channel("c", bytes), url)
+    reader = await there.join()
+    await there.publish(1)
+    (entry,) = await take(reader, 1)
+    retries = [Retried(0.0, b"again", origin=FRAME) for _ in range(FRAME)]
+    assert await reader.commit(Commit([whole(entry)], retried=FRAME, retries=retries)) == []
+    await reader.close()
+    with redis.Redis.from_url(url) as client:
+        if deleted == "stream":
+            client.delete("pipeline:{c}:s")
+        else:
+            client.xgroup_destroy("pipeline:{c}:s", "g")
+    reader = await there.join()
+    stats = await there.stats()
+    assert (stats.pending, stats.lag) == ((FRAME, 0) if deleted == "stream" else (0, FRAME))
+    bodies = [b"again"] * FRAME if deleted == "stream" else [b"s:1+4"]
+    assert [entry.body for entry in await take(reader, len(bodies))] == bodies
     await reader.close()
     await backend.close()
 

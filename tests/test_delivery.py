@@ -33,9 +33,11 @@ from pipeline import (
     Retry,
     RetryPolicy,
     Tensor,
+    router,
 )
 from pipeline.deadletters import describe
-from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError, PipelineError
+from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError, PipelineError, ServerUnavailable
+from pipeline.metrics import WorkerSample
 from pipeline.server import Server
 from pipeline.testing import first
 from pipeline.transports import Commit, Group, Segment
@@ -739,6 +741,73 @@ async def test_a_time_that_is_none_is_refused(since: Any) -> None:
     async with Pipeline("app", "memory://since") as app:
         with pytest.raises(ConfigurationError, match="since="):
             app.watch(numbers, since=since)
+
+
+async def test_bounded_channels_that_feed_each_other_do_not_wait_for_each_other(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
+    there = Channel("there", Number, capacity=4, frame=1)
+    back = Channel("back", Number, capacity=4, frame=1)
+
+    @app.subscriber(there, group="g", publishes=back)
+    async def send_back(event: Number) -> Number:
+        return event
+
+    @app.subscriber(back, group="g", publishes=there)
+    async def send_there(event: Number) -> Number | None:
+        return Number(n=event.n - 1) if event.n else None
+
+    async with app, serving(app):
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(app.publish(there, Number(n=n % 3)) for n in range(90)))
+            while (await app.stats()).channels["back"].groups["g"].handled < 90 + 60 + 30:
+                await asyncio.sleep(0.02)
+
+
+async def test_counts_of_an_interval_that_could_not_be_sent_come_with_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = Pipeline("app", "memory://late")
+    app.settings = app.settings.model_copy(update={"metrics_interval": 0.05})
+    sent: list[WorkerSample] = []
+
+    @app.subscriber(numbers, group="g")
+    async def work(event: Number) -> None:
+        """Nothing."""
+
+    async with app:
+        fails = iter([True, True])
+
+        async def send(sample: WorkerSample) -> None:
+            if sample.published and next(fails, False):
+                raise ServerUnavailable("away")
+            sent.append(sample)
+
+        monkeypatch.setattr(app._reporter, "_send", send)
+        async with serving(app):
+            for n in range(4):
+                await app.publish(numbers, Number(n=n))
+                await asyncio.sleep(0.06)
+            await until(lambda: sum(sample.published.get("numbers", 0) for sample in sent) >= 4)
+    assert sum(sample.published.get("numbers", 0) for sample in sent) == 4
+    groups = [group for sample in sent for group in sample.groups]
+    assert sum(group.handled for group in groups) == sum(sum(group.latency.values()) for group in groups) == 4
+
+
+async def test_who_is_held_up_by_a_full_output_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(router, "HELD_UP", 0.1)
+    app, full = Pipeline("app", "memory://held-up"), Channel("full", Number, capacity=1)
+
+    @app.subscriber(numbers, group="g", publishes=full)
+    async def work(event: Number) -> Number:
+        return event
+
+    async with app, serving(app):
+        await app.publish(full, Number(n=0))
+        await until(lambda: "channel 'full', which it publishes to, is full" in caplog.text)
+        await asyncio.sleep(0.2)
+    assert caplog.text.count("which it publishes to, is full") == 1
 
 
 async def test_a_full_channel_makes_publishers_wait_or_tells_them_or_drops_the_oldest(anywhere: str) -> None:

@@ -15,10 +15,10 @@ import pytest
 import redis
 
 from pipeline import Batch, Channel, Pipeline
-from pipeline.transports import Group, client
+from pipeline.transports import SUSPICION, Commit, Group, Outgoing, Retried, Segment, client
 from pipeline.transports.streams import Streams
 
-from .apps import idle, serving, until
+from .apps import failing_once, idle, serving, until
 from .workers import Number, Worker, hogs
 
 jobs = Channel("jobs", Number, frame=1)
@@ -149,6 +149,87 @@ async def test_an_entry_whose_settlement_is_on_its_way_was_not_taken_away(stream
     bare.xclaim(reader.keys.stream, "g", "two", 0, [other])
     await until(lambda: bool(reader.taken_away), 3.0)
     assert (reader.lost(), list(held)) == ([other], [other])
+    await reader.close()
+
+
+async def test_what_was_taken_is_handed_out_though_the_same_look_fails(streams: Streams, url: str) -> None:
+    """Nobody else may have it while it is renewed here; and were it a suspect, nothing would be read beside it."""
+    reader = await streams.join(jobs, 0, Group("g", "one", lease=1.0))
+    async with Pipeline("app", url) as app:
+        await app.publish(jobs, Number(n=1))
+    (entry,) = await reader.read(1, 1.0)
+    apart = Commit([Segment(entry.id, 1, 0, 0)], retries=[Retried(0.0, entry.body, deliveries=SUSPICION)])
+    assert await reader.commit(apart) == []
+    reader.settled(entry.id)
+    reader._due_at = reader._claim_at = 0.0  # one look does both
+    with failing_once(streams, "claim"):
+        (suspect,) = await reader.read(1, 1.0)
+    assert suspect.apart
+    await reader.close()
+
+
+async def test_a_stranger_in_the_stream_costs_nothing_though_refusing_it_fails(streams: Streams, url: str) -> None:
+    reader = await streams.join(jobs, 0, Group("g", "one", lease=30.0))
+    async with Pipeline("app", url) as app:
+        await app.publish(jobs, Number(n=1))
+        redis.Redis.from_url(url).xadd(reader.keys.stream, {"a": "stranger"})
+        await asyncio.sleep(0.002)
+        await app.publish(jobs, Number(n=2))
+    with failing_once(streams, "refuse"):
+        assert len(await reader.read(9, 1.0)) == 2
+    await reader.close()
+
+
+async def test_one_group_whose_stream_is_gone_ends_no_leases_of_others(streams: Streams, url: str) -> None:
+    ruined = await streams.join(Channel("ruined", bytes), 0, Group("g", "one", lease=5.0))
+    reader = await streams.join(jobs, 0, Group("g", "one", lease=0.5))
+    await streams.publish(ruined.channel, 0, [Outgoing(b"1", 1, "s", 1)])
+    await streams.publish(jobs, 0, [Outgoing(b"1", 1, "s", 1)])
+    assert len(await ruined.read(1, 1.0) + await reader.read(1, 1.0)) == 2
+    with redis.Redis.from_url(url) as bare:
+        bare.delete(ruined.keys.stream)
+        await asyncio.sleep(1.2)
+        (pending,) = bare.xpending_range(reader.keys.stream, "g", "-", "+", 1)
+    assert pending["time_since_delivered"] < 500
+    await ruined.close()
+    await reader.close()
+
+
+async def test_a_group_is_served_by_who_has_no_hand_free_to_look(url: str) -> None:
+    """One reader is busy for longer than a group lasts that nobody serves; the other has nothing, and does not look."""
+    streams = Streams(url, "test", group_expires=0.6)
+    busy, idle = [await streams.join(Channel("long", bytes, partitions=2), n, Group("g", "one", 0.3)) for n in (0, 1)]
+    await streams.publish(busy.channel, 0, [Outgoing(b"1", 1, "s", 1)])
+    await streams.publish(busy.channel, 1, [Outgoing(b"1", 1, "s", 1)])
+    assert len(await busy.read(1, 1.0)) == 1
+    await asyncio.sleep(1.0)
+    for reader in (busy, idle):
+        await streams._trim(reader.keys, 60.0)
+    with redis.Redis.from_url(url) as bare:
+        assert [len(bare.xinfo_groups(reader.keys.stream)) for reader in (busy, idle)] == [1, 1]
+    for reader in (busy, idle):
+        await reader.close()
+    await streams.close()
+
+
+async def test_a_suspect_that_waits_for_an_empty_hand_is_asked_after_calmly(streams: Streams) -> None:
+    reader = await streams.join(jobs, 0, Group("g", "one", lease=5.0))
+    await streams.publish(jobs, 0, [Outgoing(b"%d" % n, 1, "s", n) for n in (1, 2)])
+    one, two = await reader.read(2, 1.0)
+    apart = Commit([Segment(two.id, 1, 0, 0)], retries=[Retried(0.0, b"2", deliveries=SUSPICION)])
+    assert await reader.commit(apart) == []
+    reader.settled(two.id)
+    run, calls = streams.run, []
+
+    async def counted(script: str, *arguments: Any, **options: Any) -> Any:
+        calls.append(script)
+        return await run(script, *arguments, **options)
+
+    streams.run = counted  # type: ignore[method-assign]
+    assert await reader.read(1, 0.5) == []
+    assert len(calls) < 20
+    reader.settled(one.id)
+    assert [entry.body for entry in await reader.read(1, 0.5)] == [b"2"]
     await reader.close()
 
 

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.server import Server
 from pipeline.testing import first
 
-from .apps import serving, until
+from .apps import idle, serving, unanswered_once, until
 
 LiveClient = Literal["redis", "asyncio-redis"]
 
@@ -294,6 +294,118 @@ async def test_a_watcher_whose_scope_is_cancelled_leaves_no_subscription(url: st
 
 def _watching(bare: Any) -> bool:
     return any(client["sub"] != "0" or client["name"] == "pipeline-viewer-watch" for client in bare.client_list())
+
+
+async def test_a_listener_that_is_refused_for_a_while_hears_again(
+    live_client: LiveClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Server() as server:
+        app, other, heard = Pipeline("app", server.url, live_client=live_client), Pipeline("other", server.url), []
+
+        @app.subscriber(alerts, group="g")
+        async def listen(alert: Alert) -> None:
+            heard.append(alert.sensor)
+
+        async with other, app, serving(app):
+            with redis.Redis.from_url(server.url) as bare:
+                bare.config_set("requirepass", "secret")
+                bare.client_kill_filter(_type="pubsub")
+                await until(lambda: "cannot be heard" in caplog.text or "was lost" in caplog.text)
+                await asyncio.sleep(0.3)
+                bare.config_set("requirepass", "")
+                await until(lambda: any(client["sub"] != "0" for client in bare.client_list()))
+            await other.publish(alerts, Alert(sensor="after"))
+            await until(lambda: heard == ["after"])
+
+
+async def test_a_live_commit_whose_answer_is_lost_counts_once_and_publishes_once(url: str) -> None:
+    app, other = Pipeline("app", url), Pipeline("other", url)
+    kept: Channel[Alert] = Channel("kept", Alert)
+    calls = []
+
+    @app.subscriber(alerts, group="g", publishes=kept)
+    async def pass_on(alert: Alert) -> Alert:
+        calls.append(alert)
+        return alert
+
+    async with other, app, serving(app):
+        with unanswered_once(app.backend.durable, "commit"):
+            for n in range(2):
+                await other.publish(alerts, Alert(sensor=str(n)))
+                await until(lambda n=n: len(calls) == n + 1)  # type: ignore[misc]
+            async with asyncio.timeout(5):
+                while (counts := (await other.stats()).channels["alerts"].groups["g"]).handled < 2:
+                    await asyncio.sleep(0.02)
+        passed_on = [message.event.sensor for message in await other.newest(kept, 10)]
+    assert (counts.handled, sorted(passed_on)) == (2, ["0", "1"])
+
+
+async def test_no_two_live_events_have_one_id_though_the_answer_to_a_commit_is_lost(url: str) -> None:
+    app, kept, ids = Pipeline("app", url), Channel("kept", Alert), []
+
+    @app.subscriber(kept, group="g", publishes=alerts)
+    async def pass_on(alert: Alert) -> Alert:
+        return alert
+
+    async with app, serving(app), app.watch(alerts) as stream:
+        heard = aiter(stream)
+        with unanswered_once(app.backend.durable, "commit"):
+            for n in range(3):
+                await app.publish(kept, Alert(sensor=str(n)))
+                async with asyncio.timeout(5):
+                    ids.append((await anext(heard)).id)
+                await idle(app, kept)
+    assert len(set(ids)) == 3
+
+
+async def test_while_memory_is_full_live_channels_go_on() -> None:
+    """They take no room: a text is heard once, groups join, what they handle is counted."""
+    with Server() as server, redis.Redis.from_url(server.url) as bare:
+        app, heard = Pipeline("app", server.url), []
+
+        @app.subscriber(music, group="radio")
+        async def listen(text: str) -> None:
+            heard.append(text)
+
+        async with app:
+            bare.config_set("maxmemory", "1mb")
+            async with asyncio.timeout(5), serving(app):
+                await app.publish(music, "one")
+                await app.publish(music, "two")
+                await until(lambda: len(heard) == 2)
+                while (ledger := (await app.stats()).channels["classical_music"]).groups["radio"].handled < 2:
+                    await asyncio.sleep(0.02)
+            with pytest.raises(redis.OutOfMemoryError):
+                bare.set("still", "full")
+            bare.config_set("maxmemory", "0")
+    assert heard == ["one", "two"]
+    assert ledger.published == 2
+
+
+async def test_what_two_groups_of_a_channel_missed_is_counted_for_each_once(url: str) -> None:
+    app, heard = Pipeline("app", url), []
+    app.settings = app.settings.model_copy(update={"metrics_interval": 0.1})
+    for group in ("one", "two"):
+
+        @app.subscriber(alerts, group=group)
+        async def listen(alert: Alert) -> None:
+            heard.append(alert)
+
+    async with app, serving(app):
+        with redis.Redis.from_url(url) as bare:
+            for sequence in (1, 7):
+                frame = {"pipeline": 1, "source": "s", "sequence": sequence, "time": 1.0, "data": [{"sensor": "a"}]}
+                bare.publish("alerts", json.dumps(frame))
+        await until(lambda: len(heard) == 4)
+        async with asyncio.timeout(5):
+            while not all((dropped := await _dropped(app)).values()):
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(0.3)
+        assert dropped == await _dropped(app) == {"one": 5, "two": 5}
+
+
+async def _dropped(app: Pipeline) -> dict[str, int]:
+    return {name: group.dropped for name, group in (await app.stats()).channels["alerts"].groups.items()}
 
 
 async def test_scripts_use_the_same_verbs_without_async(url: str) -> None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+from typing import Any
+
+import redis
 
 from pipeline import Channel, Message, Pipeline, RetryPolicy
-from pipeline.transports import CHANCES, SUSPICION, Group
+from pipeline.server import Server
+from pipeline.transports import CHANCES, SUSPICION, Commit, Group, Outgoing, Segment
+from pipeline.transports.client import LinkLost
 from pipeline.transports.redis import RedisBackend
+from pipeline.transports.streams import Streams
 
-from .apps import idle, serving
+from .apps import failing_once, idle, serving, until
 from .workers import Number, Worker, ended_or, ordered
 
 KEYS = "abcdefghijkl"
@@ -115,3 +123,124 @@ async def test_nothing_overtakes_an_event_that_kills_its_workers(valkey_url: str
     assert deaths == SUSPICION + CHANCES
     assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (29 + deaths, 1)
     assert seen == [n for n in range(30 + deaths) if n != 13]
+
+
+async def test_order_holds_through_an_outage_longer_than_the_lease() -> None:
+    """Nobody else has taken the partition, so what its owner commits late is no stranger's."""
+    seen: list[int] = []
+    with Server(appendonly=True, appendfsync="always") as server:
+        app = Pipeline("app", server.url)
+
+        @app.subscriber(ordered, group="g", ordered=True, lease=0.5)
+        async def work(event: Number) -> None:
+            seen.append(event.n)
+            await asyncio.sleep(0.1)
+
+        async with app, serving(app):
+            await app.publish(ordered, [Number(n=n) for n in range(12)], key="a")
+            await until(lambda: len(seen) == 2)
+            server.kill()
+            await asyncio.sleep(0.8)
+            await asyncio.to_thread(server.start)
+            ledger = await idle(app, "ordered", 20)
+    assert seen == list(range(12))
+    assert (ledger.groups["g"].handled, ledger.groups["g"].duplicates_suppressed) == (12, 0)
+
+
+async def test_an_owner_whose_lease_ran_out_begins_with_what_others_left_meanwhile(url: str) -> None:
+    streams = Streams(url, "test")
+    pair: Channel[Number] = Channel("pair", Number, partitions=2)
+    one = await streams.join(pair, 0, Group("g", "one", 5.0, exclusive=True))
+    await streams.publish(pair, 0, [Outgoing(b"1", 1, "s", 1)])
+    (held,) = await one.read(1, 1.0)
+    for n in (2, 3):
+        await streams.publish(pair, 0, [Outgoing(b"%d" % n, 1, "s", n)])
+    with redis.Redis.from_url(url) as client:  # two had it, read on, and died
+        client.xreadgroup("g", "two", {one.keys.stream: ">"}, count=1)
+        client.delete(one.keys.group("g", "owner"))
+    assert await one.commit(Commit([Segment(held.id, 1, 0, 0)], handled=1)) == []
+    one.settled(held.id)
+    assert [entry.body for _ in range(2) for entry in await one.read(1, 1.0)] == [b"2", b"3"]
+    await one.close()
+    await streams.close()
+
+
+async def test_nothing_new_is_read_before_what_a_partition_came_with_though_asking_fails_once(url: str) -> None:
+    streams = Streams(url, "test")
+    pair: Channel[Number] = Channel("pair", Number, partitions=2)
+    reader = await streams.join(pair, 0, Group("g", "two", 5.0, exclusive=True))
+    for n in (1, 2):
+        await streams.publish(pair, 0, [Outgoing(b"%d" % n, 1, "s", n)])
+    with redis.Redis.from_url(url) as client:
+        client.xreadgroup("g", "dead", {reader.keys.stream: ">"}, count=1)
+    with failing_once(streams, "claim"):
+        assert [entry.body for _ in range(2) for entry in await reader.read(1, 1.0)] == [b"1", b"2"]
+    await reader.close()
+    await streams.close()
+
+
+async def test_what_was_taken_of_a_partition_is_handed_out_before_it_is_given_up(url: str) -> None:
+    """The second page of what it came with could not be had, and meanwhile it is more than this one's share."""
+    streams = Streams(url, "test")
+    pair: Channel[Number] = Channel("pair", Number, partitions=2)
+    reader = await streams.join(pair, 1, Group("g", "two", 5.0, exclusive=True))
+    await streams.publish(pair, 1, [Outgoing(b"%d" % n, 1, "s", n) for n in range(1, 151)])
+    with redis.Redis.from_url(url) as client:
+        client.xreadgroup("g", "dead", {reader.keys.stream: ">"}, count=150)
+    assert reader.share is not None
+    claim, pages = streams.run, []
+
+    async def lossy(script: str, *arguments: Any, **options: Any) -> Any:
+        if script == "claim" and len(pages) == 1:
+            reader.share.most = 0  # type: ignore[union-attr]
+            pages.append(None)
+            raise LinkLost("injected")
+        pages.extend([None] * (script == "claim"))
+        return await claim(script, *arguments, **options)
+
+    streams.run = lossy  # type: ignore[method-assign]
+    taken = await reader.read(1, 1.0)
+    assert [entry.body for entry in taken] == [b"%d" % n for n in range(1, 101)]
+    await reader.release([entry.id for entry in taken])
+    assert await reader.read(1, 0.1) == []
+    assert reader.owner == ""
+    await reader.close()
+    await streams.close()
+
+
+async def test_who_stops_serving_and_stays_open_leaves_its_partitions_to_others(anywhere: str) -> None:
+    one, two = Pipeline("one", anywhere), Pipeline("two", anywhere)
+    seen: list[int] = []
+    for app in (one, two):
+
+        @app.subscriber(ordered, group="g", ordered=True, lease=1.0)
+        async def work(event: Number) -> None:
+            seen.append(event.n)
+
+    async with one, serving(two):
+        async with serving(one):
+            await asyncio.sleep(0.5)
+        for n in range(12):
+            await one.publish(ordered, Number(n=n), key=KEYS[n])
+        await idle(one, "ordered", 5)
+    assert sorted(seen) == list(range(12))
+
+
+async def test_an_ordered_worker_stops_though_redis_hangs() -> None:
+    with Server() as server:
+        app = Pipeline("app", server.url)
+
+        @app.subscriber(ordered, group="g", ordered=True, lease=3.0)
+        async def work(event: Number) -> None:
+            """Nothing comes."""
+
+        stop = asyncio.Event()
+        running = asyncio.create_task(app.serve(stop))
+        await asyncio.wait_for(app.ready.wait(), 10)
+        await asyncio.sleep(0.2)
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            stop.set()
+            await asyncio.wait_for(running, 9)
+        finally:
+            os.kill(server.pid, signal.SIGCONT)

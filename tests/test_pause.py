@@ -6,9 +6,10 @@ import asyncio
 import time
 
 import pytest
+import redis
 
 from pipeline import Channel, Event, Message, Pipeline, Reject, Retry, RetryPolicy
-from pipeline.errors import ConfigurationError, UnknownChannel
+from pipeline.errors import ConfigurationError, ServerUnavailable, UnknownChannel
 from pipeline.ledger import GroupLedger
 from pipeline.server import Server
 
@@ -69,6 +70,24 @@ async def test_a_paused_group_takes_nothing_within_a_second_and_loses_nothing(an
         await idle(app, "orders")
         assert not (await group_of(app)).paused
     assert sorted(seen) == sorted(n for n in range(200) if n % 10 != 7)
+
+
+async def test_a_group_is_paused_while_memory_is_full_and_a_refusal_is_no_strange_error() -> None:
+    with Server() as server, redis.Redis.from_url(server.url) as bare:
+        app = Pipeline("app", server.url)
+
+        @app.subscriber(orders, group="g")
+        async def work(event: Order) -> None:
+            """Nothing comes."""
+
+        async with app, serving(app):
+            bare.config_set("maxmemory", "1mb")
+            assert await app.pause("orders", "g")
+            bare.config_set("maxmemory", "0")
+            bare.config_set("min-replicas-to-write", 1)
+            with pytest.raises(ServerUnavailable, match="pause of group 'g': Redis refuses: NOREPLICAS"):
+                await app.pause("orders", "g")
+            bare.config_set("min-replicas-to-write", 0)
 
 
 async def feed(app: Pipeline, count: int, pause: float) -> None:

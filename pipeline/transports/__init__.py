@@ -193,6 +193,8 @@ class Commit:
     retries: list[Retried] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
     replies: list[Answered] = field(default_factory=list)
+    uncertain: bool = False
+    """Set when an answer to it was lost: where it conflicts, it may have been with itself."""
 
 
 class Reader(Protocol):

@@ -202,7 +202,7 @@ class Client:
         self._scripts = scripts
         self._link: Link | None = None
         self._connecting: asyncio.Task[Link] | None = None
-        self._closed = False
+        self.closed = False
 
     @property
     def current(self) -> Link | None:
@@ -213,7 +213,7 @@ class Client:
         """The connection, opened anew when the last one was lost. Raises ServerUnavailable."""
         if self._link is not None and not self._link.closed:
             return self._link
-        if self._closed:
+        if self.closed:
             raise ServerUnavailable("this pipeline is closed")
         if self._connecting is None or self._connecting.done():
             self._connecting = asyncio.ensure_future(self._open())
@@ -255,7 +255,7 @@ class Client:
             try:
                 result = await action()
             except (ServerUnavailable, LinkLost, ReplyError) as error:
-                if self._closed or not transient(error):
+                if self.closed or not transient(error):
                     raise
                 waited = time.monotonic() - started
                 if patience is not None and waited + delay > patience:
@@ -273,7 +273,7 @@ class Client:
                 return result
 
     async def close(self) -> None:
-        self._closed = True
+        self.closed = True
         if self._connecting is not None and not self._connecting.done():
             self._connecting.cancel()
             with contextlib.suppress(asyncio.CancelledError, ServerUnavailable):

@@ -106,7 +106,8 @@ class MemoryBackend:
 
     async def dropped(self, channel: str, group: str, count: int) -> None:
         with self.store.lock:
-            self.store.partition(channel).groups[group].dropped += count
+            if (found := self.store.partition(channel).groups.get(group)) is not None:
+                found.dropped += count
 
     async def turn(self, name: str, holder: str, seconds: float) -> bool:
         with self.store.lock:
@@ -136,7 +137,8 @@ class _Durable:
         for frame in frames:
             await self._publish_one(channel, place, frame)
             frame.taken = True
-        place.trim(channel.keep)
+        with self._store.lock:
+            place.trim(channel.keep)
 
     async def _publish_one(self, channel: Channel[Any], place: Partition, frame: Outgoing) -> None:
         def work() -> bool:
@@ -147,7 +149,7 @@ class _Durable:
                 return
             await asyncio.sleep(STEP)
 
-    async def _insist(self, work: Callable[[], T], operation: str) -> T:
+    async def _insist(self, work: Callable[[], T], operation: str, commit: Commit | None = None) -> T:
         """As the Redis transport does: what is idempotent is repeated when its answer is lost."""
         while True:
             try:
@@ -155,6 +157,8 @@ class _Durable:
                     result: T = self._store.faults.run(operation, work)
                 return result
             except LinkLost:
+                if commit is not None:
+                    commit.uncertain = True
                 await asyncio.sleep(STEP * random.random())
 
     async def full(self, channel: Channel[Any], partition: int) -> bool:
@@ -179,7 +183,7 @@ class _Durable:
             self.emit(commit)
             return []
 
-        return await self._insist(work, "commit")
+        return await self._insist(work, "commit", commit)
 
     def emit(self, commit: Commit) -> None:
         for output in commit.outputs:

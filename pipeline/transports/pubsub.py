@@ -12,9 +12,11 @@ import heapq
 import itertools
 import logging
 import random
+import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from ..channel import Channel
@@ -166,8 +168,19 @@ class _Subscription:
                 "channel %r: the connection was lost; what is published meanwhile is missed", self._channel.name
             )
             await asyncio.sleep(random.uniform(0, 0.05))
-            what = f"channel {self._channel.name!r}"
-            self._connection = await self._pubsub.streams.client.persist(self._connect, patience=None, what=what)
+            self._connection = await self._reconnect()
+
+    async def _reconnect(self) -> LiveConnection:
+        """Until there is one, or this is closed: nobody would learn that this listener has gone deaf."""
+        client, what = self._pubsub.streams.client, f"channel {self._channel.name!r}"
+        while True:
+            try:
+                return await client.persist(self._connect, patience=None, what=what)
+            except Exception as error:
+                if client.closed:
+                    raise
+                logger.error("%s cannot be heard: %s", what, error)
+                await asyncio.sleep(1.0)
 
     def take(self, most: int) -> list[Entry]:
         return [Entry(f"l{next(self._numbers)}", payload, -1) for payload in self.ring.take(most)]
@@ -198,23 +211,31 @@ class PubSub:
     async def publish(self, channel: Channel[Any], partition: int, frames: Sequence[Outgoing]) -> None:
         count = sum(frame.count for frame in frames)
         meta = Keys.of(channel.name).meta
+        client, what = self.streams.client, f"publish to {channel.name!r}"
 
-        async def write() -> None:
-            link = await self.streams.client.link()
+        async def write() -> bool:
+            link = await client.link()
             replies = [link.call("PUBLISH", channel.name, frame.body) for frame in frames]
-            replies.append(link.call("HINCRBY", meta, "published", count))
+            counted = link.call("HINCRBY", meta, "published", count)
             await link.writable()
-            await asyncio.gather(*replies)
+            *heard, number = await asyncio.gather(*replies, counted, return_exceptions=True)
+            for reply in heard:
+                if isinstance(reply, BaseException):
+                    raise reply
+            return isinstance(number, int)
 
-        await self.streams.client.persist(write, patience=PATIENCE, what=f"publish to {channel.name!r}")
+        if not await client.persist(write, patience=PATIENCE, what=what):
+            # Full, most likely: what was heard is not to be said again because it cannot be counted.
+            count_it = partial(self.streams.run, "count", [meta], count)
+            await client.persist(count_it, patience=PATIENCE, what=what)
 
     async def full(self, channel: Channel[Any], partition: int) -> bool:
         return False  # a live channel keeps nothing
 
     async def join(self, channel: Channel[Any], partition: int, group: Group) -> LiveReader:
         keys = Keys.of(channel.name)
-        client = self.streams.client
-        await client.persist(lambda: client.call("SADD", keys.groups, group.name), patience=None, what="join")
+        enlist = partial(self.streams.run, "enlist", [keys.groups], group.name)
+        await self.streams.client.persist(enlist, patience=None, what="join")
         reader = LiveReader(self, channel, keys, group)
         await reader.subscription.open()
         return reader
@@ -238,6 +259,10 @@ class LiveReader:
         self._group = group
         self._waiting: list[tuple[float, int, Entry]] = []
         self._numbers = itertools.count(1)
+        self._commits = itertools.count(1)
+        self._committing = asyncio.Lock()
+        self._name = secrets.token_hex(8)
+        """Commits are told from their repetitions by it and their number; so there is one at a time."""
         self._stopping = asyncio.Event()
         self._overwritten = 0
 
@@ -268,7 +293,9 @@ class LiveReader:
             outputs=commit.outputs,
             replies=commit.replies,
         )
-        await self._pubsub.streams.commit(self._keys, self._group.name, effects)
+        async with self._committing:
+            token = f"{self._name}{next(self._commits)}"
+            await self._pubsub.streams.commit(self._keys, self._group.name, effects, token)
         for retry in commit.retries:
             number = next(self._numbers)
             entry = Entry(f"r{number}", retry.body, retry.count)

@@ -24,9 +24,13 @@ class Holder(Protocol):
     held: dict[str, float]
     taken_away: list[str]
 
+    @property
+    def owner(self) -> str: ...
+
 
 class Renewer:
-    """Renews all that its readers hold, three times a lease. A lease must outlast three stretches that hold the GIL."""
+    """Renews all that its readers hold, three times a lease, and tells that their groups are served. A lease must
+    outlast three stretches that hold the GIL."""
 
     def __init__(self, url: str, script: Script) -> None:
         self._url = url
@@ -72,13 +76,10 @@ class Renewer:
         self._missed = {pair for pair in self._missed if pair[0] in holders}
         for holder in holders:
             held = list(holder.held)
-            if not held and not holder.group.exclusive:
-                continue
             entries = [id_ for id_ in held if not id_.startswith("r")]
             apart = [id_ for id_ in held if id_.startswith("r")]
             keys, group = holder.keys, holder.group
-            owner = keys.group(group.name, "owner") if group.exclusive else ""
-            names = [keys.stream, keys.group(group.name, "due"), owner]
+            names = [keys.stream, keys.group(group.name, "due"), holder.owner]
             arguments: list[str | int] = [
                 group.name,
                 group.consumer,
@@ -89,9 +90,12 @@ class Renewer:
             ]
             try:
                 lost = self._call(client, names, arguments)
-            except (redis.RedisError, OSError) as error:
-                logger.debug("leases of group %r could not be renewed: %s", group.name, error)
+            except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+                logger.debug("leases could not be renewed: %s", error)
                 return
+            except redis.RedisError as error:  # of this group's alone: its stream is gone, say
+                logger.debug("leases of group %r could not be renewed: %s", group.name, error)
+                continue
             # A settled entry is no longer pending either, and the reply to its commit may come after this one: only
             # what is missed twice and still held was taken away.
             missed = {(holder, id_) for id_ in (str(item, "ascii") for item in lost) if id_ in holder.held}

@@ -290,19 +290,18 @@ class Partition:
 
     def settle_letter(self, name: str, letter: str, again: Retried | None) -> bool:
         """See replay.lua."""
-        group = self.groups[name]
-        if letter in group.settled:
+        group = self.groups.get(name)
+        if group is None or letter in group.settled:
             return False
+        if again is not None:
+            if group.dead >= again.count:
+                group.dead -= again.count
+            elif group.handled >= again.count:
+                group.handled -= again.count
+            else:
+                return False
+            group.wait(self._clock.now(), again)
         group.settled.add(letter)
-        if again is None:
-            return True
-        if group.dead >= again.count:
-            group.dead -= again.count
-        elif group.handled >= again.count:
-            group.handled -= again.count
-        else:
-            return False
-        group.wait(self._clock.now(), again)
         return True
 
     def pause(self, name: str, paused: bool) -> bool:

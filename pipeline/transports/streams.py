@@ -8,7 +8,7 @@ import logging
 import random
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ..channel import MOST_EVENTS, Channel
@@ -31,8 +31,12 @@ TELL_EVERY = 600.0
 CONSUMER_IDLE = 300.0
 SYNC = 5.0
 """Seconds of one wait for the disk; less than a connection may be silent."""
+FAREWELL = 1.0
+"""Seconds for what only spares others the wait for a lease to end."""
 _COUNTS = struct.Struct(">7I")
 _RUN = struct.Struct(">3I")
+_TAKEN, _WAS_FREE = 0, 2
+"""What own.lua says: somebody else's; ours now, and nobody's before."""
 PATIENCE = 30.0
 """Seconds a publish waits for a Redis that went away before it gives up with an error."""
 
@@ -140,15 +144,22 @@ class Streams:
     # -- committing ----------------------------------------------------------------------------------------------
 
     async def commit(self, keys: Keys, group: str, commit: Commit, token: str = "") -> list[str | None]:
-        """Also used, without segments, for the outputs of live subscribers. `token` fences an exclusive reader."""
+        """Also used, without segments, for the outputs of live subscribers. `token` fences an exclusive reader, and
+        tells a commit without segments from its repetition."""
         names, arguments = commit_arguments(keys, group, commit, token)
         for output in commit.outputs:
             if output.channel.durable:
                 self._know(output.channel, output.partition)
+
+        async def write() -> Any:
+            try:
+                return await self.run("commit", names, *arguments)
+            except LinkLost:
+                commit.uncertain = True
+                raise
+
         try:
-            statuses = await self.client.persist(
-                lambda: self.run("commit", names, *arguments), patience=None, what=f"commit of {group}"
-            )
+            statuses = await self.client.persist(write, patience=None, what=f"commit of {group}")
         except ReplyError as error:
             if str(error).startswith("EXPIRED"):
                 raise PayloadExpired(str(error)) from None
@@ -167,26 +178,27 @@ class Streams:
         keys = Keys.of(channel, partition)
         names = [keys.group(group, part) for part in ("h", "due", "bod", "takes", "settled")]
         again = again or Retried(0.0, b"")
-        return bool(await self.run("replay", names, letter, int(ttl * 1000), again.count, again.origin, again.body))
+        arguments = (letter, int(ttl * 1000), again.count, again.origin, again.body)
+        return bool(await self._ask("replay", channel, group, names, *arguments))
 
     async def rewind(self, channel: str, partition: int, group: str, position: str) -> int:
         keys = Keys.of(channel, partition)
         names = [keys.stream, keys.meta, *(keys.group(group, part) for part in ("h", "prog", "due", "bod", "takes"))]
-        try:
-            return int(await self.run("rewind", names, group, position))
-        except ReplyError as error:
-            if "NOGROUP" in str(error) or "no such key" in str(error):
-                raise ConfigurationError(f"channel {channel!r} has no group {group!r}") from None
-            raise
+        return int(await self._ask("rewind", channel, group, names, group, position))
 
     async def pause(self, channel: str, partition: int, group: str, paused: bool) -> bool:
         keys = Keys.of(channel, partition)
+        names = [keys.groups, keys.group(group, "h")]
+        return bool(await self._ask("pause", channel, group, names, group, int(paused)))
+
+    async def _ask(self, name: str, channel: str, group: str, keys: list[str], *arguments: Argument) -> Any:
+        """A script that acts on a group because somebody asked for it, who is told why not."""
         try:
-            return bool(await self.run("pause", [keys.groups, keys.group(group, "h")], group, int(paused)))
+            return await self.run(name, keys, *arguments)
         except ReplyError as error:
-            if "NOGROUP" in str(error):
+            if "NOGROUP" in str(error) or "no such key" in str(error):
                 raise ConfigurationError(f"channel {channel!r} has no group {group!r}") from None
-            raise
+            raise ServerUnavailable(f"{name} of group {group!r}: Redis refuses: {error}") from None
 
     async def _maintain(self) -> None:
         turn = 0
@@ -233,14 +245,22 @@ class Streams:
         self._readers.discard(reader)
         self.renewer.discard(reader)
 
+    async def leave(self, reader: StreamReader) -> None:
+        """With its last reader a group's share of the partitions ends: others may have them, though we stay open."""
+        if not any(other.share is reader.share for other in self._readers):
+            share = self._shares.pop((reader.channel.name, reader.group.name), None)
+            if share is not None:
+                await share.close()
+
     async def close(self) -> None:
         if self._janitor is not None:
             self._janitor.cancel()
             await asyncio.gather(self._janitor, return_exceptions=True)
         self.renewer.stop()
         for share in self._shares.values():
-            with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError):
-                await share.close()
+            with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError, TimeoutError):
+                async with asyncio.timeout(FAREWELL):
+                    await share.close()
         await self.client.close()
         await self._fsync.close()
 
@@ -375,6 +395,7 @@ class StreamReader:
     """One process's share of one group of one partition."""
 
     def __init__(self, streams: Streams, channel: Channel[Any], keys: Keys, group: Group) -> None:
+        self.channel = channel
         self.keys = keys
         self.group = group
         self.held: dict[str, float] = {}
@@ -382,9 +403,12 @@ class StreamReader:
         self.taken_away: list[str] = []
         self.share: Share | None = None
         """Set for an exclusive group: who owns which partition."""
-        self._inherited: list[Entry] = []
+        self._found: list[Entry] = []
+        """Taken, and not yet returned by `read`: it is held and renewed, whatever fails after it was taken."""
+        self._left: bytes | None = None
+        """Up to where the partition's inheritance was taken, until all of it was: nothing new is read before it."""
+        self._owner = keys.group(group.name, "owner")
         self._streams = streams
-        self._channel = channel
         self._client = Client(streams.client.url, f"{streams.client.name}-read")
         self._cursor = "0-0"
         self._claim_at = 0.0
@@ -400,8 +424,13 @@ class StreamReader:
         """The last read was; said once."""
 
     @property
+    def owner(self) -> str:
+        """The owner key of its partition while that is this process's; else ""."""
+        return self._owner if self.share is not None and self._owner in self.share.owned else ""
+
+    @property
     def _where(self) -> str:
-        return f"group {self.group.name!r} of channel {self._channel.name!r}"
+        return f"group {self.group.name!r} of channel {self.channel.name!r}"
 
     async def regroup(self) -> None:
         keys, group = self.keys, self.group
@@ -416,17 +445,13 @@ class StreamReader:
         deadline = time.monotonic() + wait
         while not self._stopping:
             try:
-                if self.share is not None and not await self._may_read(self.share):
+                if self.share is not None and not await self._may_read(self.share) and not self._found:
                     if time.monotonic() >= deadline:
                         return []
                     await asyncio.sleep(POLL)
                     continue
-                found = self._inherited or await self._look(entries)
-                self._inherited = []
-                if self._paused and not found:
-                    await asyncio.sleep(POLL)
-                elif not found and not self._suspects:
-                    found = await self._read_new(entries)
+                if not self._found:
+                    await self._seek(entries)
             except (ServerUnavailable, LinkLost) as error:
                 logger.debug("%s: %s", self._where, error)
                 await self._streams.client.persist(self._client.link, patience=None, what=self._where)
@@ -435,31 +460,46 @@ class StreamReader:
                 await self._mend(error)
                 continue
             self._refused = False
-            if found or time.monotonic() >= deadline:
-                return found
-        return []
+            if self._found or time.monotonic() >= deadline:
+                break
+        found, self._found = self._found, []
+        return found
+
+    async def _seek(self, entries: int) -> None:
+        await self._look(entries)
+        if self._found:
+            return
+        if self._paused:
+            await asyncio.sleep(POLL)
+        elif not self._suspects:
+            await self._read_new(entries)
+        elif self.held:
+            await asyncio.sleep(POLL)
 
     async def _may_read(self, share: Share) -> bool:
         """Own the partition, or come to own it; give it up when this process has more than its share."""
-        key, consumer = self.keys.group(self.group.name, "owner"), self.group.consumer
-        if key in share.owned:
-            if share.surplus(key):
-                if not self.held:
-                    await self._give_up()
-                return False
-            if await self._streams.run("own", [key], consumer, self._lease_ms):
-                return True
-            logger.warning("%s: partition %s went to another worker", self._where, self.keys.base)
-            share.owned.discard(key)
-            self.taken_away.extend(self.held)
-            self.held.clear()
+        key, mine = self._owner, self._owner in share.owned
+        if mine and share.surplus(key):
+            if not self.held:
+                await self._give_up()
             return False
-        if not share.room() or await self._is_paused():
+        if not mine and (not share.room() or await self._is_paused()):
             return False
-        if not await self._streams.run("own", [key], consumer, self._lease_ms):
+        status = await self._streams.run("own", [key], self.group.consumer, self._lease_ms)
+        if status == _TAKEN:
+            if mine:
+                logger.warning("%s: partition %s went to another worker", self._where, self.keys.base)
+                share.owned.discard(key)
+                self._lose_all()
             return False
-        share.owned.add(key)
-        self._inherited = await self._inherit()
+        if status == _WAS_FREE or not mine:
+            share.owned.add(key)
+            self._left = b"0-0"
+        if self._left is None:
+            return True
+        if await self._is_paused():
+            return False
+        await self._inherit()
         return True
 
     async def _is_paused(self) -> bool:
@@ -468,35 +508,30 @@ class StreamReader:
         self._paused = await self._streams.client.call("HGET", names, "paused") is not None
         return self._paused
 
-    async def _inherit(self) -> list[Entry]:
+    async def _inherit(self) -> None:
         """What the last owner left pending comes first, in order: its commits do not count any more."""
-        found: list[Entry] = []
-        cursor = b"0-0"
         names = [self.keys.stream, self.keys.group(self.group.name, "prog")]
-        while True:
+        while self._left is not None:
             cursor, claimed = await self._streams.run(
-                "claim", names, self.group.name, self.group.consumer, 0, cursor, 100
+                "claim", names, self.group.name, self.group.consumer, 0, self._left, 100
             )
-            found += self._hold(claimed)
-            if cursor == b"0-0":
-                return found
+            self._hold(_claimed(claimed))
+            self._left = None if cursor == b"0-0" else cursor
 
-    async def _look(self, entries: int) -> list[Entry]:
+    async def _look(self, entries: int) -> None:
         """Due events, hand-backs and whether the group is paused every POLL, abandoned entries twice a lease."""
         now = time.monotonic()
-        found: list[Entry] = []
         if self._alone in self.held:
             await asyncio.sleep(0.001)
-            return found
+            return
         if now >= self._due_at:
             self._due_at = now + POLL
-            found = await self._take_due(entries)
+            await self._take_due(entries)
         if now >= self._claim_at and not self._paused:
             self._claim_at = now + self.group.lease / 2 * random.uniform(0.7, 1.0)
-            found += await self._claim(entries)
-        return found
+            await self._claim(entries)
 
-    async def _take_due(self, entries: int) -> list[Entry]:
+    async def _take_due(self, entries: int) -> None:
         names = [self.keys.group(self.group.name, part) for part in ("due", "bod", "takes", "h")]
         empty = int(not self.held)
         taken, released, suspects, paused = await self._streams.run(
@@ -512,16 +547,9 @@ class StreamReader:
                 self._claim_at = 0.0
                 self._cursor = "0-0"
             self._released = released
-        found, now = [], time.monotonic()
-        for rid, body, times in taken:
-            name = str(rid, "ascii")
-            entry = Entry(name, body or b"", _weight(name), deliveries=times)
-            if entry.id not in self.held:
-                self.held[entry.id] = now
-                found.append(entry)
-        return found
+        self._hold(_due(str(rid, "ascii"), body, times) for rid, body, times in taken)
 
-    async def _claim(self, entries: int) -> list[Entry]:
+    async def _claim(self, entries: int) -> None:
         names = [self.keys.stream, self.keys.group(self.group.name, "prog")]
         most = max(16, entries)
         cursor, claimed = await self._streams.run(
@@ -530,50 +558,47 @@ class StreamReader:
         self._cursor = str(cursor, "ascii")
         if self._cursor != "0-0":
             self._claim_at = 0.0
-        found = self._hold(claimed)
-        if found:
-            logger.info("%s: took over %d abandoned entries", self._where, len(found))
-        return found
+        if many := self._hold(_claimed(claimed)):
+            logger.info("%s: took over %d abandoned entries", self._where, many)
 
-    def _hold(self, claimed: list[Any]) -> list[Entry]:
-        found, now = [], time.monotonic()
-        for id_, count, body, done, deliveries in claimed:
-            entry = _entry(id_, int(count), body, str(done, "ascii"), deliveries)
-            if entry.id not in self.held:
-                self.held[entry.id] = now
-                found.append(entry)
-                if deliveries > SUSPICION:
-                    self._due_at = 0.0  # it will be set apart, and nothing new is read before it
-        return found
+    def _hold(self, entries: Iterable[Entry]) -> int:
+        """How many of them were not in hand."""
+        before, now = len(self._found), time.monotonic()
+        for entry in entries:
+            if entry.id in self.held:
+                continue
+            self.held[entry.id] = now
+            self._found.append(entry)
+            if not entry.apart and entry.deliveries > SUSPICION:
+                self._due_at = 0.0  # it will be set apart, and nothing new is read before it
+        return len(self._found) - before
 
-    async def _read_new(self, entries: int) -> list[Entry]:
+    async def _read_new(self, entries: int) -> None:
         link = await self._client.link()
         reply = await link.call(
             "XREADGROUP", "GROUP", self.group.name, self.group.consumer, "COUNT", max(1, entries),
             "BLOCK", int(POLL * 1000), "STREAMS", self.keys.stream, ">",
         )  # fmt: skip
-        found, now = [], time.monotonic()
-        for id_, fields in reply[0][1] if reply else ():
+        new = reply[0][1] if reply else ()
+        found = [_entry(id_, int(fields[1]), fields[3]) for id_, fields in new if _is_frame(fields)]
+        for entry in found:
+            self.held.pop(entry.id, None)  # a rewind hands out again what is in hand
+        self._hold(found)
+        for id_, fields in new:
             if not _is_frame(fields):
                 await self._refuse_foreign(id_, fields)
-                continue
-            entry = _entry(id_, int(fields[1]), fields[3])
-            self.held[entry.id] = now
-            found.append(entry)
-        return found
 
     async def _refuse_foreign(self, id_: bytes, fields: list[bytes]) -> None:
         logger.error(
             "%s: entry %s with fields %r was not written by the pipeline and is left out; publish through it instead",
             self._where, id_.decode(), [str(name[:20]) for name in fields[:6:2]],
         )  # fmt: skip
-        await self._streams.client.call("XACK", self.keys.stream, self.group.name, id_)
+        await self._streams.run("refuse", [self.keys.stream], self.group.name, id_)
 
     async def _mend(self, error: ReplyError) -> None:
         if str(error).startswith(("NOGROUP", "UNBLOCKED")):
             logger.warning("%s was gone (flushed, or a restart without data); it is made anew", self._where)
-            self.taken_away.extend(self.held)
-            self.held.clear()
+            self._lose_all()
             self._cursor = "0-0"
             await self.regroup()
             return
@@ -586,8 +611,13 @@ class StreamReader:
         logger.error("%s: Redis refuses to be read: %s", self._where, error)
         await asyncio.sleep(1.0)
 
+    def _lose_all(self) -> None:
+        self.taken_away.extend(self.held)
+        self.held.clear()
+        self._found.clear()
+
     async def commit(self, commit: Commit) -> list[str | None]:
-        token = self.group.consumer if self.group.exclusive else ""
+        token = self.group.consumer if self.group.exclusive and commit.segments else ""
         return await self._streams.commit(self.keys, self.group.name, commit, token)
 
     def settled(self, entry: str) -> None:
@@ -617,18 +647,18 @@ class StreamReader:
 
     async def close(self) -> None:
         self._streams.forget(self)
-        await self._give_up()
         with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError, TimeoutError):
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(FAREWELL):
+                await self._give_up()
+                await self._streams.leave(self)
                 await self._streams.run("reap", [self.keys.stream], self.group.name, self.group.consumer, 0)
         await self._client.close()
 
     async def _give_up(self) -> None:
-        key = self.keys.group(self.group.name, "owner")
-        if self.share is not None and key in self.share.owned:
-            self.share.owned.discard(key)
+        if self.share is not None and self.owner:
+            self.share.owned.discard(self._owner)
             with contextlib.suppress(ServerUnavailable, LinkLost, ReplyError):
-                await self._streams.run("own", [key], self.group.consumer, 0)
+                await self._streams.run("own", [self._owner], self.group.consumer, 0)
 
     @property
     def _lease_ms(self) -> int:
@@ -701,6 +731,16 @@ def _output_kind(channel: Channel[Any]) -> str:
 def _entry(id_: bytes, count: int, body: bytes, done: str = "", deliveries: int = 1) -> Entry:
     text = id_.decode("ascii")
     return Entry(text, body, count, done, deliveries, int(text.partition("-")[2]))
+
+
+def _claimed(entries: list[Any]) -> Iterator[Entry]:
+    """As claim.lua returns them."""
+    for id_, count, body, done, deliveries in entries:
+        yield _entry(id_, int(count), body, str(done, "ascii"), deliveries)
+
+
+def _due(rid: str, body: bytes | None, taken: int) -> Entry:
+    return Entry(rid, body or b"", _weight(rid), deliveries=taken)
 
 
 def _is_frame(fields: list[bytes]) -> bool:

@@ -10,6 +10,22 @@ local function offset_of(id)
   return tonumber(string.match(id, '%-(%d+)$'))
 end
 
+-- Events of an entry, by its fields: 0 in what the pipeline did not write.
+local function events_in(fields)
+  local n = #fields == 4 and fields[1] == 'n' and fields[3] == 'b' and string.match(fields[2], '^%d%d?%d?%d?%d?$')
+  n = tonumber(n or '0')
+  return n <= 65536 and n or 0
+end
+
+-- The first entry of ours that XRANGE (or XREVRANGE) finds between two ids.
+local function nearest(stream, command, from, to)
+  while true do
+    local entry = redis.call(command, stream, from, to, 'COUNT', 1)[1]
+    if not entry or events_in(entry[2]) > 0 then return entry end
+    from = '(' .. entry[1]
+  end
+end
+
 -- Where the tensors of a frame lie that are beside it, which is what it ends with: "shm <owner> …" in shared memory, "blob
 -- <name> <chunks>" in keys of their own. nil for other frames than those, "\0PLR".
 local function beside(body)
@@ -41,31 +57,50 @@ local function refer(stream, id, reference)
   for _, key in ipairs(chunks_of(stream, reference)) do redis.call('PERSIST', key) end
 end
 
+local function foreign(stream, id)
+  return redis.error_reply('FOREIGN ' .. stream .. ' holds entry ' .. id .. ' that the pipeline did not write')
+end
+
+-- Why `add` would refuse a frame at this moment (as TIME says it), if it would. One call, for a key that is right.
+local function refusal(stream, meta, n, t)
+  local after = '(' .. t[1] .. string.sub('00000' .. t[2], -6, -4) .. '-18446744073709551615'
+  local later = redis.pcall('XREVRANGE', stream, '+', after, 'COUNT', 1)
+  if later.err then return redis.error_reply('WRONGTYPE ' .. stream .. ' is a ' .. redis.call('TYPE', stream).ok) end
+  if later[1] and offset_of(later[1][1]) >= tonumber(redis.call('HGET', meta, 'published') or '0') + n then
+    return foreign(stream, later[1][1])
+  end
+end
+
 -- Append a frame under the id ms-OFFSET, where OFFSET counts the channel's events up to and including it. Acknowledged
 -- positions thereby tell how many events lie before them, without a look-up.
-local function add(stream, meta, n, body)
+local function add(stream, meta, n, body, t)
   local offset = redis.call('HINCRBY', meta, 'published', n)
-  local t = redis.call('TIME')
+  t = t or redis.call('TIME')
   local id = t[1] .. string.sub('00000' .. t[2], -6, -4) .. string.format('-%d', offset)
   local done = redis.pcall('XADD', stream, id, 'n', n, 'b', body)
   if type(done) == 'table' and done.err then
-    -- The clock went back: stay on the newest entry's millisecond.
+    -- The clock went back: stay on the newest entry's millisecond. Or somebody else wrote in this one: take the next.
     local info = redis.call('XINFO', 'STREAM', stream)
     local last
     for i = 1, #info, 2 do
       if info[i] == 'last-generated-id' then last = info[i + 1] end
     end
-    if tonumber(string.match(last, '%-(%d+)$')) >= offset then
-      redis.call('HINCRBY', meta, 'published', -n)
-      return redis.error_reply('FOREIGN ' .. stream .. ' holds entry ' .. last .. ' that the pipeline did not write')
+    local ms = tonumber(string.match(last, '^(%d+)'))
+    if offset_of(last) >= offset then
+      if ms > t[1] * 1000 + math.floor(t[2] / 1000) then
+        redis.call('HINCRBY', meta, 'published', -n)
+        return foreign(stream, last)
+      end
+      ms = ms + 1
     end
-    id = string.format('%s-%d', string.match(last, '^(%d+)'), offset)
+    id = string.format('%.0f-%d', ms, offset)
     redis.call('XADD', stream, id, 'n', n, 'b', body)
   end
   return id
 end
 
--- The oldest entry whose payload, should it have one, has not been released; and the id before it, nil if there is none.
+-- The oldest entry of ours whose payload, should it have one, has not been released; and the id of that before it, nil if
+-- there is none.
 local function first_readable(stream, meta)
   local gone = tonumber(redis.call('HGET', meta, 'gone') or '0')
   local most = gone > 0 and 100 or 1
@@ -73,11 +108,13 @@ local function first_readable(stream, meta)
   while true do
     local entries = redis.call('XRANGE', stream, from, '+', 'COUNT', most)
     for _, entry in ipairs(entries) do
-      if offset_of(entry[1]) > gone then return entry, previous end
-      previous = entry[1]
+      from = '(' .. entry[1]
+      if events_in(entry[2]) > 0 then
+        if offset_of(entry[1]) > gone then return entry, previous end
+        previous = entry[1]
+      end
     end
     if #entries < most then return nil, previous end
-    from = '(' .. previous
   end
 end
 
@@ -139,6 +176,28 @@ local function positions(stream)
   return found
 end
 
+-- Settle an entry that the pipeline did not write. Where the group has been given nothing after it, its position is set to
+-- one that tells again how many events lie before it: at the last offset of ours, in this entry's millisecond or the next.
+local function pass_over(stream, group, id)
+  redis.call('XACK', stream, group, id)
+  if positions(stream)[group] ~= id then return end
+  local ms, sequence = string.match(id, '^(%d+)%-(%d+)$')
+  local before, after = nearest(stream, 'XREVRANGE', id, '-'), nearest(stream, 'XRANGE', id, '+')
+  local offset
+  if before then
+    offset = offset_of(before[1])
+  elseif after then
+    offset = offset_of(after[1]) - events_in(after[2])
+  else
+    offset = tonumber(redis.call('HGET', string.sub(stream, 1, -2) .. 'm', 'published') or '0')
+  end
+  if tonumber(sequence) >= offset then
+    if after and string.match(after[1], '^(%d+)') == ms then return end
+    ms = string.format('%.0f', tonumber(ms) + 1)
+  end
+  redis.call('XGROUP', 'SETID', stream, group, string.format('%s-%.0f', ms, offset))
+end
+
 -- Make room for `n` more events: skip the oldest unread frames of groups that are too far behind. What workers already hold
 -- is theirs.
 local function drop_oldest(stream, meta, groups, n, capacity)
@@ -149,12 +208,15 @@ local function drop_oldest(stream, meta, groups, n, capacity)
     local counts = redis.call('HMGET', h, 'before', 'handled', 'dead', 'dropped')
     local left = tonumber(redis.call('HGET', meta, 'published') or '0') + tonumber(n)
     for i = 1, 4 do left = left - tonumber(counts[i] or '0') end
-    while left > capacity and last[group] do
-      local entry = redis.call('XRANGE', stream, '(' .. last[group], '+', 'COUNT', 1)[1]
+    local at = last[group]
+    while left > capacity and at do
+      local entry = nearest(stream, 'XRANGE', '(' .. at, '+')
       if not entry then break end
-      redis.call('XGROUP', 'SETID', stream, group, entry[1])
-      redis.call('HINCRBY', h, 'dropped', entry[2][2])
-      last[group], left = entry[1], left - tonumber(entry[2][2])
+      at = entry[1]
+      local count = events_in(entry[2])
+      redis.call('XGROUP', 'SETID', stream, group, at)
+      redis.call('HINCRBY', h, 'dropped', count)
+      left = left - count
     end
   end
 end

@@ -4,9 +4,8 @@ local got = redis.call('XAUTOCLAIM', KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local entries = {}
 for _, entry in ipairs(got[2]) do
   local fields = entry and entry[2]
-  local n = fields and #fields == 4 and fields[1] == 'n' and fields[3] == 'b' and string.match(fields[2], '^%d%d?%d?%d?%d?$')
-  if fields and not (n and tonumber(n) > 0 and tonumber(n) <= 65536) then
-    redis.call('XACK', KEYS[1], ARGV[1], entry[1])  -- not written by the pipeline; who read it has said so
+  if fields and events_in(fields) == 0 then
+    pass_over(KEYS[1], ARGV[1], entry[1])  -- who read it has said so
   elseif fields then
     local pending = redis.call('XPENDING', KEYS[1], ARGV[1], entry[1], entry[1], 1)
     entries[#entries + 1] = {entry[1], fields[2], fields[4], redis.call('HGET', KEYS[2], entry[1]) or '',

@@ -8,7 +8,7 @@ if redis.call('EXISTS', stream) == 1 then
   local groups = redis.call('XINFO', 'GROUPS', stream)
   if #groups == 0 then
     -- A group may yet begin at the oldest entry.
-    local first = redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
+    local first = nearest(stream, 'XRANGE', '-', '+')
     if first then low = offset_of(first[1]) end
   end
   for _, group in ipairs(groups) do

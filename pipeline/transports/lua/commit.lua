@@ -1,6 +1,7 @@
 -- COMMIT: outputs, retries, replies, ledger and acknowledgement, together, once.
 -- KEYS: stream, h (the group's other keys differ in their last part), then (key, meta) an output
--- ARGV: group, fencing token ('' none: this group's partitions have no owner),
+-- ARGV: group, fencing token ('' none: this group's partitions have no owner) or, without segments, the reader's name of 16
+--       characters and the commit's own after it ('' none),
 --       seven packed numbers: segments, handled, dead, retried, retries, outputs, replies
 --       (id, packed n, low, high)… a segment    an id of an entry apart begins with r
 --       (delay ms, count, times taken, origin, body)… a retry
@@ -18,12 +19,14 @@ local retries_at = 4 + 2 * n_segments
 local outputs_at = retries_at + 5 * n_retries
 local replies_at = outputs_at + 3 * n_outputs
 
-local references = {}
+local references, now = {}, nil
 for i = 0, n_outputs - 1 do
   if ARGV[outputs_at + 3 * i] ~= 'p' then
     local key = KEYS[3 + 2 * i]
-    local t = redis.call('TYPE', key).ok
-    if t ~= 'stream' and t ~= 'none' then return redis.error_reply('WRONGTYPE ' .. key .. ' is a ' .. t) end
+    -- here: refusal
+    now = now or redis.call('TIME')
+    local refused = refusal(key, KEYS[4 + 2 * i], ARGV[outputs_at + 3 * i + 1], now)
+    if refused then return refused end
     local body = ARGV[outputs_at + 3 * i + 2]
     if string.byte(body, 1) == 0 then
       -- here: beside, chunks_of, is_there
@@ -45,7 +48,12 @@ for at = replies_at, replies_at + 2 * n_replies - 1, 2 do
 end
 
 local segments, conflict, suppressed = {}, false, 0
-local fenced = ARGV[2] ~= '' and redis.call('GET', keys .. 'owner') ~= ARGV[2]
+local fenced = false
+if ARGV[2] ~= '' and n_segments > 0 then
+  -- Nobody's: its lease ran out while Redis or its owner was away, and no other's commits have overtaken this one's events.
+  local owner = redis.call('GET', keys .. 'owner')
+  fenced = owner and owner ~= ARGV[2]
+end
 for i = 1, n_segments do
   local id = ARGV[2 + 2 * i]
   local n, low, high = struct.unpack('>I4I4I4', ARGV[3 + 2 * i])
@@ -104,6 +112,14 @@ for _, s in ipairs(segments) do
     end
   end
 end
+if n_segments == 0 then
+  redis.call('HDEL', h, '')
+  -- Nothing tells a live group's commit from its repetition but its name.
+  local name = ARGV[2]
+  if name ~= '' and redis.call('SET', keys .. 'src:' .. string.sub(name, 1, 16), name, 'PX', '86400000', 'GET') == name then
+    return {}
+  end
+end
 -- A live group's first count is its first since it joined, or since the server lost its data and forgot the group.
 local first = n_segments == 0
 if handled ~= 0 then first = redis.call('HINCRBY', h, 'handled', handled) == handled and first end
@@ -123,12 +139,12 @@ for i = 0, n_outputs - 1 do
     redis.call('HINCRBY', meta, 'published', n)
   else
     if kind ~= 's' then
-      -- here: group_of, positions, drop_oldest, in_events, weigh
+      -- here: events_in, nearest, group_of, positions, drop_oldest, in_events, weigh
       local capacity = string.sub(kind, 2)
       if string.byte(kind) == 100 then drop_oldest(key, meta, string.sub(key, 1, -2) .. 'g', n, in_events(meta, capacity)) end
       weigh(meta, capacity, n, body)
     end
-    local id = add(key, meta, n, body)
+    local id = add(key, meta, n, body, now)
     if type(id) == 'table' then
       redis.log(redis.LOG_WARNING, id.err)
     elseif references[i] then

@@ -9,16 +9,29 @@ if exists and positions(stream)[ARGV[1]] then
   return 0
 end
 local published = tonumber(redis.call('HGET', meta, 'published') or '0')
-local before, at = published, '$'
+local before, at = published, exists and '$' or string.format('0-%.0f', published)
 if ARGV[2] == 'oldest' and exists then
   local entry, previous = first_readable(stream, meta)
   if entry then
-    before = offset_of(entry[1]) - tonumber(entry[2][2])
+    before = offset_of(entry[1]) - events_in(entry[2])
     at = previous or string.format('0-%.0f', before)
   end
 end
 redis.call('XGROUP', 'CREATE', stream, ARGV[1], at, 'MKSTREAM')
-redis.call('DEL', h)
-redis.call('HSET', h, 'before', before, 'seen', string.format('%.0f', now_ms()))
+-- Somebody may have deleted a group of this name, or its stream: what waits apart of it is still to be handled, unless it is
+-- in the stream and so read again.
+local keys, kept, extra = string.sub(h, 1, -2), 0, 0
+for _, rid in ipairs(redis.call('ZRANGE', keys .. 'due', 0, -1)) do
+  local count, origin = string.match(rid, 'x(%d+)@(%d+)$')
+  if tonumber(origin) <= before then
+    kept, extra = kept + count, extra + count - 1
+  else
+    forget(h, keys .. 'due', keys .. 'bod', keys .. 'takes', rid)
+  end
+end
+local rid = redis.call('HGET', h, 'rid') or '0'
+redis.call('DEL', h, keys .. 'prog')
+redis.call('HSET', h, 'before', string.format('%.0f', math.max(0, before - kept)), 'extra', extra, 'rid', rid,
+  'seen', string.format('%.0f', now_ms()))
 redis.call('SADD', KEYS[4], ARGV[1])
 return 1

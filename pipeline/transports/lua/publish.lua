@@ -42,7 +42,7 @@ if reference then
   end
 end
 if ARGV[7] == '1' then
-  -- here: group_of, positions, drop_oldest, in_events
+  -- here: events_in, nearest, group_of, positions, drop_oldest, in_events
   drop_oldest(stream, meta, KEYS[4], n, in_events(meta, ARGV[6]))
 end
 local id = add(stream, meta, n, ARGV[4])

@@ -1,4 +1,4 @@
--- RENEW the leases a consumer still has; a bare XCLAIM would let a worker that was paused steal its work back.
+-- RENEW the leases a consumer still has, and say that its group is served; a bare XCLAIM would let a worker that was paused steal its work back.
 -- KEYS: stream, due, owner ('' none)   ARGV: group, consumer, lease ms, #ids, ids…, rids…    → ids that are no longer ours
 local n = tonumber(ARGV[4])
 if KEYS[3] ~= '' and redis.call('GET', KEYS[3]) == ARGV[2] then redis.call('PEXPIRE', KEYS[3], ARGV[3]) end
@@ -14,7 +14,10 @@ for i = 1, #mine, 500 do
   redis.call(unpack(call))
 end
 redis.call('ZREM', KEYS[2], '')  -- so that a server out of memory lets it pass
-local until_ms = string.format('%.0f', now_ms() + tonumber(ARGV[3]))
+local now, h = now_ms(), string.sub(KEYS[2], 1, -4) .. 'h'
+-- Whose hands are full, or whose group is paused, does not look (take.lua), and serves it all the same.
+if redis.call('HEXISTS', h, 'seen') == 1 then redis.call('HSET', h, 'seen', string.format('%.0f', now)) end
+local until_ms = string.format('%.0f', now + tonumber(ARGV[3]))
 for i = 5 + n, #ARGV do
   if redis.call('ZSCORE', KEYS[2], ARGV[i]) then
     redis.call('ZADD', KEYS[2], 'XX', until_ms, ARGV[i])

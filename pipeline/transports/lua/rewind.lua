@@ -14,9 +14,9 @@ if not last then return redis.error_reply('NOGROUP ' .. ARGV[1]) end
 local to = ARGV[2]
 local _, previous = first_readable(stream, KEYS[2])
 if previous and after(previous, to) then to = previous end
-local entry = redis.call('XRANGE', stream, '(' .. to, '+', 'COUNT', 1)[1]
+local entry = nearest(stream, 'XRANGE', '(' .. to, '+')
 local target = published
-if entry then target = offset_of(entry[1]) - tonumber(entry[2][2]) end
+if entry then target = offset_of(entry[1]) - events_in(entry[2]) end
 local before = tonumber(redis.call('HGET', h, 'before') or '0')
 local current = math.max(before, offset_of(last))
 -- Never forwards: what is unread stays so.
@@ -28,7 +28,7 @@ while true do
   for _, p in ipairs(held) do
     local frame = redis.call('XRANGE', stream, p[1], p[1])[1]
     if frame then
-      undone = undone + tonumber(frame[2][2])
+      undone = undone + events_in(frame[2])
       local done = redis.call('HGET', prog, p[1])
       if done then
         local _, marked = string.gsub(done, '1', '')
@@ -46,7 +46,7 @@ for _, rid in ipairs(redis.call('ZRANGE', KEYS[5], 0, -1)) do
     undone = undone + forget(h, KEYS[5], KEYS[6], KEYS[7], rid)
   end
 end
-local last_kept = redis.call('XREVRANGE', stream, to, '-', 'COUNT', 1)[1]
+local last_kept = nearest(stream, 'XREVRANGE', to, '-')
 redis.call('XGROUP', 'SETID', stream, ARGV[1], last_kept and last_kept[1] or string.format('0-%.0f', target))
 local back = current - math.max(before, target) - undone
 if target < before then redis.call('HSET', h, 'before', target) end

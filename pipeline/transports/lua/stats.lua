@@ -28,7 +28,7 @@ for _, group in ipairs(redis.call('SMEMBERS', KEYS[3])) do
         if oldest == 0 then oldest = now_ms() - tonumber(string.match(entry[1], '^(%d+)')) end
         local frame = redis.call('XRANGE', stream, entry[1], entry[1])[1]
         if frame then
-          pending = pending + number(frame[2][2])
+          pending = pending + events_in(frame[2])
           local done = redis.call('HGET', base .. ':prog', entry[1])
           if done then
             local _, marked = string.gsub(done, '1', '')
