@@ -65,6 +65,8 @@ GRACE = 1.0
 TICK = 5.0
 IDLE = 10.0
 """Seconds after which a free segment is given back to the host."""
+CROWDED = 0.1
+"""Seconds between looks whether a file can be opened again."""
 UNTAKEN = 90.0
 """Seconds after which nobody will take an answer any more: it has been in Redis for as long as it may."""
 
@@ -392,20 +394,30 @@ class Payloads:
         await self.start()
         kind, _, rest = reference.partition(" ")
         if kind == "shm":
-            assert self._mappings is not None
-            try:
-                return TensorBytes(self._mappings.view(rest, nbytes, take=last).data)
-            except segments.Gone as error:
-                raise PayloadGone(
-                    f"its tensors were in a host's shared memory and are not here: {error}; they go when every group "
-                    "has settled their event. Set PIPELINE_PAYLOADS=blobs where hosts share a Redis but not this folder"
-                ) from None
+            return TensorBytes((await self._view(rest, nbytes, last)).data)
         name, _, chunks = rest.partition(" ")
         parts = await self.store.download(place(), name, int(chunks), last=last)
         data = b"".join(part for part in parts if part is not None) if len(parts) != 1 else parts[0] or b""
         if len(data) != nbytes:
             raise PayloadGone("its tensors were in Redis beside it and have been deleted")
         return TensorBytes(memoryview(data))
+
+    async def _view(self, reference: str, nbytes: int, last: bool) -> npt.NDArray[np.uint8]:
+        assert self._mappings is not None
+        told = False
+        while True:
+            try:
+                return self._mappings.view(reference, nbytes, take=last)
+            except segments.Gone as error:
+                raise PayloadGone(
+                    f"its tensors were in a host's shared memory and are not here: {error}; they go when every group "
+                    "has settled their event. Set PIPELINE_PAYLOADS=blobs where hosts share a Redis but not this folder"
+                ) from None
+            except segments.Exhausted as error:  # the event is sound: it waits
+                if not told:
+                    told = True
+                    logger.warning("a tensor in shared memory waits until this process can open files: %s", error)
+                await asyncio.sleep(CROWDED)
 
     # -- looking after -------------------------------------------------------------------------------------------
 
