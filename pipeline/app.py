@@ -216,9 +216,7 @@ class Pipeline:
     async def _open(self, patience: float | None) -> None:
         loop = asyncio.get_running_loop()
         if self._opened and self._loop is not loop:
-            raise ConfigurationError(
-                f"pipeline {self.name!r} is open in another event loop: use it there, or make one more for this loop"
-            )
+            raise self._elsewhere()
         if self._opened == 0:
             backend = self._make_backend()
             try:
@@ -280,7 +278,14 @@ class Pipeline:
             raise ConfigurationError(
                 f"pipeline {self.name!r} is not open; use `async with app:` (or `with app.blocking()`)"
             )
+        if _running_loop() not in (self._loop, None):
+            raise self._elsewhere()
         return self._backend
+
+    def _elsewhere(self) -> ConfigurationError:
+        return ConfigurationError(
+            f"pipeline {self.name!r} is open in another event loop: use it there, or make one more for this loop"
+        )
 
     @property
     def backend(self) -> Backend:
@@ -301,8 +306,9 @@ class Pipeline:
 
     @property
     def payloads(self) -> Payloads:
-        """How big tensors travel. Raises ConfigurationError when the pipeline is not open."""
-        self._need_backend()
+        """How big tensors travel, for any thread. Raises ConfigurationError when the pipeline is not open."""
+        if self._payloads is None:
+            self._need_backend()
         assert self._payloads is not None
         return self._payloads
 
@@ -356,6 +362,8 @@ class Pipeline:
         headers: Mapping[str, str] | None,
         reply: str | None,
     ) -> Receipt:
+        if asyncio.get_running_loop() is not self._loop:
+            self._need_backend()  # before anything is handed over: it would be written, and its caller never hear of it
         if key is not None or headers:
             check_envelope(key, headers)
         if channel.partitions == 1 or key is not None:
@@ -792,6 +800,13 @@ class Pipeline:
         worth_it = self._routers or any(outbox.published for outbox in self._outboxes.values())
         if reporter is not None and (reporter.reported or worth_it):
             await self._report(reporter.sample(last=True))
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _messages(frame: Frame[T] | None) -> list[Message[T]]:

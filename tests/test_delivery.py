@@ -33,9 +33,17 @@ from pipeline import (
     Retry,
     RetryPolicy,
     Tensor,
+    publishing,
 )
 from pipeline.deadletters import describe
-from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError, PipelineError
+from pipeline.errors import (
+    ChannelConflict,
+    ConfigurationError,
+    HandlerError,
+    PipelineError,
+    PublishUncertain,
+    ServerUnavailable,
+)
 from pipeline.server import Server
 from pipeline.testing import first
 from pipeline.transports import Commit, Group, Segment
@@ -719,6 +727,77 @@ async def test_a_time_that_is_none_is_refused(since: Any) -> None:
     async with Pipeline("app", "memory://since") as app:
         with pytest.raises(ConfigurationError, match="since="):
             app.watch(numbers, since=since)
+
+
+async def test_a_publish_that_is_given_up_before_it_began_is_not_written(anywhere: str) -> None:
+    """So whoever gives up while a channel is full, and tries again, publishes once."""
+    app, full, seen = Pipeline("app", anywhere), Channel("full", Number, capacity=1), list[int]()
+
+    @app.subscriber(full, group="g")
+    async def work(event: Number) -> None:
+        seen.append(event.n)
+
+    async with app:
+        await app.publish(full, Number(n=0))
+        begun = asyncio.create_task(app.publish(full, Number(n=1)))
+        await asyncio.sleep(0.05)
+        for _ in range(40):
+            tries = [asyncio.create_task(app.publish(full, Number(n=2))) for _ in range(50)]
+            await asyncio.sleep(0)
+            for each in tries:
+                each.cancel()
+            await asyncio.gather(*tries, return_exceptions=True)
+        (outbox,) = (outbox for (channel, _), outbox in app._outboxes.items() if channel is full)
+        assert len(outbox._queue) <= publishing.CROWD
+        last = asyncio.create_task(app.publish(full, Number(n=2)))
+        async with serving(app):
+            await asyncio.gather(begun, last)
+            await idle(app, full)
+    assert seen == [0, 1, 2]
+
+
+async def test_publishes_that_wait_as_the_app_closes_hear_of_it(anywhere: str) -> None:
+    app, full = Pipeline("app", anywhere), Channel("full", Number, capacity=1)
+    async with app:
+        await app.publish(full, Number(n=0))
+        writes, *queued = [asyncio.create_task(app.publish(full, Number(n=n))) for n in range(4)]
+        await asyncio.sleep(0.05)
+        writes.cancel()  # others wrote along with it; now the outbox does
+        await asyncio.sleep(0.05)
+        queued.append(asyncio.create_task(app.publish(full, Number(n=5))))
+        await asyncio.sleep(0.05)
+    async with asyncio.timeout(1):
+        outcomes = await asyncio.gather(*queued, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [PublishUncertain] * 3 + [ServerUnavailable]
+
+
+async def test_a_publisher_that_waits_for_room_itself_hears_of_the_end_too(anywhere: str) -> None:
+    app, full = Pipeline("app", anywhere), Channel("full", Number, capacity=1)
+    async with app:
+        await app.publish(full, Number(n=0))
+        both = [asyncio.create_task(app.publish(full, Number(n=n))) for n in (1, 2)]
+        await asyncio.sleep(0.05)
+    async with asyncio.timeout(1):
+        outcomes = await asyncio.gather(*both, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [ServerUnavailable] * 2
+
+
+async def test_a_verb_in_another_event_loop_is_refused_before_anything_is_written(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
+
+    async def elsewhere() -> None:
+        for verb in (app.publish, app.request):
+            with pytest.raises(ConfigurationError, match="open in another event loop"):
+                await verb(numbers, Number(n=2))
+        with pytest.raises(ConfigurationError, match="open in another event loop"):
+            await app.stats()
+        assert app.empty(3).shape == (3,), "which is for any thread"
+
+    async with app:
+        await app.publish(numbers, Number(n=1))
+        await asyncio.to_thread(asyncio.run, elsewhere())
+        await app.publish(numbers, Number(n=3))
+        assert [message.event.n for message in await app.newest(numbers, 9)] == [3, 1]
 
 
 async def test_a_full_channel_makes_publishers_wait_or_tells_them_or_drops_the_oldest(anywhere: str) -> None:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..channel import Channel
+from ..errors import ServerUnavailable
 from . import Commit, Entry, Group, Guarantees, Holding, Outgoing, PartitionStats, Retried
 from .client import LinkLost
 from .store import Partition, Position, Store, parse
@@ -120,6 +121,7 @@ class MemoryBackend:
         if not self._open:
             return
         self._open = False
+        self.durable.closed = True
         self.store.users -= 1
         if self.store.users == 0:
             _stores.pop(self._url, None)
@@ -129,6 +131,7 @@ class _Durable:
     guarantees = Guarantees(durable=True, replay=True, counts_gaps=True, survives_restart=False)
 
     def __init__(self, store: Store) -> None:
+        self.closed = False
         self._store = store
 
     async def publish(self, channel: Channel[Any], partition: int, frames: Sequence[Outgoing]) -> None:
@@ -145,6 +148,8 @@ class _Durable:
         while True:
             if await self._insist(work, "publish"):
                 return
+            if self.closed:
+                raise ServerUnavailable("this pipeline is closed")
             await asyncio.sleep(STEP)
 
     async def _insist(self, work: Callable[[], T], operation: str) -> T:
