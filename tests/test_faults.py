@@ -14,8 +14,9 @@ import pytest
 import redis
 
 from pipeline import Channel, Event, Message, Pipeline, Reject, RetryPolicy, ServerUnavailable, Tensor
+from pipeline.errors import PublishUncertain
 from pipeline.server import Server
-from pipeline.transports import CHANCES, SUSPICION, Commit, Group, Outgoing, Retried, Segment
+from pipeline.transports import CHANCES, SUSPICION, Commit, Group, Outgoing, Retried, Segment, client, streams
 from pipeline.transports.redis import RedisBackend
 
 from .apps import idle, serving, until
@@ -79,6 +80,66 @@ async def test_a_server_that_is_killed_and_restarted_loses_nothing(own: Server) 
     assert ledger.published == 3000, "a repeated publish must not count twice"
     assert ledger.groups["g"].handled == 3000
     assert set(handled) == set(range(3000))
+
+
+async def _under_way(client: redis.Redis) -> None:
+    """From now on what writes waits in the server, until it is let go on or its connection ends."""
+    client.execute_command("CLIENT", "PAUSE", 10_000, "WRITE")
+    await asyncio.sleep(0.2)
+
+
+async def test_who_waits_for_room_loses_no_patience_with_it(own: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "PATIENCE", 0.5)
+    monkeypatch.setattr(client, "TALKED", 0.2)
+    full = Channel("full", Number, capacity=1)
+    app = Pipeline("app", own.url)
+    app.subscriber(full, group="g")(lambda event: None)
+    async with app:
+        await app.publish(full, Number(n=0))
+        waiting = asyncio.create_task(app.publish(full, Number(n=1)))
+        await asyncio.sleep(0.8)
+        with redis.Redis.from_url(own.url) as other:
+            await _under_way(other)
+            for each in other.client_list():
+                if each["name"] == "pipeline-app":
+                    other.client_kill_filter(_id=each["id"])
+            other.execute_command("CLIENT", "UNPAUSE")
+        async with serving(app):
+            await waiting
+            assert (await idle(app, full)).published == 2
+
+
+async def test_a_publish_that_was_under_way_when_redis_went_for_good_is_uncertain(
+    own: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its first answer was that the channel is full, and it came again."""
+    monkeypatch.setattr(streams, "PATIENCE", 0.5)
+    full = Channel("full", Number, capacity=1)
+    async with Pipeline("app", own.url) as app:
+        await app.publish(full, Number(n=0))
+        waiting = asyncio.create_task(app.publish(full, Number(n=1)))
+        await asyncio.sleep(0.1)
+        with redis.Redis.from_url(own.url) as other:
+            await _under_way(other)
+        own.kill()
+        with pytest.raises(PublishUncertain, match="may or may not be there"):
+            await waiting
+
+
+async def test_an_opening_that_is_cancelled_leaves_nothing_open(valkey_url: str) -> None:
+    with redis.Redis.from_url(valkey_url) as other:
+        for turns in range(40):
+            app = Pipeline(f"app{turns}", valkey_url)
+            opening = asyncio.create_task(app.__aenter__())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if opening.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await opening
+            else:
+                await app.__aexit__()
+        await asyncio.sleep(0.1)
+        assert [each["name"] for each in other.client_list() if each["name"].startswith("pipeline-app")] == []
 
 
 async def test_a_connection_lost_while_the_disk_is_waited_for_is_no_error_and_no_false_promise(
