@@ -96,9 +96,7 @@ class Pipeline:
         self.url = url or self.settings.redis_url
         self._identify()
         self.subscribers: list[Subscriber] = []
-        self._joining = asyncio.Event()
-        self.ready = asyncio.Event()
-        """Set while `serve` runs and every subscriber has joined its group."""
+        self._ready, self._joining = asyncio.Event(), asyncio.Event()
         self._middleware = list(middleware)
         self._live_client = live_client
         self._hooks: list[Hook] = []
@@ -110,6 +108,9 @@ class Pipeline:
         self._spawned: set[asyncio.Task[Any]] = set()
         self._backend: Backend | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._gate = asyncio.Lock()
+        """Openings and closings come one after the other: the backend is made, and closed, once."""
+        self._closing: set[asyncio.Task[None]] = set()
         self._registry: Registry | None = None
         self._replies: Replies | None = None
         self._payloads: Payloads | None = None
@@ -204,6 +205,20 @@ class Pipeline:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("background task %s failed", task.get_name(), exc_info=error)
 
+    @property
+    def ready(self) -> asyncio.Event:
+        """Set while `serve` runs and every subscriber has joined its group."""
+        self._belong()
+        return self._ready
+
+    def _belong(self) -> None:
+        """While it is not open it is whatever loop's that uses it: what waits in one serves no other."""
+        loop = _running_loop()
+        if loop in (self._loop, None) or self._opened or self._gate.locked():
+            return
+        self._loop, self._gate = loop, asyncio.Lock()
+        self._ready, self._joining = asyncio.Event(), asyncio.Event()
+
     # -- open and close ------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Pipeline:
@@ -214,37 +229,60 @@ class Pipeline:
         await self._close()
 
     async def _open(self, patience: float | None) -> None:
-        loop = asyncio.get_running_loop()
-        if self._opened and self._loop is not loop:
+        self._belong()
+        if self._loop is not asyncio.get_running_loop():
             raise self._elsewhere()
-        if self._opened == 0:
-            backend = self._make_backend()
-            try:
-                await backend.open(patience)
-            except BaseException:
-                await backend.close()
-                raise
-            if self._opened_by != os.getpid():
-                self._identify()
-            self._opened_by = 0
-            self._backend, self._loop = backend, loop
-            self._registry = Registry(backend)
-            self._payloads = Payloads(
-                backend.payloads, self.settings.payloads, self.settings.inline_bytes, self.settings.max_frame_bytes,
-                self.settings.shm_bytes, self.settings.shm_dir,
-            )  # fmt: skip
-            self._replies = Replies(backend, self._payloads, self.source)
-            self._reporter = Reporter(
-                self.name, self.consumer, self.settings.metrics_interval,
-                lambda: self._routers, self._take_published, self._report, self._report_ledger,
-            )  # fmt: skip
-            self._reporting = asyncio.create_task(self._reporter.run(), name="reporter")
-        self._opened += 1
+        async with self._gate:
+            if self._backend is None:
+                await self._connect(patience)
+            self._opened += 1
+
+    async def _connect(self, patience: float | None) -> None:
+        backend = self._make_backend()
+        try:
+            await backend.open(patience)
+        except BaseException:
+            await backend.close()
+            raise
+        if self._opened_by != os.getpid():
+            self._identify()
+        self._opened_by = 0
+        self._backend = backend
+        self._registry = Registry(backend)
+        self._payloads = Payloads(
+            backend.payloads, self.settings.payloads, self.settings.inline_bytes, self.settings.max_frame_bytes,
+            self.settings.shm_bytes, self.settings.shm_dir,
+        )  # fmt: skip
+        self._replies = Replies(backend, self._payloads, self.source)
+        self._reporter = Reporter(
+            self.name, self.consumer, self.settings.metrics_interval,
+            lambda: self._routers, self._take_published, self._report, self._report_ledger,
+        )  # fmt: skip
+        self._reporting = asyncio.create_task(self._reporter.run(), name="reporter")
 
     async def _close(self) -> None:
+        """Who is cancelled meanwhile does not wait for the rest, but that is closed, too."""
         self._opened -= 1
-        if self._opened or self._backend is None:
-            return
+        closing = asyncio.create_task(self._disconnect(), name=f"close {self.name}")
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        await asyncio.shield(closing)
+
+    async def _disconnect(self) -> None:
+        async with self._gate:
+            if self._opened or self._backend is None:
+                return
+            backend = self._backend
+            try:
+                await self._finish()
+            finally:
+                self._routers.clear()
+                self._outboxes.clear()
+                self._backend = self._registry = self._replies = self._payloads = None
+                await backend.close()
+
+    async def _finish(self) -> None:
+        """All that needs the backend yet."""
         for task in list(self._spawned):
             task.cancel()
         await asyncio.gather(*self._spawned, return_exceptions=True)
@@ -257,12 +295,8 @@ class Pipeline:
                 await self._send_last_report()
         if self._replies is not None:
             await self._replies.close()
-        assert self._payloads is not None
-        await self._payloads.close()
-        await self._backend.close()
-        self._routers.clear()
-        self._outboxes.clear()
-        self._backend = self._registry = self._replies = self._payloads = None
+        if self._payloads is not None:
+            await self._payloads.close()
 
     def _make_backend(self) -> Backend:
         if self.url.startswith("memory:"):
@@ -550,18 +584,25 @@ class Pipeline:
         if not self.subscribers and not self._hooks:
             raise ConfigurationError(f"pipeline {self.name!r} declares no subscriber, so there is nothing to serve")
         self._stop = stop = stop or asyncio.Event()
-        if not await unless(stop, self._open(None)):
-            return
+        opened = False
+
+        async def start() -> None:
+            nonlocal opened
+            await self._open(None)
+            opened = True
+            await self._start()
+
         try:
-            if await unless(stop, self._start()):
-                self.ready.set()
+            if await unless(stop, start()):
+                self._ready.set()
                 tasks = [task for router, _ in self._routers for task in router.tasks()]
                 await first_failure(tasks, stop)
         finally:
-            self.ready.clear()
-            self._joining.clear()
-            self._stop = None
-            await self._wind_up()
+            if opened:
+                self._ready.clear()
+                self._joining.clear()
+                self._stop = None
+                await self._wind_up()
 
     async def _wind_up(self) -> None:
         """Each step, whatever becomes of those before it; then the first failure."""
@@ -614,6 +655,7 @@ class Pipeline:
         """`serve`, in the foreground: SIGTERM and SIGINT drain, a second one stops now. See lifecycle."""
 
         async def main() -> None:
+            self._belong()
             stop = asyncio.Event()
             serving = asyncio.create_task(self.serve(stop))
             joining = asyncio.create_task(self._joining.wait())

@@ -239,7 +239,9 @@ class Payloads:
         self._flying: set[str] = set()
         self._read: dict[Where, str] = {}
         """What we announced of the channels we read."""
+        self._starting: asyncio.Task[None] | None = None
         self._ticking: asyncio.Task[None] | None = None
+        """Set once it has started."""
 
     @property
     def store(self) -> PayloadStore:
@@ -291,9 +293,14 @@ class Payloads:
         """Before anything is written or read. Repeated, it does nothing."""
         if self._ticking is not None or not self.active:
             return
-        self._ticking = asyncio.create_task(self._tick(), name="payloads")
+        if self._starting is None or self._starting.done():  # the last one failed
+            self._starting = asyncio.create_task(self._start(), name="start payloads")
+        await asyncio.shield(self._starting)  # it is not one caller's: others may wait for it
+
+    async def _start(self) -> None:
         self._deployment = await self.store.deployment()
         self._mappings = segments.Mappings(self._deployment, self._folder)
+        self._ticking = asyncio.create_task(self._tick(), name="payloads")
 
     def write(self, where: Where, buffers: Buffers) -> segments.Segment | None:
         """Into shared memory; None when the payload must go through Redis."""
@@ -459,6 +466,9 @@ class Payloads:
         segments.sweep(needless, self._deployment, self._folder)
 
     async def close(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
         if self._ticking is None:
             return
         self._ticking.cancel()

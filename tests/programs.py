@@ -65,7 +65,7 @@ def app_program(module: str) -> tuple[str, str]:
 @asynccontextmanager
 async def served(app: Pipeline, url: str) -> AsyncIterator[None]:
     """A module's app, served at `url` in the test's own loop."""
-    app.url, app.ready = url, asyncio.Event()
+    app.url = url
     async with serving(app):
         yield
 

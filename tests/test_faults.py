@@ -126,20 +126,62 @@ async def test_a_publish_that_was_under_way_when_redis_went_for_good_is_uncertai
             await waiting
 
 
+def _connected(url: str, name: str) -> int:
+    with redis.Redis.from_url(url) as other:
+        return sum(each["name"].startswith(name) for each in other.client_list())
+
+
+async def test_who_opens_an_app_beside_others_shares_it_and_the_last_one_closes_it(valkey_url: str) -> None:
+    app = Pipeline("shared", valkey_url)
+    app.subscriber(numbers, group="g")(lambda event: None)
+
+    async def use(n: int) -> None:
+        await asyncio.sleep(n * 0.002)  # some begin while others end
+        async with app:
+            await app.publish(numbers, Number(n=n))
+            await asyncio.sleep(0.003)
+            await app.publish(numbers, Number(n=n))
+
+    for _ in range(3):
+        await asyncio.gather(*map(use, range(20)))
+        async with app, serving(app):
+            assert _connected(valkey_url, "pipeline-shared") <= 3
+        leaving = asyncio.create_task(use(0))
+        await asyncio.sleep(0.02)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+    await asyncio.sleep(0.2)
+    assert _connected(valkey_url, "pipeline-shared") == 0
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_an_app_is_closed_though_its_closing_is_cancelled(valkey_url: str) -> None:
+    for turns in range(1, 30):
+        app = Pipeline("closed", valkey_url)
+        await app.__aenter__()
+        await app.publish(numbers, Number(n=turns))
+        closing = asyncio.create_task(app.__aexit__())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+    await asyncio.sleep(0.2)
+    assert _connected(valkey_url, "pipeline-closed") == 0
+
+
 async def test_an_opening_that_is_cancelled_leaves_nothing_open(valkey_url: str) -> None:
-    with redis.Redis.from_url(valkey_url) as other:
-        for turns in range(40):
-            app = Pipeline(f"app{turns}", valkey_url)
-            opening = asyncio.create_task(app.__aenter__())
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            if opening.cancel():
-                with pytest.raises(asyncio.CancelledError):
-                    await opening
-            else:
-                await app.__aexit__()
-        await asyncio.sleep(0.1)
-        assert [each["name"] for each in other.client_list() if each["name"].startswith("pipeline-app")] == []
+    for turns in range(40):
+        app = Pipeline(f"opened{turns}", valkey_url)
+        opening = asyncio.create_task(app.__aenter__())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if opening.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+        else:
+            await app.__aexit__()
+    await asyncio.sleep(0.1)
+    assert _connected(valkey_url, "pipeline-opened") == 0
 
 
 async def test_a_connection_lost_while_the_disk_is_waited_for_is_no_error_and_no_false_promise(

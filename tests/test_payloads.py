@@ -656,6 +656,28 @@ async def test_a_tensor_above_the_limit_is_refused(valkey_url: str, monkeypatch:
         assert (await app.stats()).channels["pictures"].published == 1
 
 
+async def test_the_plane_is_started_once_however_many_begin_at_once(mode: str, valkey_url: str) -> None:
+    channels = [Channel(f"pictures{n}", Image) for n in range(4)]
+    async with Pipeline("app", valkey_url) as app:
+        await asyncio.gather(*(app.publish(channel, image(n)) for n, channel in enumerate(channels)))
+        assert len(files(valkey_url)) == 5, "of this deployment: a segment each, and the owner's lock"
+        assert [message.event for channel in channels for message in await app.newest(channel, 9)] == [
+            image(n) for n in range(4)
+        ]
+
+
+async def test_a_start_that_was_cancelled_is_begun_again(mode: str) -> None:
+    with Server(appendonly=True) as server:
+        async with Pipeline("app", server.url) as app:
+            await app.registry.register(pictures, app.codec(pictures))
+            server.kill()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(app.publish(pictures, image(1)), 0.3)
+            await asyncio.to_thread(server.start)
+            await app.publish(pictures, image(2))
+            assert [message.event for message in await app.newest(pictures, 9)] == [image(2)]
+
+
 # -- after a SIGKILL -----------------------------------------------------------------------------------------------
 
 

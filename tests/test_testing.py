@@ -92,6 +92,21 @@ async def test_after_a_flush_work_goes_on() -> None:
         assert (await settled(app, numbers)).published == 1
 
 
+def test_an_app_of_a_module_serves_one_test_after_the_other(anywhere: str) -> None:
+    """Each in an event loop of its own."""
+    app = doubling(anywhere)
+
+    async def test(n: int) -> None:
+        waiting = asyncio.create_task(app.ready.wait())
+        async with serving(app):
+            await waiting
+            await asyncio.gather(*(app.publish(numbers, Number(n=n)) for _ in range(3)))
+            await settled(app, numbers)
+
+    for n in range(3):
+        asyncio.run(test(n))
+
+
 async def test_a_store_is_forgotten_with_its_last_user() -> None:
     async with Pipeline("one", "memory://brief") as app:
         await app.publish(numbers, Number(n=1))
