@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -110,20 +111,13 @@ class BlockingWatch(Generic[T]):
     def __init__(self, pipe: BlockingPipeline, watch: Watch[T]) -> None:
         self._pipe = pipe
         self._watch = watch
-        self._pending: asyncio.Future[Message[T] | None] | None = None
 
     def __enter__(self) -> BlockingWatch[T]:
         self._pipe.call(self._watch.__aenter__())
         return self
 
     def __exit__(self, *_: object) -> None:
-        async def close() -> None:
-            if self._pending is not None:
-                self._pending.cancel()
-                await asyncio.gather(self._pending, return_exceptions=True)
-            await self._watch.__aexit__()
-
-        self._pipe.call(close())
+        self._pipe.call(self._watch.__aexit__())
 
     @property
     def dropped(self) -> int:
@@ -137,9 +131,9 @@ class BlockingWatch(Generic[T]):
         """The next message; None when none came within `timeout` seconds, or there will be no more."""
 
         async def one() -> Message[T] | None:
-            pending = self._pending or asyncio.ensure_future(anext(aiter(self._watch), None))
-            done, _ = await asyncio.wait([pending], timeout=timeout)
-            self._pending = None if done else pending
-            return pending.result() if done else None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    return await anext(self._watch, None)
+            return None
 
         return self._pipe.call(one())

@@ -49,6 +49,7 @@ from pipeline.testing import first
 from pipeline.transports import Commit, Group, Segment
 from pipeline.transports.redis import RedisBackend
 from pipeline.transports.scripts import Keys
+from pipeline.watching import Watch
 
 from .apps import idle, serving, until
 from .processes import line_with
@@ -1539,3 +1540,74 @@ async def test_fsync_waits_for_the_disk_or_says_what_the_server_lacks(redis7: Se
     async with Pipeline("app", redis7.url) as app:
         with pytest.raises(ConfigurationError, match="--appendonly yes --appendfsync always"):
             await app.publish(safe, Number(n=1))
+
+
+async def test_waiting_for_a_message_may_be_given_up_and_begun_again(anywhere: str) -> None:
+    for partitions in (1, 3):
+        channel = Channel(f"numbers{partitions}", Number, partitions=partitions)
+        async with Pipeline("app", anywhere) as app, app.watch(channel) as stream:
+            seen = list[int]()
+
+            async def hear(stream: Watch[Number] = stream, seen: list[int] = seen) -> None:
+                while len(seen) < 10:
+                    seen.append((await anext(stream)).event.n)
+
+            for n in range(5):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(hear(), 0.02)
+                await app.publish(channel, [Number(n=2 * n), Number(n=2 * n + 1)])
+            await hear()
+            assert sorted(seen) == list(range(10))
+
+
+@pytest.mark.parametrize("durable", [True, False])
+async def test_a_watch_that_is_left_ends_for_whoever_iterates_and_is_closed(durable: bool, valkey_url: str) -> None:
+    channel = Channel("numbers", Number, durable=durable)
+
+    async def hear(stream: Watch[Number]) -> list[int]:
+        return [message.event.n async for message in stream]
+
+    async def cancelled_at_every_await(task: asyncio.Task[None]) -> None:
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+
+    async def leave(stream: Watch[Number]) -> None:
+        async with stream:
+            hearing.append(asyncio.create_task(hear(stream)))
+            await asyncio.sleep(3600)
+
+    hearing = list[asyncio.Task[list[int]]]()
+    with redis.Redis.from_url(valkey_url) as other:
+        async with Pipeline("app", valkey_url) as app:
+            before = len(other.client_list())
+            for n in range(3):
+                async with app.watch(channel) as stream:
+                    heard = asyncio.create_task(hear(stream))
+                    await app.publish(channel, Number(n=n))
+                    await asyncio.sleep(0.05)
+                assert await heard == [n]
+                leaving = asyncio.create_task(leave(app.watch(channel)))
+                await asyncio.sleep(0.05)
+                await cancelled_at_every_await(leaving)
+                assert leaving.cancelled()
+                assert await hearing.pop() == []
+            await asyncio.sleep(0.05)
+            assert len(other.client_list()) == before
+
+
+@pytest.mark.parametrize("partitions", [1, 2])
+async def test_a_watch_that_can_read_no_more_says_so(partitions: int) -> None:
+    channel = Channel("numbers", Number, partitions=partitions)
+    with Server() as server, redis.Redis.from_url(server.url) as other:
+        async with Pipeline("app", server.url) as app, app.watch(channel) as stream:
+            hearing = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0.1)
+            other.config_set("requirepass", "secret")
+            for each in other.client_list():
+                if each["name"].startswith("pipeline-app"):
+                    other.client_kill_filter(_id=each["id"])
+            for again in (hearing, anext(stream)):
+                with pytest.raises(ServerUnavailable, match="NOAUTH"):
+                    await asyncio.wait_for(again, 5)
+            other.config_set("requirepass", "")
