@@ -308,13 +308,11 @@ class Pipeline:
         return RedisBackend(self.url, f"pipeline-{self.name}", self._live_client, self.settings.group_expires)
 
     def _need_backend(self) -> Backend:
-        if self._backend is None:
-            raise ConfigurationError(
-                f"pipeline {self.name!r} is not open; use `async with app:` (or `with app.blocking()`)"
-            )
+        """For a verb, in the loop that it is called in."""
+        backend = self.backend
         if _running_loop() not in (self._loop, None):
             raise self._elsewhere()
-        return self._backend
+        return backend
 
     def _elsewhere(self) -> ConfigurationError:
         return ConfigurationError(
@@ -324,7 +322,11 @@ class Pipeline:
     @property
     def backend(self) -> Backend:
         """For tools: the open backend. Raises ConfigurationError when the pipeline is not open."""
-        return self._need_backend()
+        if self._backend is None:
+            raise ConfigurationError(
+                f"pipeline {self.name!r} is not open; use `async with app:` (or `with app.blocking()`)"
+            )
+        return self._backend
 
     @property
     def connected(self) -> bool:
@@ -341,8 +343,7 @@ class Pipeline:
     @property
     def payloads(self) -> Payloads:
         """How big tensors travel, for any thread. Raises ConfigurationError when the pipeline is not open."""
-        if self._payloads is None:
-            self._need_backend()
+        assert self.backend
         assert self._payloads is not None
         return self._payloads
 
@@ -513,10 +514,10 @@ class Pipeline:
         at = None if since is None else position(since)
         if since is not None and not channel.durable:
             raise ConfigurationError(f"channel {channel.name!r} is live: it has no past to watch since={since!r}")
-        backend = self._need_backend()
-        transport = backend.durable if channel.durable else backend.live
+        transport = self.backend.durable if channel.durable else self.backend.live
 
         async def begin() -> Beginning:
+            self._need_backend()
             if declare:
                 await self.registry.register(channel, codec)
             else:

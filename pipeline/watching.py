@@ -83,8 +83,8 @@ def _ago(seconds: float, since: object) -> float:
 
 
 async def _to_the_end(closing: Coroutine[Any, Any, None]) -> None:
-    """Await what no cancellation of the caller stops, however often it comes: a cancelled scope of anyio's repeats it at
-    every await. It takes effect afterwards."""
+    """Await what no cancellation of the caller stops, however often it comes: anyio's scopes repeat it at every await.
+    It takes effect afterwards."""
     task = asyncio.create_task(closing)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():

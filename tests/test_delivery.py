@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -1611,3 +1612,51 @@ async def test_a_watch_that_can_read_no_more_says_so(partitions: int) -> None:
                 with pytest.raises(ServerUnavailable, match="NOAUTH"):
                     await asyncio.wait_for(again, 5)
             other.config_set("requirepass", "")
+
+
+def test_threads_that_wait_as_a_blocking_pipeline_ends_go_on(valkey_url: str) -> None:
+    full, heard = Channel("full", Number, capacity=1), list[int]()
+    with Pipeline("app", valkey_url).blocking() as pipe:
+
+        def watch() -> None:
+            with pipe.watch(numbers) as stream:
+                begun.set()
+                heard.extend(message.event.n for message in stream)
+
+        def publish() -> None:
+            with pytest.raises(PipelineError):
+                pipe.publish(full, [Number(n=1)])
+
+        begun = threading.Event()
+        with ThreadPoolExecutor(2) as threads:
+            pipe.publish(full, Number(n=0))
+            waiting = [threads.submit(watch), threads.submit(publish)]
+            begun.wait(5)
+            pipe.publish(numbers, Number(n=7))
+            time.sleep(0.1)
+            pipe.__exit__()
+            for each in waiting:
+                each.result(5)
+        pipe.__enter__()
+        assert pipe.newest(numbers, 5)[0].event.n == 7
+    assert heard == [7]
+    with redis.Redis.from_url(valkey_url) as other:
+        assert [each["name"] for each in other.client_list() if each["name"].startswith("pipeline-app")] == []
+    assert not [thread for thread in threading.enumerate() if thread.name == "pipeline-app"]
+
+
+def test_a_blocking_pipeline_of_its_parent_tells_a_forked_child_so(valkey_url: str) -> None:
+    program = (
+        "import os, sys\nfrom pipeline import Pipeline\nfrom tests.test_delivery import Number, numbers\n"
+        "from pipeline.errors import ConfigurationError\n"
+        "with Pipeline('app').blocking() as pipe, pipe.watch(numbers) as stream:\n"
+        "    pipe.publish(numbers, Number(n=1))\n"
+        "    if os.fork() == 0:\n"
+        "        try: pipe.publish(numbers, Number(n=2))\n"
+        "        except ConfigurationError as error: print(error, flush=True)\n"
+        "        sys.exit(3)\n"
+        "    print(os.waitstatus_to_exitcode(os.wait()[1]), pipe.publish(numbers, Number(n=3)).id.partition(':')[2])\n"
+    )
+    done = finished("-c", program, url=valkey_url)
+    assert done.stdout.splitlines()[0].startswith("pipeline 'app' was opened before this process was forked"), done
+    assert done.stdout.splitlines()[1] == "3 2"
