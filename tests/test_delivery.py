@@ -6,6 +6,7 @@ import asyncio
 import functools
 import math
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -45,6 +46,7 @@ from pipeline.errors import (
     PublishUncertain,
     ServerUnavailable,
 )
+from pipeline.executors import RunIn
 from pipeline.server import Server
 from pipeline.testing import first
 from pipeline.transports import Commit, Group, Segment
@@ -1081,6 +1083,43 @@ async def test_a_result_that_cannot_leave_its_process_fails_its_event_alone(valk
         (letter,) = await app.dead_letters("quiet")
     assert (ledger.handled, ledger.dead) == (9, 1)
     assert "cannot pickle" in letter.event.reason
+
+
+def exits(event: Number) -> None:
+    if event.n == 1:
+        sys.exit(3)
+
+
+class Odd(Exception):
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(one + other)
+
+
+def oddly(batch: list[Number]) -> list[Odd | None]:
+    return [Odd("a", "b") if event.n == 1 else None for event in batch]
+
+
+@pytest.mark.parametrize("run_in", ["loop", "thread", "process"])
+async def test_a_handler_that_exits_fails_its_event_and_the_worker_goes_on(run_in: RunIn, valkey_url: str) -> None:
+    app = Pipeline("app", valkey_url)
+    once = RetryPolicy(attempts=1)
+    app.subscriber(numbers, group="g", run_in=run_in, retry=once)(exits)
+    async with serving(app, seconds=30):
+        for n in range(3):
+            await app.publish(numbers, Number(n=n))
+        ledger = await idle(app, numbers)
+        assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (2, 1)
+        (letter,) = await app.dead_letters("numbers")
+        assert "the handler called sys.exit(3)" in letter.event.reason
+
+
+async def test_a_result_that_cannot_be_read_back_fails_its_batch_alone(valkey_url: str) -> None:
+    app = Pipeline("app", valkey_url)
+    app.subscriber(numbers, group="g", run_in="process", batch=Batch(8), retry=RetryPolicy(attempts=1))(oddly)
+    async with serving(app, seconds=30):
+        await app.publish(numbers, [Number(n=n) for n in range(3)])
+        ledger = await idle(app, numbers)
+        assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (2, 1)
 
 
 async def test_an_event_that_cannot_enter_a_process_becomes_a_dead_letter(valkey_url: str) -> None:
