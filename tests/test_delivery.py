@@ -1199,6 +1199,22 @@ async def test_a_tool_that_watches_does_not_say_what_a_channel_is(anywhere: str)
     assert (record.durable, record.limits["partitions"]) == (True, 2)
 
 
+async def test_a_declaration_that_is_refused_is_never_written(anywhere: str) -> None:
+    """Not even for a moment, in which another one like it would be taken, nor when it is cancelled."""
+    other = Channel("numbers", Number, partitions=4)
+    async with Pipeline("owner", anywhere) as owner, Pipeline("wrong", anywhere) as wrong:
+        await owner.publish(numbers, Number(n=1))
+        record = (await owner.registry.record("numbers")).limits
+        for turns in range(12):
+            tries = [asyncio.create_task(wrong.registry.register(other, wrong.codec(other))) for _ in range(3)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            tries[0].cancel()
+            refused = await asyncio.gather(*tries, return_exceptions=True)
+            assert all(isinstance(error, (ChannelConflict, asyncio.CancelledError)) for error in refused)
+            assert (await owner.registry.record("numbers")).limits == record
+
+
 async def test_a_handler_that_returns_what_it_does_not_publish_fails_that_event_alone(valkey_url: str) -> None:
     app = Pipeline("app", valkey_url)
 

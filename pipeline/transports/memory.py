@@ -8,6 +8,7 @@ pipeline.testing.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 import time
@@ -63,9 +64,12 @@ class MemoryBackend:
         return []
 
     async def register(self, name: str, record: bytes) -> bytes | None:
-        before = self.store.channels.get(name)
-        self.store.channels[name] = record
-        return before
+        """See register.lua."""
+        with self.store.lock:
+            before = self.store.channels.get(name)
+            if before is None or _shape(before) == _shape(record):
+                self.store.channels[name] = record
+            return before
 
     async def record(self, name: str, patience: float = 0.0) -> bytes | None:
         return self.store.channels.get(name)
@@ -125,6 +129,12 @@ class MemoryBackend:
         self.store.users -= 1
         if self.store.users == 0:
             _stores.pop(self._url, None)
+
+
+def _shape(record: bytes) -> tuple[bool, int]:
+    """What all who use a channel must agree on."""
+    values = json.loads(record)
+    return values["durable"], values["limits"]["partitions"]
 
 
 class _Durable:
