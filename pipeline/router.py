@@ -618,8 +618,9 @@ class Router:
         held.open -= events
         done = held.open == 0
         self.flow.give(events, held.frame.nbytes if done else 0)
-        if done:
-            self._held.pop((id(held.reader), held.entry.id), None)
+        where = id(held.reader), held.entry.id
+        if done and self._held.get(where) is held:  # after a rewind the same entry may have come again meanwhile
+            del self._held[where]
             held.reader.settled(held.entry.id)
 
 

@@ -1715,3 +1715,30 @@ def test_a_blocking_pipeline_of_its_parent_tells_a_forked_child_so(valkey_url: s
     done = finished("-c", program, url=valkey_url)
     assert done.stdout.splitlines()[0].startswith("pipeline 'app' was opened before this process was forked"), done
     assert done.stdout.splitlines()[1] == "3 2"
+
+
+async def test_a_frame_that_is_read_again_after_a_rewind_keeps_its_lease(anywhere: str) -> None:
+    """Also when its first copy, which was partly committed before, ends meanwhile."""
+    app, calls, go = Pipeline("app", anywhere), list[int](), [asyncio.Event() for _ in range(4)]
+
+    @app.subscriber(numbers, group="g", concurrency=3)
+    async def work(event: Number) -> None:
+        calls.append(event.n)
+        await go[len(calls) - 1].wait()
+
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=0), Number(n=1)])
+        await until(lambda: calls == [0, 1])
+        ((router, metrics),) = app._routers
+        go[0].set()
+        await until(lambda: metrics.handled == 1)
+        assert await app.rewind("numbers", "g", 60) == 2
+        await until(lambda: calls == [0, 1, 0, 1])
+        go[1].set()
+        await until(lambda: metrics.handled == 2)
+        await asyncio.sleep(0.05)
+        assert router.holding().leases == 1
+        for each in go:
+            each.set()
+        ledger = await idle(app, numbers)
+        assert (ledger.groups["g"].handled, router.holding().leases, router.flow.events) == (2, 0, 0)

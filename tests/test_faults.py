@@ -131,6 +131,36 @@ def _connected(url: str, name: str) -> int:
         return sum(each["name"].startswith(name) for each in other.client_list())
 
 
+async def test_a_connection_lost_under_a_verb_is_an_error_of_the_tree_or_none(own: Server) -> None:
+    """What can be asked again for long is: a watch of tensors begins with a question. The rest says what happened."""
+    pictures = Channel("pictures", Picture)
+    app = Pipeline("app", own.url)
+    app.subscriber(numbers, group="g")(lambda event: None)
+    async with app, serving(app), Pipeline("tool", own.url) as tool:
+        await app.registry.register(pictures, app.codec(pictures))
+        verbs = {
+            tool.stats: (),
+            tool.pause: ("numbers", "g"),
+            tool.rewind: ("numbers", "g", 60),
+            tool.watch(pictures).__aenter__: (),
+        }
+        with redis.Redis.from_url(own.url) as other:
+            outcomes = []
+            for verb, arguments in verbs.items():
+                await tool.registry.records()  # it is connected
+                asked = asyncio.create_task(verb(*arguments))
+                await _under_way(other)
+                for each in other.client_list():
+                    if each["name"] == "pipeline-tool":
+                        other.client_kill_filter(_id=each["id"])
+                other.execute_command("CLIENT", "UNPAUSE")
+                (outcome,) = await asyncio.gather(asked, return_exceptions=True)
+                outcomes.append(outcome)
+        *said, watch = outcomes
+        assert [type(outcome) for outcome in said] == [ServerUnavailable] * 3
+        await watch.__aexit__()
+
+
 async def test_who_opens_an_app_beside_others_shares_it_and_the_last_one_closes_it(valkey_url: str) -> None:
     app = Pipeline("shared", valkey_url)
     app.subscriber(numbers, group="g")(lambda event: None)
