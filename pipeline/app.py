@@ -120,6 +120,8 @@ class Pipeline:
         self._opened = 0
         self._opened_by = os.getpid()
         """The process; 0 once it has opened this: who opens it next is somebody else."""
+        self._process = 0
+        """That has opened the backend."""
         self._stop: asyncio.Event | None = None
 
     def _identify(self) -> None:
@@ -246,7 +248,7 @@ class Pipeline:
             raise
         if self._opened_by != os.getpid():
             self._identify()
-        self._opened_by = 0
+        self._opened_by, self._process = 0, os.getpid()
         self._backend = backend
         self._registry = Registry(backend)
         self._payloads = Payloads(
@@ -262,6 +264,8 @@ class Pipeline:
 
     async def _close(self) -> None:
         """Who is cancelled meanwhile does not wait for the rest, but that is closed, too."""
+        if self._process != os.getpid():
+            return  # forked within the block: connections, memory and what is under way are the parent's
         self._opened -= 1
         closing = asyncio.create_task(self._disconnect(), name=f"close {self.name}")
         self._closing.add(closing)

@@ -767,6 +767,22 @@ def test_a_forked_child_holds_what_it_sees_and_unlocks_nothing_of_its_parent(tmp
     assert bytes(held[0]) == bytes(100)
 
 
+async def test_a_child_that_leaves_its_parents_block_closes_nothing(mode: str, valkey_url: str) -> None:
+    async with Pipeline("app", valkey_url) as app:
+        await app.publish(pictures, image(1))
+        child = os.fork()
+        if child == 0:
+            try:
+                app.__aexit__().send(None)
+            except StopIteration:
+                os._exit(0)
+            finally:
+                os._exit(1)
+        _, status = await asyncio.to_thread(os.waitpid, child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert [message.event for message in await app.newest(pictures, 9)] == [image(1)]
+
+
 def test_a_child_that_outlives_its_parent_does_not_keep_its_segments_alive(tmp_path: Path) -> None:
     owner = Owner(DEPLOYMENT, 1 << 20, tmp_path)
     segment = owner.write([memoryview(bytes(100))], 100, {})
