@@ -1095,8 +1095,8 @@ class Odd(Exception):
         super().__init__(one + other)
 
 
-def oddly(batch: list[Number]) -> list[Odd | None]:
-    return [Odd("a", "b") if event.n == 1 else None for event in batch]
+def oddly(event: Number) -> Odd | None:
+    return Odd("a", "b") if event.n == 1 else None
 
 
 @pytest.mark.parametrize("run_in", ["loop", "thread", "process"])
@@ -1113,9 +1113,9 @@ async def test_a_handler_that_exits_fails_its_event_and_the_worker_goes_on(run_i
         assert "the handler called sys.exit(3)" in letter.event.reason
 
 
-async def test_a_result_that_cannot_be_read_back_fails_its_batch_alone(valkey_url: str) -> None:
+async def test_a_result_that_cannot_be_read_back_fails_its_event_alone(valkey_url: str) -> None:
     app = Pipeline("app", valkey_url)
-    app.subscriber(numbers, group="g", run_in="process", batch=Batch(8), retry=RetryPolicy(attempts=1))(oddly)
+    app.subscriber(numbers, group="g", run_in="process", retry=RetryPolicy(attempts=1))(oddly)
     async with serving(app, seconds=30):
         await app.publish(numbers, [Number(n=n) for n in range(3)])
         ledger = await idle(app, numbers)
