@@ -97,9 +97,7 @@ class Pipeline:
         self.url = url or self.settings.redis_url
         self._identify()
         self.subscribers: list[Subscriber] = []
-        self._joining = asyncio.Event()
-        self.ready = asyncio.Event()
-        """Set while `serve` runs and every subscriber has joined its group."""
+        self._ready, self._joining = asyncio.Event(), asyncio.Event()
         self._middleware = list(middleware)
         self._live_client = live_client
         self._hooks: list[Hook] = []
@@ -111,6 +109,9 @@ class Pipeline:
         self._spawned: set[asyncio.Task[Any]] = set()
         self._backend: Backend | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._gate = asyncio.Lock()
+        """Openings and closings come one after the other: the backend is made, and closed, once."""
+        self._closing: set[asyncio.Task[None]] = set()
         self._registry: Registry | None = None
         self._replies: Replies | None = None
         self._payloads: Payloads | None = None
@@ -120,6 +121,8 @@ class Pipeline:
         self._opened = 0
         self._opened_by = os.getpid()
         """The process; 0 once it has opened this: who opens it next is somebody else."""
+        self._process = 0
+        """That has opened the backend."""
         self._stop: asyncio.Event | None = None
 
     def _identify(self) -> None:
@@ -205,6 +208,20 @@ class Pipeline:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("background task %s failed", task.get_name(), exc_info=error)
 
+    @property
+    def ready(self) -> asyncio.Event:
+        """Set while `serve` runs and every subscriber has joined its group."""
+        self._belong()
+        return self._ready
+
+    def _belong(self) -> None:
+        """While it is not open it is whatever loop's that uses it: what waits in one serves no other."""
+        loop = _running_loop()
+        if loop in (self._loop, None) or self._opened or self._gate.locked():
+            return
+        self._loop, self._gate = loop, asyncio.Lock()
+        self._ready, self._joining = asyncio.Event(), asyncio.Event()
+
     # -- open and close ------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Pipeline:
@@ -215,39 +232,62 @@ class Pipeline:
         await self._close()
 
     async def _open(self, patience: float | None) -> None:
-        loop = asyncio.get_running_loop()
-        if self._opened and self._loop is not loop:
-            raise ConfigurationError(
-                f"pipeline {self.name!r} is open in another event loop: use it there, or make one more for this loop"
-            )
-        if self._opened == 0:
-            backend = self._make_backend()
-            try:
-                await backend.open(patience)
-            except BaseException:
-                await backend.close()
-                raise
-            if self._opened_by != os.getpid():
-                self._identify()
-            self._opened_by = 0
-            self._backend, self._loop = backend, loop
-            self._registry = Registry(backend)
-            self._payloads = Payloads(
-                backend.payloads, self.settings.payloads, self.settings.inline_bytes, self.settings.max_frame_bytes,
-                self.settings.shm_bytes, self.settings.shm_dir,
-            )  # fmt: skip
-            self._replies = Replies(backend, self._payloads, self.source)
-            self._reporter = Reporter(
-                self.name, self.consumer, self.settings.metrics_interval,
-                lambda: self._routers, self._take_published, self._report, self._report_ledger,
-            )  # fmt: skip
-            self._reporting = asyncio.create_task(self._reporter.run(), name="reporter")
-        self._opened += 1
+        self._belong()
+        if self._loop is not asyncio.get_running_loop():
+            raise self._elsewhere()
+        async with self._gate:
+            if self._backend is None:
+                await self._connect(patience)
+            self._opened += 1
+
+    async def _connect(self, patience: float | None) -> None:
+        backend = self._make_backend()
+        try:
+            await backend.open(patience)
+        except BaseException:
+            await backend.close()
+            raise
+        if self._opened_by != os.getpid():
+            self._identify()
+        self._opened_by, self._process = 0, os.getpid()
+        self._backend = backend
+        self._registry = Registry(backend)
+        self._payloads = Payloads(
+            backend.payloads, self.settings.payloads, self.settings.inline_bytes, self.settings.max_frame_bytes,
+            self.settings.shm_bytes, self.settings.shm_dir,
+        )  # fmt: skip
+        self._replies = Replies(backend, self._payloads, self.source)
+        self._reporter = Reporter(
+            self.name, self.consumer, self.settings.metrics_interval,
+            lambda: self._routers, self._take_published, self._report, self._report_ledger,
+        )  # fmt: skip
+        self._reporting = asyncio.create_task(self._reporter.run(), name="reporter")
 
     async def _close(self) -> None:
+        """Who is cancelled meanwhile does not wait for the rest, but that is closed, too."""
+        if self._process != os.getpid():
+            return  # forked within the block: connections, memory and what is under way are the parent's
         self._opened -= 1
-        if self._opened or self._backend is None:
-            return
+        closing = asyncio.create_task(self._disconnect(), name=f"close {self.name}")
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        await asyncio.shield(closing)
+
+    async def _disconnect(self) -> None:
+        async with self._gate:
+            if self._opened or self._backend is None:
+                return
+            backend = self._backend
+            try:
+                await self._finish()
+            finally:
+                self._routers.clear()
+                self._outboxes.clear()
+                self._backend = self._registry = self._replies = self._payloads = None
+                await backend.close()
+
+    async def _finish(self) -> None:
+        """All that needs the backend yet."""
         for task in list(self._spawned):
             task.cancel()
         await asyncio.gather(*self._spawned, return_exceptions=True)
@@ -260,12 +300,8 @@ class Pipeline:
                 await self._send_last_report()
         if self._replies is not None:
             await self._replies.close()
-        assert self._payloads is not None
-        await self._payloads.close()
-        await self._backend.close()
-        self._routers.clear()
-        self._outboxes.clear()
-        self._backend = self._registry = self._replies = self._payloads = None
+        if self._payloads is not None:
+            await self._payloads.close()
 
     def _make_backend(self) -> Backend:
         if self.url.startswith("memory:"):
@@ -277,16 +313,25 @@ class Pipeline:
         return RedisBackend(self.url, f"pipeline-{self.name}", self._live_client, self.settings.group_expires)
 
     def _need_backend(self) -> Backend:
+        """For a verb, in the loop that it is called in."""
+        backend = self.backend
+        if _running_loop() not in (self._loop, None):
+            raise self._elsewhere()
+        return backend
+
+    def _elsewhere(self) -> ConfigurationError:
+        return ConfigurationError(
+            f"pipeline {self.name!r} is open in another event loop: use it there, or make one more for this loop"
+        )
+
+    @property
+    def backend(self) -> Backend:
+        """For tools: the open backend. Raises ConfigurationError when the pipeline is not open."""
         if self._backend is None:
             raise ConfigurationError(
                 f"pipeline {self.name!r} is not open; use `async with app:` (or `with app.blocking()`)"
             )
         return self._backend
-
-    @property
-    def backend(self) -> Backend:
-        """For tools: the open backend. Raises ConfigurationError when the pipeline is not open."""
-        return self._need_backend()
 
     @property
     def connected(self) -> bool:
@@ -302,8 +347,8 @@ class Pipeline:
 
     @property
     def payloads(self) -> Payloads:
-        """How big tensors travel. Raises ConfigurationError when the pipeline is not open."""
-        self._need_backend()
+        """How big tensors travel, for any thread. Raises ConfigurationError when the pipeline is not open."""
+        assert self.backend
         assert self._payloads is not None
         return self._payloads
 
@@ -357,6 +402,8 @@ class Pipeline:
         headers: Mapping[str, str] | None,
         reply: str | None,
     ) -> Receipt:
+        if asyncio.get_running_loop() is not self._loop:
+            self._need_backend()  # before anything is handed over: it would be written, and its caller never hear of it
         if key is not None or headers:
             check_envelope(key, headers)
         if channel.partitions == 1 or key is not None:
@@ -472,10 +519,10 @@ class Pipeline:
         at = None if since is None else position(since)
         if since is not None and not channel.durable:
             raise ConfigurationError(f"channel {channel.name!r} is live: it has no past to watch since={since!r}")
-        backend = self._need_backend()
-        transport = backend.durable if channel.durable else backend.live
+        transport = self.backend.durable if channel.durable else self.backend.live
 
         async def begin() -> Beginning:
+            self._need_backend()
             if declare:
                 await self.registry.register(channel, codec)
             else:
@@ -544,22 +591,24 @@ class Pipeline:
             raise ConfigurationError(f"pipeline {self.name!r} declares no subscriber, so there is nothing to serve")
         self._stop = stop = stop or asyncio.Event()
         opened = False
+
+        async def start() -> None:
+            nonlocal opened
+            await self._open(None)
+            opened = True
+            await self._start()
+
         try:
-            opened = await unless(stop, self._open(None))
-            if opened and await unless(stop, self._start()):
-                self.ready.set()
+            if await unless(stop, start()):
+                self._ready.set()
                 tasks = [task for router, _ in self._routers for task in router.tasks()]
                 await first_failure(tasks, stop)
         finally:
-            self._unready()
-            self._stop = None
             if opened:
+                self._ready.clear()
+                self._joining.clear()
+                self._stop = None
                 await self._wind_up()
-
-    def _unready(self) -> None:
-        """An Event belongs to the loop in which it was first waited for, and the next `serve` may run in another."""
-        self.ready.clear()
-        self.ready, self._joining = asyncio.Event(), asyncio.Event()
 
     async def _wind_up(self) -> None:
         """Each step, whatever becomes of those before it; then the first failure."""
@@ -613,6 +662,7 @@ class Pipeline:
         """`serve`, in the foreground: SIGTERM and SIGINT drain, a second one stops now. See lifecycle."""
 
         async def main() -> None:
+            self._belong()
             stop = asyncio.Event()
             serving = asyncio.create_task(self.serve(stop))
             joining = asyncio.create_task(self._joining.wait())
@@ -802,6 +852,13 @@ class Pipeline:
         worth_it = self._routers or any(outbox.published for outbox in self._outboxes.values())
         if reporter is not None and (reporter.reported or worth_it):
             await self._report(reporter.sample(last=True))
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _messages(frame: Frame[T] | None) -> list[Message[T]]:

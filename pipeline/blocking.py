@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
+import os
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -31,12 +34,17 @@ class BlockingPipeline:
         self.loop: asyncio.AbstractEventLoop
         """The pipeline's, in a thread of its own, while it is open."""
         self._thread: threading.Thread | None = None
+        self._process = 0
+        self._mutex = threading.Lock()
+        """What is asked of the loop is asked before it is told to stop, or not at all."""
+        self._watches: set[BlockingWatch[Any]] = set()
 
     def __enter__(self) -> BlockingPipeline:
         if self._thread is not None:
             raise ConfigurationError(f"pipeline {self._app.name!r} is open already; use app.blocking() once more")
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name=f"pipeline-{self._app.name}", daemon=True)
+        self._process = os.getpid()
+        self._thread = threading.Thread(target=self._run, name=f"pipeline-{self._app.name}", daemon=True)
         self._thread.start()
         try:
             self.call(self._app.__aenter__())
@@ -46,31 +54,64 @@ class BlockingPipeline:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._is_inherited():
+            return  # the block ends in its parent, too
         try:
+            for watch in list(self._watches):
+                watch.__exit__()
             self.call(self._app.__aexit__())
         finally:
             self._end()
 
+    def _run(self) -> None:
+        """In the thread: whoever waits for something as the loop stops finds it cancelled."""
+        try:
+            self.loop.run_forever()
+            self.loop.run_until_complete(_cancel_others())
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        finally:
+            self.loop.close()
+
     def _end(self) -> None:
-        assert self._thread is not None
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(5)
-        self._thread = None
-        self.loop.close()
+        with self._mutex:
+            thread, self._thread = self._thread, None
+            assert thread is not None
+            self.loop.call_soon_threadsafe(self.loop.stop)
+        thread.join(5)
+
+    def _is_inherited(self) -> bool:
+        """This process was forked, and threads are not: nothing here would ever answer."""
+        return self._thread is not None and self._process != os.getpid()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the pipeline's loop and wait for it."""
-        if self._thread is None:
-            work.close()
-            raise ConfigurationError(f"pipeline {self._app.name!r} is not open; use `with app.blocking() as pipe:`")
-        if threading.current_thread() is self._thread:
-            work.close()
-            raise PipelineError("a blocking verb was called on the pipeline's own loop; use the async one there")
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        future = self._ask(work)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise PipelineError(f"pipeline {self._app.name!r} was closed meanwhile") from None
         except BaseException:
             future.cancel()
+            raise
+
+    def _ask(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        try:
+            if self._is_inherited():
+                raise ConfigurationError(
+                    f"pipeline {self._app.name!r} was opened before this process was forked; make one of its own here"
+                )
+            with self._mutex:
+                if self._thread is None:
+                    raise ConfigurationError(
+                        f"pipeline {self._app.name!r} is not open; use `with app.blocking() as pipe:`"
+                    )
+                if threading.current_thread() is self._thread:
+                    raise PipelineError(
+                        "a blocking verb was called on the pipeline's own loop; use the async one there"
+                    )
+                return asyncio.run_coroutine_threadsafe(work, self.loop)
+        except PipelineError:
+            work.close()
             raise
 
     def publish(
@@ -106,24 +147,28 @@ class BlockingPipeline:
         return self.call(self._app.stats())
 
 
+async def _cancel_others() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class BlockingWatch(Generic[T]):
     def __init__(self, pipe: BlockingPipeline, watch: Watch[T]) -> None:
         self._pipe = pipe
         self._watch = watch
-        self._pending: asyncio.Future[Message[T] | None] | None = None
 
     def __enter__(self) -> BlockingWatch[T]:
         self._pipe.call(self._watch.__aenter__())
+        self._pipe._watches.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        async def close() -> None:
-            if self._pending is not None:
-                self._pending.cancel()
-                await asyncio.gather(self._pending, return_exceptions=True)
-            await self._watch.__aexit__()
-
-        self._pipe.call(close())
+        """The pipeline's block closes what is left open, too, and whoever waits there finds that there is no more."""
+        if self in self._pipe._watches and not self._pipe._is_inherited():
+            self._pipe._watches.discard(self)
+            self._pipe.call(self._watch.__aexit__())
 
     @property
     def dropped(self) -> int:
@@ -137,9 +182,9 @@ class BlockingWatch(Generic[T]):
         """The next message; None when none came within `timeout` seconds, or there will be no more."""
 
         async def one() -> Message[T] | None:
-            pending = self._pending or asyncio.ensure_future(anext(aiter(self._watch), None))
-            done, _ = await asyncio.wait([pending], timeout=timeout)
-            self._pending = None if done else pending
-            return pending.result() if done else None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    return await anext(self._watch, None)
+            return None
 
         return self._pipe.call(one())

@@ -97,6 +97,13 @@ def _cancelled(error: asyncio.CancelledError) -> HandlerError:
     return failure
 
 
+def _exited(error: SystemExit) -> HandlerError:
+    """It is to end its event, not the worker, whose next one would end at the same event."""
+    failure = HandlerError(f"the handler called sys.exit({error.code!r})")
+    failure.__cause__ = error
+    return failure
+
+
 class _Loop(Executor):
     """`async def` handlers; also plain functions that are too short to be worth a thread."""
 
@@ -122,6 +129,8 @@ class _Loop(Executor):
                 if task is None or task.cancelling():
                     raise
                 outcome = _cancelled(error)
+            except SystemExit as error:
+                outcome = _exited(error)
             except Exception as error:
                 outcome = error
             results.append((unit, outcome))
@@ -168,6 +177,8 @@ def _each(source: Source, argument: Argument, results: Results, handler: Handler
                 outcome = never_run(outcome)
         except asyncio.CancelledError as error:
             outcome = _cancelled(error)
+        except SystemExit as error:
+            outcome = _exited(error)
         except Exception as error:
             outcome = error
         results.append((unit, outcome))
@@ -251,6 +262,8 @@ def _child_one(argument: Any) -> bytes | _Died:
         return bytes(ForkingPickler.dumps(result))  # here, where what fails has no neighbours
     except asyncio.CancelledError as error:
         return _Died.of(_cancelled(error))
+    except SystemExit as error:
+        return _Died.of(_exited(error))
     except Exception as error:
         return _Died.of(error)
 
@@ -274,7 +287,10 @@ class _Died:
 
 def _revive(outcome: bytes | _Died) -> Any:
     if isinstance(outcome, bytes):
-        return ForkingPickler.loads(outcome)
+        try:
+            return ForkingPickler.loads(outcome)
+        except Exception as broken:  # whatever a class does as it is made anew
+            return HandlerError(f"what the handler returned cannot be read back: {type(broken).__name__}: {broken}")
     if outcome.kind == "Retry":
         return Retry(outcome.arguments[0], delay=outcome.arguments[1])
     if outcome.kind == "Reject":

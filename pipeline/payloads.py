@@ -65,6 +65,8 @@ GRACE = 1.0
 TICK = 5.0
 IDLE = 10.0
 """Seconds after which a free segment is given back to the host."""
+CROWDED = 0.1
+"""Seconds between looks whether a file can be opened again."""
 UNTAKEN = 90.0
 """Seconds after which nobody will take an answer any more: it has been in Redis for as long as it may."""
 
@@ -237,7 +239,9 @@ class Payloads:
         self._flying: set[str] = set()
         self._read: dict[Where, str] = {}
         """What we announced of the channels we read."""
+        self._starting: asyncio.Task[None] | None = None
         self._ticking: asyncio.Task[None] | None = None
+        """Set once it has started."""
 
     @property
     def store(self) -> PayloadStore:
@@ -289,9 +293,14 @@ class Payloads:
         """Before anything is written or read. Repeated, it does nothing."""
         if self._ticking is not None or not self.active:
             return
-        self._ticking = asyncio.create_task(self._tick(), name="payloads")
+        if self._starting is None or self._starting.done():  # the last one failed
+            self._starting = asyncio.create_task(self._start(), name="start payloads")
+        await asyncio.shield(self._starting)  # it is not one caller's: others may wait for it
+
+    async def _start(self) -> None:
         self._deployment = await self.store.deployment()
         self._mappings = segments.Mappings(self._deployment, self._folder)
+        self._ticking = asyncio.create_task(self._tick(), name="payloads")
 
     def write(self, where: Where, buffers: Buffers) -> segments.Segment | None:
         """Into shared memory; None when the payload must go through Redis."""
@@ -392,20 +401,30 @@ class Payloads:
         await self.start()
         kind, _, rest = reference.partition(" ")
         if kind == "shm":
-            assert self._mappings is not None
-            try:
-                return TensorBytes(self._mappings.view(rest, nbytes, take=last).data)
-            except segments.Gone as error:
-                raise PayloadGone(
-                    f"its tensors were in a host's shared memory and are not here: {error}; they go when every group "
-                    "has settled their event. Set PIPELINE_PAYLOADS=blobs where hosts share a Redis but not this folder"
-                ) from None
+            return TensorBytes((await self._view(rest, nbytes, last)).data)
         name, _, chunks = rest.partition(" ")
         parts = await self.store.download(place(), name, int(chunks), last=last)
         data = b"".join(part for part in parts if part is not None) if len(parts) != 1 else parts[0] or b""
         if len(data) != nbytes:
             raise PayloadGone("its tensors were in Redis beside it and have been deleted")
         return TensorBytes(memoryview(data))
+
+    async def _view(self, reference: str, nbytes: int, last: bool) -> npt.NDArray[np.uint8]:
+        assert self._mappings is not None
+        told = False
+        while True:
+            try:
+                return self._mappings.view(reference, nbytes, take=last)
+            except segments.Gone as error:
+                raise PayloadGone(
+                    f"its tensors were in a host's shared memory and are not here: {error}; they go when every group "
+                    "has settled their event. Set PIPELINE_PAYLOADS=blobs where hosts share a Redis but not this folder"
+                ) from None
+            except segments.Exhausted as error:  # the event is sound: it waits
+                if not told:
+                    told = True
+                    logger.warning("a tensor in shared memory waits until this process can open files: %s", error)
+                await asyncio.sleep(CROWDED)
 
     # -- looking after -------------------------------------------------------------------------------------------
 
@@ -447,6 +466,9 @@ class Payloads:
         segments.sweep(needless, self._deployment, self._folder)
 
     async def close(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
         if self._ticking is None:
             return
         self._ticking.cancel()

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol, overload
 
 from .channel import Channel
-from .errors import LONGEST_DELAY, ChannelFull, ConfigurationError, PayloadTooLarge
+from .errors import (
+    LONGEST_DELAY,
+    ChannelFull,
+    ConfigurationError,
+    PayloadTooLarge,
+    PublishUncertain,
+    ServerUnavailable,
+)
 from .frame import Codec
 from .message import Receipt
 from .payloads import FRAME_BYTES as PAYLOAD_BYTES
@@ -22,6 +29,8 @@ __all__ = ["Outbox", "Waiter"]
 FRAME_BYTES = 256 * 1024
 MOST_FRAMES = 64
 """Frames of one write."""
+CROWD = 1024
+"""Parcels in a queue from which on it is worth looking for those that nobody waits for any more."""
 
 
 class _Ids(Sequence[str]):
@@ -73,7 +82,7 @@ class Waiter(Protocol):
         ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Parcel:
     """What one call of publish hands over."""
 
@@ -86,6 +95,11 @@ class _Parcel:
     written: asyncio.Future[int] | None
     waiter: Waiter | None = None
     first: int = 0
+
+    def abandoned(self) -> bool:
+        """Nobody waits for it any more: it need not be written, and whoever gave up may have tried again."""
+        waits = self.written or self.waiter
+        return waits is not None and waits.done()
 
     def done(self) -> None:
         if self.written is not None and not self.written.done():
@@ -125,6 +139,7 @@ class Outbox:
         self._last = 0
         """Sequence of the newest event that was taken."""
         self._queue: deque[_Parcel] = deque()
+        self._crowd = CROWD
         self._writing = False
         self._writer: asyncio.Task[None] | None = None
         self._event_bytes = 0.0
@@ -152,7 +167,7 @@ class Outbox:
         parcel = _Parcel(events, keys, headers, due, reply, time.time(), None)
         if self._writing:
             parcel.written = asyncio.get_running_loop().create_future()
-            self._queue.append(parcel)
+            self._enqueue(parcel)
             await parcel.written
         else:
             self._writing = True
@@ -170,10 +185,17 @@ class Outbox:
         """Hand over one event, of the channel's type, without waiting: what is put in one turn of the loop goes out
         together."""
         keys: list[str | None] | None = [key] if key is not None else None
-        self._queue.append(_Parcel([event], keys, headers, None, reply, time.time(), None, waiter))
+        self._enqueue(_Parcel([event], keys, headers, None, reply, time.time(), None, waiter))
         if not self._writing:
             self._writing = True
             self._hand_over()
+
+    def _enqueue(self, parcel: _Parcel) -> None:
+        """While one write lasts (the channel may be full), callers may give up and come again without end."""
+        self._queue.append(parcel)
+        if len(self._queue) > self._crowd:
+            self._queue = deque(parcel for parcel in self._queue if not parcel.abandoned())
+            self._crowd = max(CROWD, 2 * len(self._queue))
 
     def _hand_over(self) -> None:
         if self._queue:
@@ -182,17 +204,41 @@ class Outbox:
             self._writing = False
 
     async def _drain(self) -> None:
-        while self._queue:
-            parcels: list[_Parcel] = []
-            size = 0
-            while self._queue and (not parcels or size < self.channel.frame * MOST_FRAMES):
-                parcel = self._queue.popleft()
-                if parcel.waiter is None or not parcel.waiter.done():
-                    size += len(parcel.events)
-                    parcels.append(parcel)
-            if parcels:
-                await self._settle(parcels)
-        self._writing = False
+        parcels: list[_Parcel] = []
+        try:
+            while self._queue:
+                parcels = self._next_parcels()
+                if parcels:
+                    await self._settle(parcels)
+        except BaseException:
+            self._abandon(parcels)
+            raise
+        finally:
+            self._writing = False
+
+    def _next_parcels(self) -> list[_Parcel]:
+        """What goes out with one write."""
+        parcels: list[_Parcel] = []
+        size = 0
+        while self._queue and (not parcels or size < self.channel.frame * MOST_FRAMES):
+            parcel = self._queue.popleft()
+            if not parcel.abandoned():
+                size += len(parcel.events)
+                parcels.append(parcel)
+        return parcels
+
+    def _abandon(self, begun: list[_Parcel]) -> None:
+        """The pipeline closes under a write: whoever waits must hear of it, for nobody goes on with this."""
+        name = self.channel.name
+        for parcel in begun:
+            parcel.fail(
+                PublishUncertain(
+                    f"publish to {name!r}: the pipeline closed meanwhile; the events may or may not be there"
+                )
+            )
+        for parcel in self._queue:
+            parcel.fail(ServerUnavailable(f"publish to {name!r}: the pipeline is closed; nothing was written"))
+        self._queue.clear()
 
     async def _settle(self, parcels: list[_Parcel]) -> None:
         """Write, and tell each caller. When a write of several fails, each is tried alone."""

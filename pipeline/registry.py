@@ -121,11 +121,7 @@ class Registry:
         before = await self._backend.register(channel.name, raw)
         if before is not None:
             old = json.loads(before)
-            try:
-                _compare(channel, old["durable"], old["limits"]["partitions"])
-            except ChannelConflict:
-                await self._backend.register(channel.name, before)
-                raise
+            _compare(channel, old["durable"], old["limits"]["partitions"])  # then it was not written
             if old["fingerprint"] != codec.fingerprint:
                 logger.warning(
                     "channel %r: its type %s has changed since it was last declared; events of the old shape that do "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 from collections.abc import Iterable
 from dataclasses import replace
@@ -83,7 +84,12 @@ class Question(asyncio.Future[Any]):
         self.id = ""
         self._waiting = waiting
         self._timeout = timeout
-        self._timer = loop.call_later(timeout, self._expire)
+        try:
+            if math.isnan(timeout):
+                raise TypeError
+            self._timer = loop.call_later(timeout, self._expire)
+        except TypeError:
+            raise ConfigurationError(f"timeout={timeout!r}: in seconds; math.inf waits for ever") from None
 
     @property
     def event(self) -> str:

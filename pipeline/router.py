@@ -638,8 +638,8 @@ class Router:
         held.open -= events
         done = held.open == 0
         self.flow.give(events, held.frame.nbytes if done else 0)
-        if done:
-            self._held.pop((id(held.reader), held.entry.id), None)
+        if done and self._held.get(where := (id(held.reader), held.entry.id)) is held:
+            del self._held[where]  # after a rewind the same entry may have come again, and be in hand
             held.reader.settled(held.entry.id)
 
 

@@ -8,18 +8,24 @@ Everything that must survive a SIGKILL is a lock that the kernel drops with its 
 lock file is locked, and a reader pins a segment with a shared lock for as long as any array over it exists. An owner
 reuses a segment only under the exclusive lock, and counts its generation up, so a late reader sees that it is too late.
 The one reader of an answer notes in the header that it was taken, which spares both a question to Redis.
+
+A lock belongs to an open file, which a forked child shares with its parent: so the child lets go of what its parent
+owns, and pins for itself what it sees. Each segment takes a file descriptor for its lock, of which a process has few:
+segments are never more than a part of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import itertools
 import json
 import mmap
 import os
 import re
+import resource
 import secrets
 import struct
 import threading
@@ -33,13 +39,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Gone", "Mappings", "Owner", "Segment", "host_token", "orphans", "sweep"]
+__all__ = ["Exhausted", "Gone", "Mappings", "Owner", "Segment", "host_token", "orphans", "sweep"]
 
 PAGE = 4096
 MAGIC = b"PLSEGM01"
 SMALLEST = 64 << 10
 MADV_POPULATE_WRITE = 23
 """Of Linux; Python 3.11 has no name for it."""
+MOST = 16384
+"""Segments of an owner, and of others' that are mapped: the kernel counts a process's maps, too."""
 FORGOTTEN = 7 * 86400.0
 """Seconds after which a dead owner's files go without asking their deployment's Redis, which may be gone for good."""
 
@@ -51,6 +59,20 @@ _NAME = re.compile(r"pipeline-(?P<deployment>[0-9a-f]{16})-(?P<owner>[0-9a-f]{16
 
 class Gone(Exception):
     """Raised when a segment is not here, or serves something else by now."""
+
+
+class Exhausted(Exception):
+    """Raised when this process can open no file now; later it may."""
+
+
+def _most() -> int:
+    """Segments that may take a file descriptor each: the rest is for connections, and for whoever else opens files."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST if soft == resource.RLIM_INFINITY else min(MOST, soft // 4)
+
+
+def _exhausted(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def host_token(folder: Path) -> str:
@@ -76,13 +98,82 @@ def _capacity(nbytes: int) -> int:
     return -(-nbytes // step) * step
 
 
+_opened: weakref.WeakSet[Owner | _Mapping] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """In the child. Nothing here waits: another thread may have held any lock as it was forked."""
+    for one in list(_opened):
+        one.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class _Pages:
+    """A part of a file in memory, for as long as arrays over it live.
+
+    By hand, because each of Python's maps takes a file descriptor.
+    """
+
+    def __init__(self, descriptor: int, low: int, size: int, protection: int, flags: int) -> None:
+        address = _libc.mmap(None, size, protection, flags, descriptor, low)
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), "mmap")
+        weakref.finalize(self, _libc.munmap, address, size).atexit = False
+        self.address: int = address
+        self.size = size
+        self.read_only = not protection & mmap.PROT_WRITE
+
+
+class _Part:
+    """What is at the end of all bases of an array, for numpy leaves out arrays between."""
+
+    def __init__(self, pages: _Pages, at: int, shape: tuple[int, ...], typestr: str = "|u1") -> None:
+        self.pages = pages
+        self.behind: Any = None
+        """What is to live as long."""
+        data = (pages.address + at, pages.read_only)
+        self.__array_interface__ = {"version": 3, "data": data, "shape": shape, "typestr": typestr}
+
+
+class _Seen(_Part):
+    """A part of a segment, for all to read."""
+
+    def __init__(self, mapping: _Mapping, nbytes: int) -> None:
+        super().__init__(mapping.pages, PAGE, (nbytes,))
+        self._mapping = mapping  # which is to hear of the array's end
+
+    def apart(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """An array over this as somebody gets it who may write, but only to a copy of his own."""
+        at = array.ctypes.data - self.pages.address
+        low = at - at % PAGE
+        size, protection = at - low + array.nbytes, mmap.PROT_READ | mmap.PROT_WRITE
+        try:
+            pages = _Pages(self._mapping.descriptor, low, size, protection, mmap.MAP_PRIVATE)
+        except OSError:  # the kernel has no more maps for us
+            return array.copy()
+        part = _Part(pages, at - low, array.shape, array.dtype.str)
+        part.behind = array
+        return np.asarray(part)
+
+
 @dataclass(slots=True, eq=False)
 class Segment:
     """An owner's segment. `reference` names it and its generation: "<owner> <number> <generation>"."""
 
     path: Path
     capacity: int
-    map: mmap.mmap
+    pages: _Pages
+    map: memoryview
+    """[capacity] of its bytes."""
     descriptor: int
     generation: int = 0
     reference: str = ""
@@ -95,8 +186,6 @@ class Segment:
         return bool(_TAKEN.unpack_from(self.map, _TAKEN_AT)[0] == self.generation)
 
     def close(self, *, unlink: bool) -> None:
-        with contextlib.suppress(BufferError):  # what is given out keeps the mapping
-            self.map.close()
         os.close(self.descriptor)
         if unlink:
             self.path.unlink(missing_ok=True)
@@ -110,6 +199,8 @@ class Owner:
         self.nbytes = 0
         """Of all its segments, in use or free."""
         self._quota = quota
+        self._count = 0
+        self._most = _most()
         self._prefix = folder / f"pipeline-{deployment}-{self.name}"
         self._numbers = itertools.count(1)
         self._free: dict[int, list[tuple[float, Segment]]] = {}
@@ -121,11 +212,16 @@ class Owner:
         self._lock = os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         scratch.rename(self._lock_path)  # never there unlocked
+        _opened.add(self)
+
+    def forked(self) -> None:
+        """Who forked us owns this: its lock is to go with it, though we live on."""
+        os.close(self._lock)
 
     def write(self, parts: Iterable[memoryview], nbytes: int, purpose: dict[str, Any]) -> Segment | None:
         """The bytes in a segment: copied, but for a first part in memory that `empty` gave out.
 
-        None when the quota, or the host's shared memory, is used up.
+        None when the quota, the host's shared memory, or the process's file descriptors are used up.
         """
         left, at = list(parts), PAGE
         segment = self._given_out(left[0], nbytes)
@@ -136,7 +232,7 @@ class Owner:
             if segment is None:
                 return None
         for part in left:
-            segment.map[at : at + len(part)] = part
+            segment.map[at : at + len(part)] = part.cast("B")
             at += len(part)
         segment.generation += 1
         segment.reference = f"{self.name} {segment.path.name.rpartition('-')[2]} {segment.generation}"
@@ -155,7 +251,7 @@ class Owner:
         segment = self._take(_capacity(nbytes + 2 * PAGE))  # something small may follow
         if segment is None:
             return None
-        array = np.frombuffer(segment.map, np.uint8, nbytes, PAGE)
+        array = np.asarray(_Part(segment.pages, PAGE, (nbytes,)))
         segment.array = weakref.ref(array)
         with self._mutex:
             self._given[_address(array.data)] = nbytes, segment
@@ -188,6 +284,7 @@ class Owner:
                     if _locked(item[1]):
                         segments.remove(item)
                         self.nbytes -= item[1].capacity
+                        self._count -= 1
                         item[1].close(unlink=True)
 
     def _take_back(self) -> None:
@@ -206,26 +303,34 @@ class Owner:
             for index in reversed(range(len(free))):
                 if free[index][0] <= now and _locked(free[index][1]):
                     return free.pop(index)[1]
-            if self.nbytes + capacity > self._quota:
+            if not self._has_room(capacity):
                 self.shrink(0.0)
-                if self.nbytes + capacity > self._quota:
-                    return None
-            return self._make(capacity)
+            return self._make(capacity) if self._has_room(capacity) else None
+
+    def _has_room(self, capacity: int) -> bool:
+        return self.nbytes + capacity <= self._quota and self._count < self._most
 
     def _make(self, capacity: int) -> Segment | None:
         path = self._prefix.with_name(f"{self._prefix.name}-{next(self._numbers)}")
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if _exhausted(error):
+                return None
+            raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             os.posix_fallocate(descriptor, 0, capacity)  # now, with an error; not at a write, with SIGBUS
-            segment = Segment(path, capacity, mmap.mmap(descriptor, capacity), descriptor)
-            with contextlib.suppress(OSError):  # before Linux 5.14 pages are mapped one by one, in twice the time
-                segment.map.madvise(MADV_POPULATE_WRITE)
+            pages = _Pages(descriptor, 0, capacity, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED)
+            # Before Linux 5.14 pages are mapped one by one, in twice the time.
+            _libc.madvise(pages.address, capacity, MADV_POPULATE_WRITE)
+            segment = Segment(path, capacity, pages, np.asarray(_Part(pages, 0, (capacity,))).data, descriptor)
         except OSError:
             os.close(descriptor)
             path.unlink(missing_ok=True)
             return None
         self.nbytes += capacity
+        self._count += 1
         return segment
 
     def close(self, used: Iterable[Segment]) -> None:
@@ -238,6 +343,7 @@ class Owner:
             segment.close(unlink=False)
         if not left:
             self._lock_path.unlink(missing_ok=True)
+        _opened.discard(self)
         os.close(self._lock)
 
 
@@ -263,95 +369,75 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-
-
-class _Apart:
-    """The memory of an array over a segment, mapped once more: a page that is written becomes the writer's own.
-
-    By hand, because each of Python's maps takes a file descriptor.
-    """
-
-    def __init__(self, array: npt.NDArray[Any], descriptor: int, at: int) -> None:
-        low = at - at % PAGE
-        size = at - low + array.nbytes
-        address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, descriptor, low)
-        if address == ctypes.c_void_p(-1).value:
-            raise OSError(ctypes.get_errno(), "mmap")
-        weakref.finalize(self, _libc.munmap, address, size).atexit = False
-        self._pin = array
-        data = (address + at - low, False)
-        self.__array_interface__ = {"version": 3, "data": data, "shape": array.shape, "typestr": array.dtype.str}
-
-
-class _Shown(mmap.mmap):
-    """A segment's file, for all to read."""
-
-    descriptor: int
-
-    def apart(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """An array over this as somebody gets it who may write, but only to a copy of his own."""
-        at = array.ctypes.data - int(np.frombuffer(self, np.uint8).ctypes.data)
-        try:
-            return np.asarray(_Apart(array, self.descriptor, at))
-        except OSError:  # the kernel has no more maps for us
-            return array.copy()
-
-
 class _Mapping:
     """A segment as a reader sees it, mapped once and pinned while arrays over it exist."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self.descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            self._map = _Shown(self._descriptor, 0, prot=mmap.PROT_READ)
+            size = os.fstat(self.descriptor).st_size
+            self.pages = _Pages(self.descriptor, 0, size, mmap.PROT_READ, mmap.MAP_SHARED)
         except (OSError, ValueError):
-            os.close(self._descriptor)
+            os.close(self.descriptor)
             raise
-        self._map.descriptor = self._descriptor
+        self._header = np.asarray(_Part(self.pages, 0, (_HEADER.size,))).data
         self._pins: dict[int, weakref.ref[Any]] = {}
         self._numbers = itertools.count()
         self._closing = False
         self._lock = threading.RLock()
+        _opened.add(self)
+
+    def forked(self) -> None:
+        """From now on a lock of our own, under the same number: to unlock the shared one would unpin our parent's."""
+        self._lock = threading.RLock()
+        try:
+            own = os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # then what we see is pinned while our parent has it
+            self._pins.clear()
+            return
+        if self._pins:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(own, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.dup2(own, self.descriptor, inheritable=False)
+        os.close(own)
 
     def view(self, generation: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """The bytes, read-only. Raises Gone."""
         with self._lock:
             if not self._pins:
                 try:
-                    fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    fcntl.flock(self.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise Gone("it is being written again") from None
-            magic, found, _ = _HEADER.unpack_from(self._map)
-            if magic != MAGIC or found != generation or PAGE + nbytes > len(self._map):
+            magic, found, _ = _HEADER.unpack_from(self._header)
+            if magic != MAGIC or found != generation or PAGE + nbytes > self.pages.size:
                 if not self._pins:
-                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+                    fcntl.flock(self.descriptor, fcntl.LOCK_UN)
                 raise Gone(f"it serves generation {found} by now")
-            array = np.frombuffer(self._map, np.uint8, nbytes, PAGE)
+            array = np.asarray(_Seen(self, nbytes))
             number = next(self._numbers)
             self._pins[number] = weakref.ref(array, lambda _: self._unpin(number))
             return array
 
     def take(self, generation: int) -> None:
-        os.pwrite(self._descriptor, _TAKEN.pack(generation), _TAKEN_AT)
+        os.pwrite(self.descriptor, _TAKEN.pack(generation), _TAKEN_AT)
 
     def _unpin(self, number: int) -> None:
         with self._lock:
-            del self._pins[number]
-            if self._pins:
+            if self._pins.pop(number, None) is None or self._pins:
                 return
             if self._closing:
-                os.close(self._descriptor)
+                self._end()
             else:
-                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+                fcntl.flock(self.descriptor, fcntl.LOCK_UN)
 
     def close_if_unlinked(self) -> bool:
         """Let go of a file that its owner has unlinked and that nothing here shows any more."""
+        return not os.fstat(self.descriptor).st_nlink and self.close_if_unseen()
+
+    def close_if_unseen(self) -> bool:
         with self._lock:
-            if self._pins or os.fstat(self._descriptor).st_nlink:
+            if self._pins:
                 return False
             self.close()
             return True
@@ -361,7 +447,11 @@ class _Mapping:
         with self._lock:
             self._closing = True
             if not self._pins:
-                os.close(self._descriptor)
+                self._end()
+
+    def _end(self) -> None:
+        _opened.discard(self)
+        os.close(self.descriptor)
 
 
 class Mappings:
@@ -370,21 +460,44 @@ class Mappings:
     def __init__(self, deployment: str, folder: Path) -> None:
         self._prefix = folder / f"pipeline-{deployment}-"
         self._mappings: dict[str, _Mapping] = {}
+        self._most = _most()
 
     def view(self, reference: str, nbytes: int, *, take: bool = False) -> npt.NDArray[np.uint8]:
-        """The bytes a reference names, without copying; with `take`, nobody else will ask for them. Raises Gone."""
+        """The bytes a reference names, without copying while there are not too many of them; with `take`, nobody else
+        will ask for them. Raises Gone, Exhausted."""
         owner, number, generation = reference.split(" ")
         name = f"{owner}-{number}"
         mapping = self._mappings.get(name)
+        keep = mapping is not None or self._has_room()
         if mapping is None:
-            try:
-                mapping = self._mappings[name] = _Mapping(self._find(name))
-            except (OSError, ValueError) as error:
-                raise Gone(str(error)) from None
-        found = mapping.view(int(generation), nbytes)
-        if take:
-            mapping.take(int(generation))
-        return found
+            mapping = self._map(name)
+            if keep:
+                self._mappings[name] = mapping
+        try:
+            found = mapping.view(int(generation), nbytes)
+            if take:
+                mapping.take(int(generation))
+            return found if keep else found.copy()
+        finally:
+            if not keep:
+                mapping.close()
+
+    def _has_room(self) -> bool:
+        """Nobody looks at some of what is mapped: the longest here goes first."""
+        if len(self._mappings) >= self._most:
+            for name, mapping in list(self._mappings.items()):
+                if mapping.close_if_unseen():
+                    del self._mappings[name]
+                    break
+        return len(self._mappings) < self._most
+
+    def _map(self, name: str) -> _Mapping:
+        try:
+            return _Mapping(self._find(name))
+        except (OSError, ValueError) as error:
+            if _exhausted(error):
+                raise Exhausted(str(error)) from None
+            raise Gone(str(error)) from None
 
     def _find(self, name: str) -> Path:
         """Of an owner that began before Redis was flushed, or after, the deployment is another; its name is its own."""

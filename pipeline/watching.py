@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, TypeVar
@@ -28,7 +29,7 @@ Since = str | float | datetime | None
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
 MOST_WAITING = 64
-"""Frames of several partitions that may wait for a slow watcher."""
+"""Frames that may wait for a slow watcher."""
 
 
 def seconds_ago(since: str) -> float | None:
@@ -81,6 +82,23 @@ def _ago(seconds: float, since: object) -> float:
     return time.time() - seconds
 
 
+async def undisturbed(closing: Coroutine[Any, Any, None]) -> None:
+    """Await what no cancellation of the caller stops, however often it comes: anyio's scopes repeat it at every await.
+    It takes effect afterwards."""
+    task = asyncio.create_task(closing)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return task.result()
+    if not task.cancelled() and (failure := task.exception()) is not None:
+        logger.warning("a watch was cancelled, and could not be closed: %r", failure)
+    raise cancelled
+
+
 @dataclass(frozen=True, slots=True)
 class Beginning:
     """Where a watch begins: after a position in each partition (None: with what is new), and there after a message."""
@@ -89,25 +107,14 @@ class Beginning:
     message: str | None = None
 
 
-_closing: set[asyncio.Task[None]] = set()
-"""The event loop itself holds tasks weakly."""
-
-
-async def undisturbed(work: Coroutine[Any, Any, None]) -> None:
-    """Await `work` in a task of its own. It goes on to its end when whoever awaits this is cancelled: once, or at each
-    of its awaits, as within a cancelled scope of anyio (Starlette's, when a client has gone)."""
-    task = asyncio.create_task(work)
-    _closing.add(task)
-    task.add_done_callback(_closing.discard)
-    await asyncio.shield(task)
-
-
 class Watch(Generic[T]):
     """`async with app.watch(channel, since=…) as stream: async for message in stream`. Listening begins on entry.
 
     `dropped` counts events this watcher is known to have missed, those among them that are not of the channel's type.
     `stored` is when the server took what was read last, in Unix seconds of its clock, which all publishers share while
     `Message.time` is by each one's own; None on live channels.
+    Waiting for the next message may be given up at any time (a timeout, a cancellation), and begun again: nothing is
+    lost. Who still waits for one as the context is left finds that there are no more.
     """
 
     def __init__(
@@ -129,7 +136,15 @@ class Watch(Generic[T]):
         self._missed = 0
         self._said = False
         self.stored: float | None = None
-        self._messages: AsyncIterator[Message[T]] | None = None
+        self._messages: Iterator[Message[T]] = iter(())
+        """Of the newest frame, those that nobody took yet."""
+        self._entry: tuple[int, Entry] | None = None
+        """A frame that arrived and is not decoded yet."""
+        self._queue: asyncio.Queue[tuple[int, Entry] | Exception | None] = asyncio.Queue(MOST_WAITING)
+        self._pumps: list[asyncio.Task[None]] = []
+        self._turn = asyncio.Lock()
+        self._failure: Exception | None = None
+        self._left = False
 
     @property
     def dropped(self) -> int:
@@ -137,9 +152,9 @@ class Watch(Generic[T]):
         return self._missed + (sum(tail.dropped for tail in self._tails) if durable or self._channel.raw else 0)
 
     async def __aenter__(self) -> Watch[T]:
-        beginning = await self._begin()
-        self._message = beginning.message
         try:
+            beginning = await self._begin()
+            self._message = beginning.message
             for partition, after in enumerate(beginning.positions):
                 self._tails.append(await self._transport.tail(self._channel, partition, after))
         except BaseException:
@@ -148,34 +163,66 @@ class Watch(Generic[T]):
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._left = True
         await undisturbed(self._close())
 
     async def _close(self) -> None:
-        if self._messages is not None:
-            await self._messages.aclose()  # type: ignore[attr-defined]
-        for tail in self._tails:
-            await tail.close()
+        with contextlib.suppress(asyncio.QueueFull):  # then nobody waits
+            self._queue.put_nowait(None)
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        outcomes = await asyncio.gather(*(tail.close() for tail in self._tails), return_exceptions=True)
+        for failure in filter(None, outcomes):
+            raise failure
 
-    def __aiter__(self) -> AsyncIterator[Message[T]]:
-        if self._messages is None:
-            self._messages = self._read()
-        return self._messages
+    def __aiter__(self) -> Watch[T]:
+        return self
 
-    async def _read(self) -> AsyncIterator[Message[T]]:
-        entries = self._only() if len(self._tails) == 1 else self._merge()
+    async def __anext__(self) -> Message[T]:
+        for message in self._messages:
+            return message
+        async with self._turn:
+            while True:
+                for message in self._messages:
+                    return message
+                self._messages = await self._read()
+
+    async def _read(self) -> Iterator[Message[T]]:
+        """The messages of the next frame. Cancelled, it goes on with that frame when it is called again."""
+        if self._entry is None:
+            self._entry = await self._arrived()
+        partition, entry = self._entry
+        frame = await self._decode(partition, entry)
+        self._entry = None
+        if frame is None:
+            return iter(())
+        if frame.invalid:
+            self._leave_out([frame.events[index] for index in frame.invalid])
+        self.stored = int(entry.id.partition("-")[0]) / 1000 if self._channel.durable else None
+        wanted = range(self._first(frame), len(frame.events))
+        return (frame.message(index) for index in wanted if index not in frame.invalid)
+
+    async def _arrived(self) -> tuple[int, Entry]:
+        if not self._pumps:
+            self._pumps = [
+                asyncio.create_task(self._pump(partition, tail), name=f"watch {self._channel.name}")
+                for partition, tail in enumerate(self._tails)
+            ]
+        if self._failure is None and not self._left:
+            found = await self._queue.get()
+            if isinstance(found, tuple):
+                return found
+            self._failure = found
+        raise self._failure or StopAsyncIteration
+
+    async def _pump(self, partition: int, tail: Tail) -> None:
         try:
-            async for partition, entry in entries:
-                frame = await self._decode(partition, entry)
-                if frame is None:
-                    continue
-                if frame.invalid:
-                    self._leave_out([frame.events[index] for index in frame.invalid])
-                self.stored = int(entry.id.partition("-")[0]) / 1000 if self._channel.durable else None
-                for index in range(self._first(frame), len(frame.events)):
-                    if index not in frame.invalid:
-                        yield frame.message(index)
-        finally:
-            await entries.aclose()
+            async with contextlib.aclosing(aiter(tail)) as entries:  # type: ignore[type-var]
+                async for entry in entries:
+                    await self._queue.put((partition, entry))
+        except Exception as error:
+            await self._queue.put(error)
 
     async def _decode(self, partition: int, entry: Entry) -> Frame[T] | None:
         try:
@@ -211,30 +258,3 @@ class Watch(Generic[T]):
                     self._message = None
                     return index + 1
         return 0
-
-    async def _only(self) -> AsyncGenerator[tuple[int, Entry]]:
-        entries = aiter(self._tails[0])
-        try:
-            async for entry in entries:
-                yield 0, entry
-        finally:
-            await entries.aclose()  # type: ignore[attr-defined]
-
-    async def _merge(self) -> AsyncGenerator[tuple[int, Entry]]:
-        queue: asyncio.Queue[tuple[int, Entry]] = asyncio.Queue(MOST_WAITING)
-
-        async def pump(partition: int, tail: Tail) -> None:
-            async for entry in tail:
-                await queue.put((partition, entry))
-
-        pumps = [
-            asyncio.create_task(pump(partition, tail), name=f"watch {self._channel.name}")
-            for partition, tail in enumerate(self._tails)
-        ]
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            for task in pumps:
-                task.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)

@@ -145,6 +145,13 @@ async def test_what_is_no_channel_is_refused_by_every_verb() -> None:
             app.watch(name)
 
 
+@pytest.mark.parametrize("seconds", [None, "5", math.nan])
+async def test_a_timeout_that_is_none_is_refused(seconds: Any) -> None:
+    async with Pipeline("app", "memory://declarations") as app:
+        with pytest.raises(ConfigurationError, match=r"timeout=.*: in seconds"):
+            await app.request(Channel("questions", Number, reply=Number), Number(n=1), timeout=seconds)
+
+
 @pytest.mark.parametrize("when", [timedelta(minutes=5), datetime.now(UTC).date(), [], b"5m"])
 async def test_a_time_of_another_kind_is_refused(when: Any) -> None:
     async with Pipeline("app", "memory://declarations") as app:

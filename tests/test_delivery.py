@@ -6,10 +6,12 @@ import asyncio
 import functools
 import math
 import signal
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -33,16 +35,26 @@ from pipeline import (
     Retry,
     RetryPolicy,
     Tensor,
+    publishing,
     router,
 )
 from pipeline.deadletters import describe
-from pipeline.errors import ChannelConflict, ConfigurationError, HandlerError, PipelineError, ServerUnavailable
+from pipeline.errors import (
+    ChannelConflict,
+    ConfigurationError,
+    HandlerError,
+    PipelineError,
+    PublishUncertain,
+    ServerUnavailable,
+)
+from pipeline.executors import RunIn
 from pipeline.metrics import WorkerSample
 from pipeline.server import Server
 from pipeline.testing import first
 from pipeline.transports import Commit, Group, Segment
 from pipeline.transports.redis import RedisBackend
 from pipeline.transports.scripts import Keys
+from pipeline.watching import Watch
 
 from .apps import idle, serving, until
 from .processes import line_with
@@ -810,6 +822,77 @@ async def test_who_is_held_up_by_a_full_output_says_so_once(
     assert caplog.text.count("which it publishes to, is full") == 1
 
 
+async def test_a_publish_that_is_given_up_before_it_began_is_not_written(anywhere: str) -> None:
+    """So whoever gives up while a channel is full, and tries again, publishes once."""
+    app, full, seen = Pipeline("app", anywhere), Channel("full", Number, capacity=1), list[int]()
+
+    @app.subscriber(full, group="g")
+    async def work(event: Number) -> None:
+        seen.append(event.n)
+
+    async with app:
+        await app.publish(full, Number(n=0))
+        begun = asyncio.create_task(app.publish(full, Number(n=1)))
+        await asyncio.sleep(0.05)
+        for _ in range(40):
+            tries = [asyncio.create_task(app.publish(full, Number(n=2))) for _ in range(50)]
+            await asyncio.sleep(0)
+            for each in tries:
+                each.cancel()
+            await asyncio.gather(*tries, return_exceptions=True)
+        (outbox,) = (outbox for (channel, _), outbox in app._outboxes.items() if channel is full)
+        assert len(outbox._queue) <= publishing.CROWD
+        last = asyncio.create_task(app.publish(full, Number(n=2)))
+        async with serving(app):
+            await asyncio.gather(begun, last)
+            await idle(app, full)
+    assert seen == [0, 1, 2]
+
+
+async def test_publishes_that_wait_as_the_app_closes_hear_of_it(anywhere: str) -> None:
+    app, full = Pipeline("app", anywhere), Channel("full", Number, capacity=1)
+    async with app:
+        await app.publish(full, Number(n=0))
+        writes, *queued = [asyncio.create_task(app.publish(full, Number(n=n))) for n in range(4)]
+        await asyncio.sleep(0.05)
+        writes.cancel()  # others wrote along with it; now the outbox does
+        await asyncio.sleep(0.05)
+        queued.append(asyncio.create_task(app.publish(full, Number(n=5))))
+        await asyncio.sleep(0.05)
+    async with asyncio.timeout(1):
+        outcomes = await asyncio.gather(*queued, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [PublishUncertain] * 3 + [ServerUnavailable]
+
+
+async def test_a_publisher_that_waits_for_room_itself_hears_of_the_end_too(anywhere: str) -> None:
+    app, full = Pipeline("app", anywhere), Channel("full", Number, capacity=1)
+    async with app:
+        await app.publish(full, Number(n=0))
+        both = [asyncio.create_task(app.publish(full, Number(n=n))) for n in (1, 2)]
+        await asyncio.sleep(0.05)
+    async with asyncio.timeout(1):
+        outcomes = await asyncio.gather(*both, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [ServerUnavailable] * 2
+
+
+async def test_a_verb_in_another_event_loop_is_refused_before_anything_is_written(anywhere: str) -> None:
+    app = Pipeline("app", anywhere)
+
+    async def elsewhere() -> None:
+        for verb in (app.publish, app.request):
+            with pytest.raises(ConfigurationError, match="open in another event loop"):
+                await verb(numbers, Number(n=2))
+        with pytest.raises(ConfigurationError, match="open in another event loop"):
+            await app.stats()
+        assert app.empty(3).shape == (3,), "which is for any thread"
+
+    async with app:
+        await app.publish(numbers, Number(n=1))
+        await asyncio.to_thread(asyncio.run, elsewhere())
+        await app.publish(numbers, Number(n=3))
+        assert [message.event.n for message in await app.newest(numbers, 9)] == [3, 1]
+
+
 async def test_a_full_channel_makes_publishers_wait_or_tells_them_or_drops_the_oldest(anywhere: str) -> None:
     app = Pipeline("app", anywhere)
     waits = Channel("waits", Number, capacity=10, frame=1)
@@ -1091,6 +1174,43 @@ async def test_a_result_that_cannot_leave_its_process_fails_its_event_alone(valk
     assert "cannot pickle" in letter.event.reason
 
 
+def exits(event: Number) -> None:
+    if event.n == 1:
+        sys.exit(3)
+
+
+class Odd(Exception):
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(one + other)
+
+
+def oddly(event: Number) -> Odd | None:
+    return Odd("a", "b") if event.n == 1 else None
+
+
+@pytest.mark.parametrize("run_in", ["loop", "thread", "process"])
+async def test_a_handler_that_exits_fails_its_event_and_the_worker_goes_on(run_in: RunIn, valkey_url: str) -> None:
+    app = Pipeline("app", valkey_url)
+    once = RetryPolicy(attempts=1)
+    app.subscriber(numbers, group="g", run_in=run_in, retry=once)(exits)
+    async with serving(app, seconds=30):
+        for n in range(3):
+            await app.publish(numbers, Number(n=n))
+        ledger = await idle(app, numbers)
+        assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (2, 1)
+        (letter,) = await app.dead_letters("numbers")
+        assert "the handler called sys.exit(3)" in letter.event.reason
+
+
+async def test_a_result_that_cannot_be_read_back_fails_its_event_alone(valkey_url: str) -> None:
+    app = Pipeline("app", valkey_url)
+    app.subscriber(numbers, group="g", run_in="process", retry=RetryPolicy(attempts=1))(oddly)
+    async with serving(app, seconds=30):
+        await app.publish(numbers, [Number(n=n) for n in range(3)])
+        ledger = await idle(app, numbers)
+        assert (ledger.groups["g"].handled, ledger.groups["g"].dead) == (2, 1)
+
+
 async def test_an_event_that_cannot_enter_a_process_becomes_a_dead_letter(valkey_url: str) -> None:
     class Local(Event):
         n: int
@@ -1166,6 +1286,22 @@ async def test_a_tool_that_watches_does_not_say_what_a_channel_is(anywhere: str)
                 pass
         record = await watcher.registry.record("numbers")
     assert (record.durable, record.limits["partitions"]) == (True, 2)
+
+
+async def test_a_declaration_that_is_refused_is_never_written(anywhere: str) -> None:
+    """Not even for a moment, in which another one like it would be taken, nor when it is cancelled."""
+    other = Channel("numbers", Number, partitions=4)
+    async with Pipeline("owner", anywhere) as owner, Pipeline("wrong", anywhere) as wrong:
+        await owner.publish(numbers, Number(n=1))
+        record = (await owner.registry.record("numbers")).limits
+        for turns in range(12):
+            tries = [asyncio.create_task(wrong.registry.register(other, wrong.codec(other))) for _ in range(3)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            tries[0].cancel()
+            refused = await asyncio.gather(*tries, return_exceptions=True)
+            assert all(isinstance(error, (ChannelConflict, asyncio.CancelledError)) for error in refused)
+            assert (await owner.registry.record("numbers")).limits == record
 
 
 async def test_a_handler_that_returns_what_it_does_not_publish_fails_that_event_alone(valkey_url: str) -> None:
@@ -1549,3 +1685,149 @@ async def test_fsync_waits_for_the_disk_or_says_what_the_server_lacks(redis7: Se
     async with Pipeline("app", redis7.url) as app:
         with pytest.raises(ConfigurationError, match="--appendonly yes --appendfsync always"):
             await app.publish(safe, Number(n=1))
+
+
+async def test_waiting_for_a_message_may_be_given_up_and_begun_again(anywhere: str) -> None:
+    for partitions in (1, 3):
+        channel = Channel(f"numbers{partitions}", Number, partitions=partitions)
+        async with Pipeline("app", anywhere) as app, app.watch(channel) as stream:
+            seen = list[int]()
+
+            async def hear(stream: Watch[Number] = stream, seen: list[int] = seen) -> None:
+                while len(seen) < 10:
+                    seen.append((await anext(stream)).event.n)
+
+            for n in range(5):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(hear(), 0.02)
+                await app.publish(channel, [Number(n=2 * n), Number(n=2 * n + 1)])
+            await hear()
+            assert sorted(seen) == list(range(10))
+
+
+@pytest.mark.parametrize("durable", [True, False])
+async def test_a_watch_that_is_left_ends_for_whoever_iterates_and_is_closed(durable: bool, valkey_url: str) -> None:
+    channel = Channel("numbers", Number, durable=durable)
+
+    async def hear(stream: Watch[Number]) -> list[int]:
+        return [message.event.n async for message in stream]
+
+    async def cancelled_at_every_await(task: asyncio.Task[None]) -> None:
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+
+    async def leave(stream: Watch[Number]) -> None:
+        async with stream:
+            hearing.append(asyncio.create_task(hear(stream)))
+            await asyncio.sleep(3600)
+
+    hearing = list[asyncio.Task[list[int]]]()
+    with redis.Redis.from_url(valkey_url) as other:
+        async with Pipeline("app", valkey_url) as app:
+            before = len(other.client_list())
+            for n in range(3):
+                async with app.watch(channel) as stream:
+                    heard = asyncio.create_task(hear(stream))
+                    await app.publish(channel, Number(n=n))
+                    await asyncio.sleep(0.05)
+                assert await heard == [n]
+                leaving = asyncio.create_task(leave(app.watch(channel)))
+                await asyncio.sleep(0.05)
+                await cancelled_at_every_await(leaving)
+                assert leaving.cancelled()
+                assert await hearing.pop() == []
+            await asyncio.sleep(0.05)
+            assert len(other.client_list()) == before
+
+
+@pytest.mark.parametrize("partitions", [1, 2])
+async def test_a_watch_that_can_read_no_more_says_so(partitions: int) -> None:
+    channel = Channel("numbers", Number, partitions=partitions)
+    with Server() as server, redis.Redis.from_url(server.url) as other:
+        async with Pipeline("app", server.url) as app, app.watch(channel) as stream:
+            hearing = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0.1)
+            other.config_set("requirepass", "secret")
+            for each in other.client_list():
+                if each["name"].startswith("pipeline-app"):
+                    other.client_kill_filter(_id=each["id"])
+            for again in (hearing, anext(stream)):
+                with pytest.raises(ServerUnavailable, match="NOAUTH"):
+                    await asyncio.wait_for(again, 5)
+            other.config_set("requirepass", "")
+
+
+def test_threads_that_wait_as_a_blocking_pipeline_ends_go_on(valkey_url: str) -> None:
+    full, heard = Channel("full", Number, capacity=1), list[int]()
+    with Pipeline("app", valkey_url).blocking() as pipe:
+
+        def watch() -> None:
+            with pipe.watch(numbers) as stream:
+                begun.set()
+                heard.extend(message.event.n for message in stream)
+
+        def publish() -> None:
+            with pytest.raises(PipelineError):
+                pipe.publish(full, [Number(n=1)])
+
+        begun = threading.Event()
+        with ThreadPoolExecutor(2) as threads:
+            pipe.publish(full, Number(n=0))
+            waiting = [threads.submit(watch), threads.submit(publish)]
+            begun.wait(5)
+            pipe.publish(numbers, Number(n=7))
+            time.sleep(0.1)
+            pipe.__exit__()
+            for each in waiting:
+                each.result(5)
+        pipe.__enter__()
+        assert pipe.newest(numbers, 5)[0].event.n == 7
+    assert heard == [7]
+    with redis.Redis.from_url(valkey_url) as other:
+        assert [each["name"] for each in other.client_list() if each["name"].startswith("pipeline-app")] == []
+    assert not [thread for thread in threading.enumerate() if thread.name == "pipeline-app"]
+
+
+def test_a_blocking_pipeline_of_its_parent_tells_a_forked_child_so(valkey_url: str) -> None:
+    program = (
+        "import os, sys\nfrom pipeline import Pipeline\nfrom tests.test_delivery import Number, numbers\n"
+        "from pipeline.errors import ConfigurationError\n"
+        "with Pipeline('app').blocking() as pipe, pipe.watch(numbers) as stream:\n"
+        "    pipe.publish(numbers, Number(n=1))\n"
+        "    if os.fork() == 0:\n"
+        "        try: pipe.publish(numbers, Number(n=2))\n"
+        "        except ConfigurationError as error: print(error, flush=True)\n"
+        "        sys.exit(3)\n"
+        "    print(os.waitstatus_to_exitcode(os.wait()[1]), pipe.publish(numbers, Number(n=3)).id.partition(':')[2])\n"
+    )
+    done = finished("-c", program, url=valkey_url)
+    assert done.stdout.splitlines()[0].startswith("pipeline 'app' was opened before this process was forked"), done
+    assert done.stdout.splitlines()[1] == "3 2"
+
+
+async def test_a_frame_that_is_read_again_after_a_rewind_keeps_its_lease(anywhere: str) -> None:
+    """Also when its first copy, which was partly committed before, ends meanwhile."""
+    app, calls, go = Pipeline("app", anywhere), list[int](), [asyncio.Event() for _ in range(4)]
+
+    @app.subscriber(numbers, group="g", concurrency=3)
+    async def work(event: Number) -> None:
+        calls.append(event.n)
+        await go[len(calls) - 1].wait()
+
+    async with app, serving(app):
+        await app.publish(numbers, [Number(n=0), Number(n=1)])
+        await until(lambda: calls == [0, 1])
+        ((router, metrics),) = app._routers
+        go[0].set()
+        await until(lambda: metrics.handled == 1)
+        assert await app.rewind("numbers", "g", 60) == 2
+        await until(lambda: calls == [0, 1, 0, 1])
+        go[1].set()
+        await until(lambda: metrics.handled == 2)
+        await asyncio.sleep(0.05)
+        assert router.holding().leases == 1
+        for each in go:
+            each.set()
+        ledger = await idle(app, numbers)
+        assert (ledger.groups["g"].handled, router.holding().leases, router.flow.events) == (2, 0, 0)

@@ -14,8 +14,9 @@ import pytest
 import redis
 
 from pipeline import Channel, Event, Message, Pipeline, Reject, RetryPolicy, ServerUnavailable, Tensor
+from pipeline.errors import PublishUncertain
 from pipeline.server import Server
-from pipeline.transports import CHANCES, SUSPICION, Commit, Group, Outgoing, Retried, Segment
+from pipeline.transports import CHANCES, SUSPICION, Commit, Group, Outgoing, Retried, Segment, client, streams
 from pipeline.transports.redis import RedisBackend
 
 from .apps import idle, serving, until
@@ -79,6 +80,138 @@ async def test_a_server_that_is_killed_and_restarted_loses_nothing(own: Server) 
     assert ledger.published == 3000, "a repeated publish must not count twice"
     assert ledger.groups["g"].handled == 3000
     assert set(handled) == set(range(3000))
+
+
+async def _under_way(client: redis.Redis) -> None:
+    """From now on what writes waits in the server, until it is let go on or its connection ends."""
+    client.execute_command("CLIENT", "PAUSE", 10_000, "WRITE")
+    await asyncio.sleep(0.2)
+
+
+async def test_who_waits_for_room_loses_no_patience_with_it(own: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "PATIENCE", 0.5)
+    monkeypatch.setattr(client, "TALKED", 0.2)
+    full = Channel("full", Number, capacity=1)
+    app = Pipeline("app", own.url)
+    app.subscriber(full, group="g")(lambda event: None)
+    async with app:
+        await app.publish(full, Number(n=0))
+        waiting = asyncio.create_task(app.publish(full, Number(n=1)))
+        await asyncio.sleep(0.8)
+        with redis.Redis.from_url(own.url) as other:
+            await _under_way(other)
+            for each in other.client_list():
+                if each["name"] == "pipeline-app":
+                    other.client_kill_filter(_id=each["id"])
+            other.execute_command("CLIENT", "UNPAUSE")
+        async with serving(app):
+            await waiting
+            assert (await idle(app, full)).published == 2
+
+
+async def test_a_publish_that_was_under_way_when_redis_went_for_good_is_uncertain(
+    own: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its first answer was that the channel is full, and it came again."""
+    monkeypatch.setattr(streams, "PATIENCE", 0.5)
+    full = Channel("full", Number, capacity=1)
+    async with Pipeline("app", own.url) as app:
+        await app.publish(full, Number(n=0))
+        waiting = asyncio.create_task(app.publish(full, Number(n=1)))
+        await asyncio.sleep(0.1)
+        with redis.Redis.from_url(own.url) as other:
+            await _under_way(other)
+        own.kill()
+        with pytest.raises(PublishUncertain, match="may or may not be there"):
+            await waiting
+
+
+def _connected(url: str, name: str) -> int:
+    with redis.Redis.from_url(url) as other:
+        return sum(each["name"].startswith(name) for each in other.client_list())
+
+
+async def test_a_connection_lost_under_a_verb_is_an_error_of_the_tree_or_none(own: Server) -> None:
+    """What can be asked again for long is: a watch of tensors begins with a question. The rest says what happened."""
+    pictures = Channel("pictures", Picture)
+    app = Pipeline("app", own.url)
+    app.subscriber(numbers, group="g")(lambda event: None)
+    async with app, serving(app), Pipeline("tool", own.url) as tool:
+        await app.registry.register(pictures, app.codec(pictures))
+        verbs = {
+            tool.stats: (),
+            tool.pause: ("numbers", "g"),
+            tool.rewind: ("numbers", "g", 60),
+            tool.watch(pictures).__aenter__: (),
+        }
+        with redis.Redis.from_url(own.url) as other:
+            outcomes = []
+            for verb, arguments in verbs.items():
+                await tool.registry.records()  # it is connected
+                asked = asyncio.create_task(verb(*arguments))
+                await _under_way(other)
+                for each in other.client_list():
+                    if each["name"] == "pipeline-tool":
+                        other.client_kill_filter(_id=each["id"])
+                other.execute_command("CLIENT", "UNPAUSE")
+                (outcome,) = await asyncio.gather(asked, return_exceptions=True)
+                outcomes.append(outcome)
+        *said, watch = outcomes
+        assert [type(outcome) for outcome in said] == [ServerUnavailable] * 3
+        await watch.__aexit__()
+
+
+async def test_who_opens_an_app_beside_others_shares_it_and_the_last_one_closes_it(valkey_url: str) -> None:
+    app = Pipeline("shared", valkey_url)
+    app.subscriber(numbers, group="g")(lambda event: None)
+
+    async def use(n: int) -> None:
+        await asyncio.sleep(n * 0.002)  # some begin while others end
+        async with app:
+            await app.publish(numbers, Number(n=n))
+            await asyncio.sleep(0.003)
+            await app.publish(numbers, Number(n=n))
+
+    for _ in range(3):
+        await asyncio.gather(*map(use, range(20)))
+        async with app, serving(app):
+            assert _connected(valkey_url, "pipeline-shared") <= 3
+        leaving = asyncio.create_task(use(0))
+        await asyncio.sleep(0.02)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+    await asyncio.sleep(0.2)
+    assert _connected(valkey_url, "pipeline-shared") == 0
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_an_app_is_closed_though_its_closing_is_cancelled(valkey_url: str) -> None:
+    for turns in range(1, 30):
+        app = Pipeline("closed", valkey_url)
+        await app.__aenter__()
+        await app.publish(numbers, Number(n=turns))
+        closing = asyncio.create_task(app.__aexit__())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+    await asyncio.sleep(0.2)
+    assert _connected(valkey_url, "pipeline-closed") == 0
+
+
+async def test_an_opening_that_is_cancelled_leaves_nothing_open(valkey_url: str) -> None:
+    for turns in range(40):
+        app = Pipeline(f"opened{turns}", valkey_url)
+        opening = asyncio.create_task(app.__aenter__())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if opening.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+        else:
+            await app.__aexit__()
+    await asyncio.sleep(0.1)
+    assert _connected(valkey_url, "pipeline-opened") == 0
 
 
 async def test_a_connection_lost_while_the_disk_is_waited_for_is_no_error_and_no_false_promise(

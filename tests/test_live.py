@@ -436,3 +436,21 @@ async def test_a_blocking_pipeline_may_be_used_again_and_says_where_it_cannot(ur
         with pytest.raises(ConfigurationError, match="is open in another event loop"):
             await asyncio.to_thread(use)
         await app.publish(kept, Alert(sensor="b"))
+
+
+async def test_a_watch_that_is_cancelled_as_it_connects_is_cancelled(url: str, live_client: LiveClient) -> None:
+    async with Pipeline("app", url, live_client=live_client) as app:
+        await app.publish(alerts, Alert(sensor="a"))
+        with redis.Redis.from_url(url) as other:
+            before = len(other.client_list())
+            for turns in range(30):
+                watching = asyncio.create_task(app.watch(alerts).__aenter__())
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                if watching.cancel():
+                    with pytest.raises(asyncio.CancelledError):
+                        await asyncio.wait_for(watching, 1)
+                else:
+                    await watching.result().__aexit__()
+            await asyncio.sleep(0.1)
+            assert len(other.client_list()) == before

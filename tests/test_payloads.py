@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from pipeline import (
     RetryPolicy,
     Tensor,
     payloads,
+    segments,
 )
 from pipeline.errors import PayloadTooLarge
-from pipeline.segments import Gone, Mappings, Owner, orphans, sweep
+from pipeline.segments import Exhausted, Gone, Mappings, Owner, orphans, sweep
 from pipeline.server import Server
 from pipeline.settings import settings
 from pipeline.transports.payload_store import RedisPayloadStore
@@ -654,6 +656,28 @@ async def test_a_tensor_above_the_limit_is_refused(valkey_url: str, monkeypatch:
         assert (await app.stats()).channels["pictures"].published == 1
 
 
+async def test_the_plane_is_started_once_however_many_begin_at_once(mode: str, valkey_url: str) -> None:
+    channels = [Channel(f"pictures{n}", Image) for n in range(4)]
+    async with Pipeline("app", valkey_url) as app:
+        await asyncio.gather(*(app.publish(channel, image(n)) for n, channel in enumerate(channels)))
+        assert len(files(valkey_url)) == 5, "of this deployment: a segment each, and the owner's lock"
+        assert [message.event for channel in channels for message in await app.newest(channel, 9)] == [
+            image(n) for n in range(4)
+        ]
+
+
+async def test_a_start_that_was_cancelled_is_begun_again(mode: str) -> None:
+    with Server(appendonly=True) as server:
+        async with Pipeline("app", server.url) as app:
+            await app.registry.register(pictures, app.codec(pictures))
+            server.kill()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(app.publish(pictures, image(1)), 0.3)
+            await asyncio.to_thread(server.start)
+            await app.publish(pictures, image(2))
+            assert [message.event for message in await app.newest(pictures, 9)] == [image(2)]
+
+
 # -- after a SIGKILL -----------------------------------------------------------------------------------------------
 
 
@@ -702,6 +726,101 @@ def test_a_segment_is_written_again_only_when_nobody_looks(tmp_path: Path) -> No
     assert third.path.stat().st_mode & 0o777 == 0o600
     owner.close([second, third])
     mappings.close()
+
+
+def _child(tell: int, asked: int, then: Callable[[], object]) -> int:
+    """A forked one that says when it is there, and once it is asked does something and ends."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.write(tell, b"!")
+        os.read(asked, 1)
+        then()
+        os.write(tell, b"!")
+    finally:
+        os._exit(0)
+
+
+def test_a_forked_child_holds_what_it_sees_and_unlocks_nothing_of_its_parent(tmp_path: Path) -> None:
+    owner, mappings = Owner(DEPLOYMENT, 1 << 20, tmp_path), Mappings(DEPLOYMENT, tmp_path)
+    first, second = (owner.write([memoryview(bytes(100))], 100, {}) for _ in "ab")
+    assert first is not None
+    assert second is not None
+    held = [mappings.view(segment.reference, 100) for segment in (first, second)]
+    (heard, tell), (asked, ask) = os.pipe(), os.pipe()
+    child = _child(tell, asked, held.pop)
+    os.read(heard, 1)
+    del held[1:]
+    gc.collect()
+    for segment in (first, second):
+        owner.free(segment, 0.0)
+    third = owner.write([memoryview(b"c" * 100)], 100, {})
+    assert third not in (first, second), "the child looks at one, its parent at the other"
+    os.write(ask, b"!")
+    os.read(heard, 1)
+    fourth = owner.write([memoryview(b"d" * 100)], 100, {})
+    os.waitpid(child, 0)
+    fifth = owner.write([memoryview(b"e" * 100)], 100, {})
+    assert fourth is second
+    assert fifth not in (first, second), "the child's end is not its parent's"
+    assert bytes(held[0]) == bytes(100)
+
+
+async def test_a_child_that_leaves_its_parents_block_closes_nothing(mode: str, valkey_url: str) -> None:
+    async with Pipeline("app", valkey_url) as app:
+        await app.publish(pictures, image(1))
+        child = os.fork()
+        if child == 0:
+            try:
+                app.__aexit__().send(None)
+            except StopIteration:
+                os._exit(0)
+            finally:
+                os._exit(1)
+        _, status = await asyncio.to_thread(os.waitpid, child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert [message.event for message in await app.newest(pictures, 9)] == [image(1)]
+
+
+def test_a_child_that_outlives_its_parent_does_not_keep_its_segments_alive(tmp_path: Path) -> None:
+    owner = Owner(DEPLOYMENT, 1 << 20, tmp_path)
+    segment = owner.write([memoryview(bytes(100))], 100, {})
+    (heard, tell), (asked, ask) = os.pipe(), os.pipe()
+    child = _child(tell, asked, bool)
+    os.read(heard, 1)
+    assert orphans(DEPLOYMENT, tmp_path) == [], "the child let go of the lock, which its parent has yet"
+    os.close(owner._lock)  # as the kernel does after a SIGKILL
+    assert [orphan.path for orphan in orphans(DEPLOYMENT, tmp_path)] == [segment.path if segment else None]
+    os.write(ask, b"!")
+    os.waitpid(child, 0)
+
+
+def test_segments_leave_file_descriptors_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(segments, "_most", lambda: 3)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    owner, mappings = Owner(DEPLOYMENT, 10 << 20, tmp_path), Mappings(DEPLOYMENT, tmp_path)
+    others = [Owner(DEPLOYMENT, 10 << 20, tmp_path) for _ in "ab"]
+    written = [one.write([memoryview(bytes([n]) * 100)], 100, {}) for n, one in enumerate([owner] * 4 + others)]
+    assert [segment is None for segment in written] == [False, False, False, True, False, False]
+    mine, theirs = [segment for segment in written[:3] if segment], [segment for segment in written[4:] if segment]
+    seen = [mappings.view(segment.reference, 100) for segment in [*mine, *theirs]]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before + 3 + 3 + 2 + 3, "one for each lock, and no more"
+    assert [view[0] for view in seen] == [0, 1, 2, 4, 5], "what there is no room for is copied"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+    try:
+        assert others[0].write([memoryview(bytes(100))], 100, {}) is None
+        with pytest.raises(Exhausted):
+            mappings.view(theirs[0].reference, 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    del seen[:3]
+    seen.append(mappings.view(theirs[0].reference, 100))
+    others[0].free(theirs[0], 0.0)
+    assert others[0].write([memoryview(bytes(100))], 100, {}) is not theirs[0], "mapped again, since nobody saw others"
+    owner.free(mine[0], 0.0)
+    assert owner.write([memoryview(bytes(300_000))], 300_000, {}) is not None, "a free one of another size made room"
 
 
 def test_the_quota_holds_and_the_living_are_not_swept(tmp_path: Path) -> None:

@@ -47,18 +47,6 @@ async def test_lost_replies_neither_lose_nor_double() -> None:
         assert (await app.stats()).channels["doubles"].published == 5
 
 
-def test_a_modules_app_serves_in_the_loop_of_one_test_after_the_other() -> None:
-    app = doubling("memory://loops")
-
-    async def one_test() -> None:
-        async with serving(app):
-            await app.publish(numbers, Number(n=1))
-            assert (await settled(app, numbers)).groups["g"].handled == 1
-
-    asyncio.run(one_test())
-    asyncio.run(one_test())
-
-
 async def test_the_clock_can_be_moved_on() -> None:
     app = doubling("memory://clock")
     async with serving(app), app.watch(doubles) as stream:
@@ -102,6 +90,21 @@ async def test_after_a_flush_work_goes_on() -> None:
         store(app).flush()
         await app.publish(numbers, Number(n=2))
         assert (await settled(app, numbers)).published == 1
+
+
+def test_an_app_of_a_module_serves_one_test_after_the_other(anywhere: str) -> None:
+    """Each in an event loop of its own."""
+    app = doubling(anywhere)
+
+    async def test(n: int) -> None:
+        waiting = asyncio.create_task(app.ready.wait())
+        async with serving(app):
+            await waiting
+            await asyncio.gather(*(app.publish(numbers, Number(n=n)) for _ in range(3)))
+            await settled(app, numbers)
+
+    for n in range(3):
+        asyncio.run(test(n))
 
 
 async def test_a_store_is_forgotten_with_its_last_user() -> None:

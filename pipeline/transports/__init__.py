@@ -369,7 +369,9 @@ class Backend(Protocol):
         ...
 
     async def register(self, name: str, record: bytes) -> bytes | None:
-        """Remember a channel's description; returns what was known of it before."""
+        """Remember a channel's description, unless it is known as another: not as durable, or of other partitions.
+
+        Returns what was known of it before."""
         ...
 
     async def record(self, name: str, patience: float = 0.0) -> bytes | None:

@@ -64,9 +64,13 @@ async def connect_asyncio_redis(url: str, name: str, channel: str, sink: Callabl
         )
     except (OSError, AsyncioRedisError) as error:
         raise LinkLost(str(error) or type(error).__name__) from None
-    subscriber = await connection.start_subscribe()
     probe = f"pipeline:probe:{secrets.token_hex(8)}"
-    await subscriber.subscribe([channel.encode(), probe.encode()])
+    try:
+        subscriber = await connection.start_subscribe()
+        await subscriber.subscribe([channel.encode(), probe.encode()])
+    except BaseException:
+        connection.close()
+        raise
     subscription = _Subscription(connection, subscriber, channel.encode(), sink)
     try:
         await _confirmed(url, name, probe)

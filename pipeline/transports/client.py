@@ -34,6 +34,8 @@ T = TypeVar("T")
 _NOTHING = object()
 SILENCE = 10.0
 """Seconds without a byte, while a reply is due, after which a connection is taken for dead."""
+TALKED = 1.0
+"""Seconds for which a Redis must have answered to count as having been there: more than it takes to connect."""
 _TRANSIENT = ("LOADING", "BUSY", "MASTERDOWN", "READONLY", "TRYAGAIN", "CLUSTERDOWN")
 
 
@@ -70,27 +72,27 @@ class Link(asyncio.Protocol):
         """Connect, authenticate, select the database. Raises OSError or ReplyError."""
         where = address(url)
         link = cls(on_push)
-        loop = link._loop
-        if "path" in where:
-            await loop.create_unix_connection(lambda: link, where["path"])
-        else:
-            context = _tls(where) if "ssl_cert_reqs" in where or url.startswith("rediss:") else None
-            host, port = where.get("host", "127.0.0.1"), where.get("port", 6379)
-            await asyncio.wait_for(loop.create_connection(lambda: link, host, port, ssl=context), 5)
-        handshake: list[Sequence[Argument]] = []
-        if where.get("password"):
-            user = [where["username"]] if where.get("username") else []
-            handshake.append(["AUTH", *user, where["password"]])
-        if where.get("db"):
-            handshake.append(["SELECT", where["db"]])
-        handshake.append(["CLIENT", "SETNAME", name])
-        handshake.append(["CLIENT", "ID"])
         try:
-            *_, link.id = await asyncio.gather(*(link.call(*command) for command in handshake))
+            await link._connect(where, tls=url.startswith("rediss:"))
+            *_, link.id = await asyncio.gather(*(link.call(*command) for command in _handshake(where, name)))
         except BaseException:
             link.close()
             raise
         return link
+
+    async def _connect(self, where: dict[str, Any], *, tls: bool) -> None:
+        if "path" in where:
+            await self._loop.create_unix_connection(lambda: self, where["path"])
+            return
+        context = _tls(where) if "ssl_cert_reqs" in where or tls else None
+        host, port = where.get("host", "127.0.0.1"), where.get("port", 6379)
+        async with asyncio.timeout(5):  # Python 3.11's wait_for would lose a cancellation that comes as it connects
+            await self._loop.create_connection(lambda: self, host, port, ssl=context)
+
+    @property
+    def heard(self) -> float:
+        """When the last byte came (monotonic)."""
+        return self._heard
 
     def call(self, *arguments: Argument) -> asyncio.Future[Any]:
         """Write one command; the future has its reply, or ReplyError, or LinkLost."""
@@ -196,9 +198,6 @@ class Client:
     def __init__(self, url: str, name: str, scripts: Sequence[str] = ()) -> None:
         self.url = url
         self.name = name
-        self.up = False
-        self.heard = 0.0
-        """Unix time of the last sign of life."""
         self._scripts = scripts
         self._link: Link | None = None
         self._connecting: asyncio.Task[Link] | None = None
@@ -221,24 +220,22 @@ class Client:
         return await asyncio.shield(self._connecting)
 
     async def _open(self) -> Link:
-        self.up = False
         link = None
         try:
             link = await Link.open(self.url, self.name)
             await asyncio.gather(*(link.call("SCRIPT", "LOAD", script) for script in self._scripts))
-        except (OSError, TimeoutError) as error:
+        except BaseException as error:
             if link is not None:
                 link.close()
-            raise ServerUnavailable(
-                f"no Redis answers at {redact(self.url)} ({error or type(error).__name__}): start one with "
-                "`pipeline server`, or set PIPELINE_REDIS_URL"
-            ) from None
-        except ReplyError as error:
-            if link is not None:
-                link.close()
-            raise ServerUnavailable(f"Redis at {redact(self.url)} refuses: {error}") from None
+            if isinstance(error, (OSError, TimeoutError)):
+                raise ServerUnavailable(
+                    f"no Redis answers at {redact(self.url)} ({error or type(error).__name__}): start one with "
+                    "`pipeline server`, or set PIPELINE_REDIS_URL"
+                ) from None
+            if isinstance(error, ReplyError):
+                raise ServerUnavailable(f"Redis at {redact(self.url)} refuses: {error}") from None
+            raise
         self._link = link
-        self.up = True
         return link
 
     async def call(self, *arguments: Argument) -> Any:
@@ -247,16 +244,22 @@ class Client:
         return await link.call(*arguments)
 
     async def persist(self, action: Callable[[], Awaitable[T]], *, patience: float | None, what: str) -> T:
-        """Repeat an idempotent action through lost connections, for `patience` seconds (None: for ever)."""
+        """Repeat an idempotent action through lost connections, for `patience` seconds (None: for ever).
+
+        An action may last (a channel is full): while Redis answers, it costs no patience."""
         started = time.monotonic()
         delay = 0.02
         told = False
         while True:
+            began = time.monotonic()
             try:
                 result = await action()
             except (ServerUnavailable, LinkLost, ReplyError) as error:
                 if self.closed or not transient(error):
                     raise
+                heard = self._link.heard if self._link is not None else 0.0
+                if heard - began > TALKED:
+                    started, delay = heard, 0.02
                 waited = time.monotonic() - started
                 if patience is not None and waited + delay > patience:
                     if isinstance(error, ServerUnavailable):
@@ -294,6 +297,16 @@ def transient(error: BaseException) -> bool:
     if isinstance(error, ServerUnavailable):
         return "refuses: NOAUTH" not in str(error) and "refuses: WRONGPASS" not in str(error)
     return isinstance(error, LinkLost)
+
+
+def _handshake(where: dict[str, Any], name: str) -> list[Sequence[Argument]]:
+    commands: list[Sequence[Argument]] = []
+    if where.get("password"):
+        user = [where["username"]] if where.get("username") else []
+        commands.append(["AUTH", *user, where["password"]])
+    if where.get("db"):
+        commands.append(["SELECT", where["db"]])
+    return [*commands, ["CLIENT", "SETNAME", name], ["CLIENT", "ID"]]
 
 
 def _tls(where: dict[str, Any]) -> ssl.SSLContext:

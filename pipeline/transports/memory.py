@@ -8,6 +8,7 @@ pipeline.testing.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 import time
@@ -16,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..channel import Channel
+from ..errors import ServerUnavailable
 from . import Commit, Entry, Group, Guarantees, Holding, Outgoing, PartitionStats, Retried
 from .client import LinkLost
 from .store import Partition, Position, Store, parse
@@ -62,9 +64,12 @@ class MemoryBackend:
         return []
 
     async def register(self, name: str, record: bytes) -> bytes | None:
-        before = self.store.channels.get(name)
-        self.store.channels[name] = record
-        return before
+        """See register.lua."""
+        with self.store.lock:
+            before = self.store.channels.get(name)
+            if before is None or _shape(before) == _shape(record):
+                self.store.channels[name] = record
+            return before
 
     async def record(self, name: str, patience: float = 0.0) -> bytes | None:
         return self.store.channels.get(name)
@@ -121,15 +126,23 @@ class MemoryBackend:
         if not self._open:
             return
         self._open = False
+        self.durable.closed = True
         self.store.users -= 1
         if self.store.users == 0:
             _stores.pop(self._url, None)
+
+
+def _shape(record: bytes) -> tuple[bool, int]:
+    """What all who use a channel must agree on."""
+    values = json.loads(record)
+    return values["durable"], values["limits"]["partitions"]
 
 
 class _Durable:
     guarantees = Guarantees(durable=True, replay=True, counts_gaps=True, survives_restart=False)
 
     def __init__(self, store: Store) -> None:
+        self.closed = False
         self._store = store
 
     async def publish(self, channel: Channel[Any], partition: int, frames: Sequence[Outgoing]) -> None:
@@ -147,6 +160,8 @@ class _Durable:
         while True:
             if await self._insist(work, "publish"):
                 return
+            if self.closed:
+                raise ServerUnavailable("this pipeline is closed")
             await asyncio.sleep(STEP)
 
     async def _insist(self, work: Callable[[], T], operation: str, commit: Commit | None = None) -> T:

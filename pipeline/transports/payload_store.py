@@ -50,11 +50,19 @@ class RedisPayloadStore:
         return await self._streams.client.persist(ask, patience=PATIENCE, what="payloads")
 
     async def announce(self, channel: str, host: str) -> None:
-        now = time.time()
-        await self._streams.run("announce", [f"{Keys.of(channel).base}:hosts"], now, now + PRESENCE, host)
+        async def say() -> None:
+            now = time.time()
+            await self._streams.run("announce", [f"{Keys.of(channel).base}:hosts"], now, now + PRESENCE, host)
+
+        await self._streams.client.persist(say, patience=PATIENCE, what=f"readers of {channel!r}")
 
     async def hosts(self, channel: str) -> set[str]:
-        reply = await self._streams.client.call("ZRANGEBYSCORE", f"{Keys.of(channel).base}:hosts", time.time(), "+inf")
+        async def ask() -> list[bytes]:
+            where = f"{Keys.of(channel).base}:hosts"
+            reply: list[bytes] = await self._streams.client.call("ZRANGEBYSCORE", where, time.time(), "+inf")
+            return reply
+
+        reply = await self._streams.client.persist(ask, patience=PATIENCE, what=f"readers of {channel!r}")
         return {item.decode() for item in reply}
 
     async def collect(self, channel: str, partition: int, owner: str, asked: Sequence[str]) -> list[str]:

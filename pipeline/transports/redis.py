@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from ..errors import ServerTooOld
 from . import Entry, GroupStats, PartitionStats, Retried
@@ -16,6 +17,7 @@ from .streams import PATIENCE, Streams
 
 __all__ = ["LiveClient", "RedisBackend"]
 
+T = TypeVar("T")
 LiveClient = Literal["redis", "asyncio-redis"]
 
 CHANNELS = "pipeline:channels"
@@ -65,15 +67,22 @@ class RedisBackend:
         )
         return found
 
+    async def _ask(self, action: Callable[[], Awaitable[T]], what: str) -> T:
+        """Once, for who calls a verb: a connection lost meanwhile is a server that is not there, as ever."""
+        return await self._client.persist(action, patience=0.0, what=what)
+
     async def registered(self) -> dict[str, bytes]:
-        reply = await self._client.call("HGETALL", CHANNELS)
+        reply = await self._ask(lambda: self._client.call("HGETALL", CHANNELS), "channels")
         return {name.decode(): record for name, record in zip(reply[::2], reply[1::2], strict=True)}
 
     async def ledger(self, channels: Mapping[str, tuple[bool, int]]) -> tuple[float, dict[str, list[PartitionStats]]]:
         wanted = [(name, part) for name, (_, partitions) in channels.items() for part in range(partitions)]
-        clock, *results = await asyncio.gather(
-            self._client.call("TIME"), *(self._streams.stats(name, part) for name, part in wanted)
-        )
+
+        async def walk() -> list[Any]:
+            stats = (self._streams.stats(name, part) for name, part in wanted)
+            return list(await asyncio.gather(self._client.call("TIME"), *stats))
+
+        clock, *results = await self._ask(walk, "ledger")
         found: dict[str, list[PartitionStats]] = {name: [] for name in channels}
         for (name, _), result in zip(wanted, results, strict=True):
             found[name].append(_stats(result))
@@ -82,20 +91,25 @@ class RedisBackend:
     async def settle_letter(
         self, channel: str, partition: int, group: str, letter: str, again: Retried | None, ttl: float
     ) -> bool:
-        return await self._streams.settle_letter(channel, partition, group, letter, again, ttl)
+        settle = partial(self._streams.settle_letter, channel, partition, group, letter, again, ttl)
+        return await self._ask(settle, f"dead letter of {channel!r}")
 
     async def settled_letters(self, channel: str, partition: int, group: str) -> set[str]:
-        reply = await self._client.call("SMEMBERS", Keys.of(channel, partition).group(group, "settled"))
+        key = Keys.of(channel, partition).group(group, "settled")
+        reply = await self._ask(lambda: self._client.call("SMEMBERS", key), f"dead letters of {channel!r}")
         return {item.decode() for item in reply}
 
     async def rewind(self, channel: str, partition: int, group: str, position: str) -> int:
-        return await self._streams.rewind(channel, partition, group, position)
+        rewind = partial(self._streams.rewind, channel, partition, group, position)
+        return await self._ask(rewind, f"rewind of {group!r}")
 
     async def newest(self, channel: str, partition: int, most: int, below: str | None) -> list[Entry]:
-        return await self._streams.newest(channel, partition, most, below)
+        newest = partial(self._streams.newest, channel, partition, most, below)
+        return await self._ask(newest, f"channel {channel!r}")
 
     async def pause(self, channel: str, partition: int, group: str, paused: bool) -> bool:
-        return await self._streams.pause(channel, partition, group, paused)
+        pause = partial(self._streams.pause, channel, partition, group, paused)
+        return await self._ask(pause, f"group {group!r}")
 
     async def dropped(self, channel: str, group: str, count: int) -> None:
         await self._client.call("HINCRBY", Keys.of(channel).group(group, "h"), "dropped", count)

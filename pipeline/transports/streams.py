@@ -321,10 +321,19 @@ class _Publication:
         uncertain = isinstance(result, LinkLost)
         if isinstance(result, ReplyError) and not transient(result):
             raise ServerUnavailable(f"publish to {self.channel.name!r}: Redis refuses: {result}") from None
+
+        async def insist(frame: Outgoing) -> None:
+            nonlocal uncertain
+            try:
+                await self._insist(frame)
+            except LinkLost:
+                uncertain = True
+                raise
+
         for frame in frames:
             try:
                 await self.client.persist(
-                    lambda frame=frame: self._insist(frame),  # type: ignore[misc]
+                    lambda frame=frame: insist(frame),  # type: ignore[misc]
                     patience=PATIENCE,
                     what=f"publish to {self.channel.name!r}",
                 )
