@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from .bodies import Objection
 from .inputs import BadInput, needs_thread, read_input
 from .models import Models
 
-__all__ = ["Connection", "Headers", "Prediction", "Refusal"]
+__all__ = ["Connection", "Headers", "Prediction", "Refusal", "Wanted"]
 
 logger = logging.getLogger("publishers.gateway")
 
@@ -65,6 +66,42 @@ class _Nobody:
         """Nobody waits: see Prediction."""
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a head says of a prediction."""
+
+    content_type: str
+    kind: str
+    """The content type without its parameters."""
+    length: int
+    """Declared bytes; 0: none."""
+    waits: bool
+    """For 100-continue."""
+    seconds: float
+    """Until the deadline."""
+    top: int
+
+    @classmethod
+    def read(cls, headers: Headers, query: bytes, seconds: float) -> Wanted:
+        """`seconds`: where the client says no other. Raises Refusal."""
+        content_type, length, waits, top = "", 0, False, 5
+        for name, value in headers:
+            if name == b"content-type":
+                content_type = value.decode("latin-1")
+            elif name == b"content-length":
+                length = int(value) if value.isdigit() else 0
+            elif name == b"expect":
+                waits = value.lower() == b"100-continue"
+            elif name == b"x-deadline":
+                seconds = _deadline(value)
+        for part in query.split(b"&") if query else ():
+            if part.startswith(b"top="):
+                if not part[4:].isdigit() or len(part) > 8 or not 1 <= int(part[4:]) <= 1000:
+                    raise Refusal(400, "top: a number from 1 to 1000")
+                top = int(part[4:])
+        return cls(content_type, content_type.partition(";")[0].strip().lower(), length, waits, seconds, top)
+
+
 class Prediction:
     """From a request's head to its answer.
 
@@ -73,9 +110,9 @@ class Prediction:
     """
 
     __slots__ = (
-        "_admission", "_began", "_connection", "_content_type", "_decoding", "_headers", "_length", "_method",
-        "_models", "_parts", "_query", "_question", "_seconds", "_size", "_started", "_status", "_ticket", "_top",
-        "_waits", "_whole", "disconnected", "keep_alive", "model", "objection", "response_complete",
+        "_admission", "_began", "_connection", "_decoding", "_headers", "_length", "_method", "_models", "_parts",
+        "_query", "_question", "_seconds", "_size", "_started", "_status", "_ticket", "_whole", "disconnected",
+        "keep_alive", "model", "objection", "response_complete", "wanted",
     )  # fmt: skip
 
     message_event = _Nobody()
@@ -98,20 +135,21 @@ class Prediction:
         self.response_complete = False
         self.objection: Objection | None = None
         """Set by whoever looked at who asks."""
+        self.wanted: Wanted | None = None
+        """Set by whoever has read these headers before."""
         self._connection = connection
         self._models = models
         self._method = method
         self._query = query
         self._headers = headers
         self._began = time.perf_counter()
+        self._seconds = models.options.gateway_deadline
         self._parts: list[bytes] = []
         self._size = 0
         self._length = 0
         """Bytes that are counted at admission: as many as were declared, or came."""
         self._started = False
         self._whole = False
-        self._waits = False
-        """For 100-continue."""
         self._admission: Admission | None = None
         """Set while it counts as under way there, by its ticket."""
         self._ticket = 0
@@ -197,8 +235,11 @@ class Prediction:
         if self._method != b"POST":
             raise Refusal(405, "POST is expected", [(b"allow", b"POST")])
         self._find()
-        self._read_headers()
-        self._length = max(self._length, self._size)
+        wanted = self.wanted
+        if wanted is None:
+            wanted = self.wanted = Wanted.read(self._headers, self._query, self._seconds)
+        self._seconds = wanted.seconds
+        self._length = max(wanted.length, self._size)
         if self._length > self.most_body:
             raise Refusal(413, f"the body has {self._length:,} bytes; the limit is {self.most_body:,}", close=True)
         admission = self._models.admission(self.model)
@@ -207,7 +248,7 @@ class Prediction:
         except Overloaded as error:
             raise _overload(error) from None
         self._admission = admission
-        if self._waits:
+        if wanted.waits and not self._whole:
             self._connection.proceed()
 
     def _find(self) -> None:
@@ -219,26 +260,6 @@ class Prediction:
             status = 404 if statuses and self.model not in self._models.known else 503
             raise Refusal(status, f"no worker serves model {self.model!r}; served are: {served}")
 
-    def _read_headers(self) -> None:
-        """Content type, declared length (0: none), deadline, top. Raises Refusal."""
-        self._content_type = b""
-        self._seconds = self._models.options.gateway_deadline
-        self._top = 5
-        for name, value in self._headers:
-            if name == b"content-type":
-                self._content_type = value
-            elif name == b"content-length":
-                self._length = int(value) if value.isdigit() else 0
-            elif name == b"expect":
-                self._waits = value.lower() == b"100-continue" and not self._whole
-            elif name == b"x-deadline":
-                self._seconds = _deadline(value)
-        for part in self._query.split(b"&") if self._query else ():
-            if part.startswith(b"top="):
-                if not part[4:].isdigit() or len(part) > 8 or not 1 <= int(part[4:]) <= 1000:
-                    raise Refusal(400, "top: a number from 1 to 1000")
-                self._top = int(part[4:])
-
     def _go(self) -> None:
         """Raises Refusal, BadInput."""
         if self._size > self.most_body:
@@ -249,15 +270,14 @@ class Prediction:
 
     def _read(self, body: bytes) -> None:
         """Make of it what is to be asked. Raises Refusal, BadInput."""
-        content_type = self._content_type.decode("latin-1")
-        kind = content_type.partition(";")[0].strip().lower()
-        status = self._status
+        status, wanted = self._status, self.wanted
         assert status is not None
-        if not needs_thread(kind):
-            self._ask(read_input(kind, content_type, body, status))
+        assert wanted is not None
+        if not needs_thread(wanted.kind):
+            self._ask(read_input(wanted.kind, wanted.content_type, body, status), wanted)
             return
         self._decoding = decoding = asyncio.get_running_loop().run_in_executor(
-            self._models.decoders, read_input, kind, content_type, body, status
+            self._models.decoders, read_input, wanted.kind, wanted.content_type, body, status
         )
         decoding.add_done_callback(self._decoded)
 
@@ -265,15 +285,16 @@ class Prediction:
         if decoding.cancelled() or self.response_complete:
             return
         try:
-            self._ask(decoding.result())
+            assert self.wanted is not None
+            self._ask(decoding.result(), self.wanted)
         except Exception as error:
             self._refuse(error)
 
-    def _ask(self, array: Any) -> None:
+    def _ask(self, array: Any, wanted: Wanted) -> None:
         """Raises Refusal."""
         left = self._left()
         try:
-            inputs = Inputs(data=Tensor(array), deadline=time.time() + left, top=self._top)
+            inputs = Inputs(data=Tensor(array), deadline=time.time() + left, top=wanted.top)
         except (TypeError, ValueError) as error:
             raise Refusal(422, str(error)) from None
         self._put(catalog.requests_of(self.model), inputs, left)

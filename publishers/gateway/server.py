@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
@@ -10,9 +11,22 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from .digits import PATH as DIGITS
 from .digits import DigitPrediction
-from .predictions import Headers, Prediction
+from .predictions import Headers, Prediction, Wanted
 
 __all__ = ["Protocol"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """Of a prediction."""
+
+    text: bytes
+    size: int
+    """With its body."""
+    path: str
+    query: bytes
+    headers: Headers
+    wanted: Wanted
 
 
 class Protocol(HttpToolsProtocol):
@@ -27,6 +41,12 @@ class Protocol(HttpToolsProtocol):
     """Loop time since which a head is awaited…"""
     _awaits = ""
     """"head": its first byte came, or the connection is new · "next": it may stay idle a while · "": no head."""
+    _open = 0
+    """Messages whose head has begun, less those that are complete: 0 between two of them."""
+    _heads = 0
+    """How many have begun."""
+    _known: _Head | None = None
+    """Of the prediction before: a client's heads are alike, and are not parsed again."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -49,6 +69,19 @@ class Protocol(HttpToolsProtocol):
         """As uvicorn's, except that an upgrade (curl's and Java's to HTTP/2, a WebSocket) is declined by answering what
         was asked. The parser takes what follows such a head for another protocol, and a body is not to be executed."""
         self._unset_keepalive_if_required()
+        between, heads = self._open == 0, self._heads
+        known = self._known
+        if known is not None and between and len(data) == known.size and data.startswith(known.text) and self._idle():
+            self._predict(known, data[len(known.text) :])
+            return
+        self._parse(data)
+        if between and self._open == 0 and self._heads == heads + 1:
+            self._remember(data)
+
+    def _idle(self) -> bool:
+        return self._current.response_complete and not self.pipeline
+
+    def _parse(self, data: Any) -> None:
         try:
             while True:
                 try:
@@ -68,12 +101,30 @@ class Protocol(HttpToolsProtocol):
             raise HttpParserError("this is no proxy")
         lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        self._open -= 1
         self.parser = HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
         self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
 
+    def _remember(self, data: bytes) -> None:
+        """The head of a prediction that came whole, alone, with its body, and was let in: nobody objects to it."""
+        cycle = self.cycle
+        if not isinstance(cycle, Prediction) or cycle.wanted is None or not cycle.keep_alive:
+            return
+        text = data[: data.find(b"\r\n\r\n") + 4]
+        names = [name for name, _ in self.headers]
+        if (
+            data.startswith(b"POST ")
+            and len(text) + cycle.wanted.length == len(data)
+            and names.count(b"content-length") == 1
+            and not {b"transfer-encoding", b"expect", b"upgrade"}.intersection(names)
+        ):
+            self._known = _Head(text, len(data), *_split(self.url), self.headers, cycle.wanted)
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._heads += 1
+        self._open += 1
         if self._awaits != "head":
             self._await("head")
 
@@ -82,15 +133,15 @@ class Protocol(HttpToolsProtocol):
             return
         self._awaits = ""
         path, query = _split(self.url)
-        models = self.app.models
-        model = models.route(path)
+        model = self.app.models.route(path)
         if model is None:
             super().on_headers_complete()
             return
         parser, before = self.parser, self.cycle
         keep_alive = parser.should_keep_alive() and parser.get_http_version() != "1.0"
-        kind = DigitPrediction if path == DIGITS and model not in models.statuses else Prediction
-        self.cycle = cycle = kind(self, models, model, parser.get_method(), query, self.headers, keep_alive=keep_alive)
+        self.cycle = cycle = self._kind(path, model)(
+            self, self.app.models, model, parser.get_method(), query, self.headers, keep_alive=keep_alive
+        )
         cycle.objection = self.app.guard.objection(path, self.headers)
         if before is None or before.response_complete:
             self._current = cycle
@@ -98,6 +149,21 @@ class Protocol(HttpToolsProtocol):
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, self.app))  # type: ignore[arg-type]  # it is started below
+
+    def _kind(self, path: str, model: str) -> type[Prediction]:
+        return DigitPrediction if path == DIGITS and model not in self.app.models.statuses else Prediction
+
+    def _predict(self, head: _Head, body: bytes) -> None:
+        """As if it had been parsed."""
+        self._awaits = ""
+        model = self.app.models.route(head.path)
+        self.cycle = self._current = cycle = self._kind(head.path, model)(
+            self, self.app.models, model, b"POST", head.query, head.headers, keep_alive=True
+        )
+        cycle.wanted = head.wanted
+        cycle.start()
+        cycle.feed(body)
+        cycle.complete()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._current = cycle
@@ -115,6 +181,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return
+        self._open -= 1
         if isinstance(self.cycle, Prediction):
             self.cycle.complete()
         else:
