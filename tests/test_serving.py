@@ -6,6 +6,7 @@ import asyncio
 import io
 import itertools
 import json
+import random
 import signal
 import threading
 import time
@@ -546,6 +547,68 @@ async def test_a_body_of_a_gigabyte_is_refused_unread(running: str, client: http
     for header in ("0", "-1", "soon", "nan"):
         answer = await client.post("/predict", content=b"", headers={"x-deadline": header})
         assert (answer.status_code, "x-deadline" in answer.json()["error"]) == (400, True)
+
+
+def _posted(body: bytes, model: str = "toy", top: int = 2, **headers: str) -> bytes:
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    head = [f"POST /models/{model}/predict?top={top} HTTP/1.1", "host: x", "content-type: application/octet-stream"]
+    return "\r\n".join([*head, *lines, f"content-length: {len(body)}", "", ""]).encode() + body
+
+
+async def test_requests_with_one_head_are_told_apart_however_they_are_cut(tmp_path: Path, valkey_url: str) -> None:
+    """A head that came before is not parsed again, when its request comes whole; the others are, around it."""
+    chance, get = random.Random(8), b"GET / HTTP/1.1\r\n"
+    (slowly := slow(tmp_path)).write_text(slowly.read_text().replace('"toy"', '"slow"'))
+    sources = f"{exported(tmp_path, output='values')},{slowly}"
+
+    def good() -> tuple[list[bytes], int, list[float] | None]:
+        data = chance.choice([get, *(np.array(chance.sample(range(99), 4), "<f4").tobytes() for _ in range(4))])
+        return [_posted(data)], 200, np.frombuffer(data, "<f4").tolist()
+
+    def within() -> tuple[list[bytes], int, None]:
+        """A request within the body of another, in a segment of its own."""
+        body = _posted(bytes(16))
+        return [_posted(body)[: -len(body)], body], 422, None
+
+    def begun() -> tuple[list[bytes], int, None]:
+        """A request whose head ends in what looks like another."""
+        return [b"POST /models/slow/predict HTTP/1.1\r\nx-other: ", _posted(bytes(16))], 200, None
+
+    def spaced() -> tuple[list[bytes], int, list[float] | None]:
+        (whole,), status, output = good()
+        return [whole + b"\r\n"], status, output
+
+    others: list[tuple[list[bytes], int, None]] = [
+        ([_posted(bytes(16), top=0)], 400, None), ([_posted(bytes(12))], 422, None),
+        ([_posted(bytes(16), model="slow")], 200, None), ([_posted(bytes(16), **{"x-deadline": "soon"})], 400, None),
+        ([b"GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n"], 200, None),
+    ]  # fmt: skip
+    with gateway(valkey_url) as base:
+        async with serving(make(options(sources), valkey_url)):
+            await served(base, "toy")
+            await served(base, "slow")
+            reader, writer = await asyncio.open_connection(*base.removeprefix("http://").split(":"))
+            for _ in range(150):
+                kinds = chance.choices(
+                    [good, within, begun, spaced, lambda: chance.choice(others)], (4, 1, 1, 1, 3), k=2
+                )
+                asked = [kind() for kind in kinds[: chance.choice((1, 1, 2))]]
+                segments = [segment for parts, _, _ in asked for segment in parts]
+                if chance.random() < 0.3:
+                    whole = b"".join(segments)
+                    cuts = sorted(chance.sample(range(1, len(whole)), chance.choice((0, 1, 2))))
+                    segments = [whole[start:end] for start, end in itertools.pairwise([0, *cuts, len(whole)])]
+                for segment in segments:
+                    writer.write(segment)
+                    await asyncio.sleep(0.002 if len(segments) > 1 else 0)
+                for parts, status, output in asked:
+                    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).lower()
+                    size = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+                    answer = json.loads(await reader.readexactly(size))
+                    assert int(head.split()[1]) == status, (parts, answer)
+                    found = np.array(answer["output"], "<f4").tolist() if "output" in answer else None
+                    assert found == output, parts
+            writer.close()
 
 
 async def test_who_trickles_is_shown_the_door(tmp_path: Path, valkey_url: str) -> None:

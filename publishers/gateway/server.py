@@ -43,8 +43,6 @@ class Protocol(HttpToolsProtocol):
     """"head": its first byte came, or the connection is new · "next": it may stay idle a while · "": no head."""
     _open = 0
     """Messages whose head has begun, less those that are complete: 0 between two of them."""
-    _heads = 0
-    """How many have begun."""
     _known: _Head | None = None
     """Of the prediction before: a client's heads are alike, and are not parsed again."""
 
@@ -69,13 +67,12 @@ class Protocol(HttpToolsProtocol):
         """As uvicorn's, except that an upgrade (curl's and Java's to HTTP/2, a WebSocket) is declined by answering what
         was asked. The parser takes what follows such a head for another protocol, and a body is not to be executed."""
         self._unset_keepalive_if_required()
-        between, heads = self._open == 0, self._heads
-        known = self._known
+        between, known = self._open == 0, self._known
         if known is not None and between and len(data) == known.size and data.startswith(known.text) and self._idle():
             self._predict(known, data[len(known.text) :])
             return
         self._parse(data)
-        if between and self._open == 0 and self._heads == heads + 1:
+        if between and self._open == 0:
             self._remember(data)
 
     def _idle(self) -> bool:
@@ -123,7 +120,6 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._heads += 1
         self._open += 1
         if self._awaits != "head":
             self._await("head")
