@@ -568,7 +568,7 @@ class Pipeline:
                 for entry in entries:
                     messages = _messages(await self._decode(channel, partition, codec, entry))
                     moment = int(entry.id.partition("-")[0])
-                    found += [(moment, message) for message in messages[::-1][:wanted]]
+                    found += [(moment, message) for message in messages[::-1]]
                     wanted -= len(messages)
                     if wanted <= 0:
                         break

@@ -64,8 +64,7 @@ class Protocol(HttpToolsProtocol):
     # -- what is asked -------------------------------------------------------------------------------------------
 
     def data_received(self, data: Any) -> None:
-        """As uvicorn's, except that an upgrade (curl's and Java's to HTTP/2, a WebSocket) is declined by answering what
-        was asked. The parser takes what follows such a head for another protocol, and a body is not to be executed."""
+        """As uvicorn's, except that parsing is left out where a prediction comes with the head of the one before."""
         self._unset_keepalive_if_required()
         between, known = self._open == 0, self._known
         if known is not None and between and len(data) == known.size and data.startswith(known.text) and self._idle():
@@ -79,6 +78,8 @@ class Protocol(HttpToolsProtocol):
         return self._current.response_complete and not self.pipeline
 
     def _parse(self, data: Any) -> None:
+        """An upgrade (curl's and Java's to HTTP/2, a WebSocket) is declined by answering what was asked. The parser
+        takes what follows such a head for another protocol, and a body is not to be executed."""
         try:
             while True:
                 try:
